@@ -1,0 +1,162 @@
+"""The preference losses: pure functions of `PairLogps`, each under its equation.
+
+D_w, D_l: the chosen and rejected logratio (`PairLogps.chosen_logratio`, `.rejected_logratio`); sigma: the logistic
+function; relu'(0) = 0. Every loss returns one value per pair, shape `(batch,)`, in the dtype of the log-probabilities.
+The `*_metrics` functions return what is worth watching while a loss trains, per pair and detached.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+
+from .registry import PairLogps, register_loss
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+# --- log-sigmoid losses: -log sigma(argument), whose gradient has the coefficient beta * sigma(-argument) -----------
+
+
+def dpo_argument(pairs: PairLogps, *, beta: float) -> Tensor:
+    """beta (D_w - D_l), the argument of DPO's log-sigmoid (arXiv 2305.18290, Eq. 7)."""
+    return beta * pairs.margin
+
+
+def minor_dpo_argument(pairs: PairLogps, *, beta: float) -> Tensor:
+    """beta D_w - beta relu(D_l) (arXiv 2408.09834, Eq. 6).
+
+    relu and not clamp: at D_l = 0 clamp would pass the gradient that the paper stops there (section 3.4).
+    """
+    return beta * (pairs.chosen_logratio - torch.relu(pairs.rejected_logratio))
+
+
+def dpop_penalty(pairs: PairLogps, *, dpop_lambda: float) -> Tensor:
+    """lambda relu(-D_w), in nats: how far the chosen response fell below the reference (arXiv 2402.13228)."""
+    return dpop_lambda * torch.relu(-pairs.chosen_logratio)
+
+
+def dpop_argument(pairs: PairLogps, *, beta: float, dpop_lambda: float) -> Tensor:
+    """beta (D_w - D_l - lambda relu(-D_w)) (arXiv 2402.13228; arXiv 2408.09834, Eq. 5): the penalty is inside."""
+    return beta * (pairs.margin - dpop_penalty(pairs, dpop_lambda=dpop_lambda))
+
+
+def coefficient(argument: Tensor, *, beta: float) -> Tensor:
+    """beta sigma(-argument), detached: the factor before the gradient of D_w (arXiv 2408.09834, Figure 1)."""
+    return beta * torch.sigmoid(-argument.detach())
+
+
+def sigmoid_metrics(pairs: PairLogps, *, beta: float, label_smoothing: float = 0.0) -> dict[str, Tensor]:
+    return {"dpo/coefficient": coefficient(dpo_argument(pairs, beta=beta), beta=beta)}
+
+
+@register_loss("sigmoid", metrics=sigmoid_metrics)
+def sigmoid(pairs: PairLogps, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
+    """DPO: -(1-e) log sigma(beta(D_w-D_l)) - e log sigma(-beta(D_w-D_l)), e = label_smoothing.
+
+    Source: arXiv 2305.18290, Eq. 7; with e > 0 the conservative DPO of TRL and LLaMA-Factory.
+    """
+    argument = dpo_argument(pairs, beta=beta)
+    return -(1 - label_smoothing) * F.logsigmoid(argument) - label_smoothing * F.logsigmoid(-argument)
+
+
+def minor_dpo_metrics(pairs: PairLogps, *, beta: float) -> dict[str, Tensor]:
+    return {
+        "dpo/coefficient": coefficient(minor_dpo_argument(pairs, beta=beta), beta=beta),
+        "minor_dpo/rejected_active": (pairs.rejected_logratio.detach() > 0).float(),
+    }
+
+
+@register_loss("minor_dpo", metrics=minor_dpo_metrics)
+def minor_dpo(pairs: PairLogps, *, beta: float) -> Tensor:
+    """MinorDPO: -log sigma(beta D_w - beta relu(D_l)).
+
+    The rejected response is pushed down only while it is likelier than under the reference.
+    Source: arXiv 2408.09834, Eq. 6.
+    """
+    return -F.logsigmoid(minor_dpo_argument(pairs, beta=beta))
+
+
+def dpop_metrics(pairs: PairLogps, *, beta: float, dpop_lambda: float = 50.0) -> dict[str, Tensor]:
+    return {
+        "dpo/coefficient": coefficient(dpop_argument(pairs, beta=beta, dpop_lambda=dpop_lambda), beta=beta),
+        "dpop/penalty": dpop_penalty(pairs, dpop_lambda=dpop_lambda).detach(),
+        "dpop/penalty_active": (pairs.chosen_logratio.detach() < 0).float(),
+    }
+
+
+@register_loss("dpop", metrics=dpop_metrics)
+def dpop(pairs: PairLogps, *, beta: float, dpop_lambda: float = 50.0) -> Tensor:
+    """DPO-Positive: -log sigma(beta(D_w - D_l - lambda relu(-D_w))).
+
+    Source: arXiv 2402.13228; lambda = 50 where arXiv 2408.09834 (Eq. 5) compares with it.
+    """
+    return -F.logsigmoid(dpop_argument(pairs, beta=beta, dpop_lambda=dpop_lambda))
+
+
+# --- other losses with a reference ---------------------------------------------------------------------------------
+
+
+@register_loss("hinge")
+def hinge(pairs: PairLogps, *, beta: float) -> Tensor:
+    """relu(1 - beta(D_w - D_l)). Source: SLiC, arXiv 2305.10425, on the margin of DPO."""
+    return torch.relu(1 - beta * pairs.margin)
+
+
+@register_loss("ipo")
+def ipo(pairs: PairLogps, *, beta: float, length_normalize: bool = True) -> Tensor:
+    """(D_w - D_l - 1/(2 beta))^2, on per-token means (TRL's and LLaMA-Factory's convention) or on sums.
+
+    Source: arXiv 2310.12036, Eq. 17, which is on sums: `length_normalize=False`.
+    """
+    scored = pairs.per_token() if length_normalize else pairs
+    return (scored.margin - 1 / (2 * beta)) ** 2
+
+
+@register_loss("kto_pair")
+def kto_pair(pairs: PairLogps, *, beta: float) -> Tensor:
+    """Pairwise KTO: the mean of 1 - sigma(beta(D_w - KL_l)) and 1 - sigma(beta(KL_w - D_l)).
+
+    KL_w = relu(mean D_w) and KL_l = relu(mean D_l) over the micro-batch: each half is measured against the other's
+    estimate. As in TRL <= 0.9, from which LLaMA-Factory has this loss, they pass gradient; TRL's batch of `2 * batch`
+    losses has the mean of this one. Source: arXiv 2402.01306, Eq. 7.
+    """
+    chosen, rejected = pairs.chosen_logratio, pairs.rejected_logratio
+    chosen_kl, rejected_kl = chosen.mean().clamp(min=0), rejected.mean().clamp(min=0)
+    desirable = 1 - torch.sigmoid(beta * (chosen - rejected_kl))
+    undesirable = 1 - torch.sigmoid(beta * (chosen_kl - rejected))
+    return (desirable + undesirable) / 2
+
+
+def bco(pairs: PairLogps, *, beta: float, baseline: float) -> Tensor:
+    """-log sigma(beta D_w - delta) - log sigma(-(beta D_l - delta)), delta = baseline, the rewards' running mean.
+
+    Not a `pref_loss`: `pref_bco_weight` adds it to one. Source: arXiv 2404.04656.
+    """
+    chosen, rejected = beta * pairs.chosen_logratio, beta * pairs.rejected_logratio
+    return -F.logsigmoid(chosen - baseline) - F.logsigmoid(-(rejected - baseline))
+
+
+# --- losses without a reference: LLaMA-Factory's numbers, operation for operation ----------------------------------
+
+
+@register_loss("orpo", needs_reference=False)
+def orpo(pairs: PairLogps, *, beta: float) -> Tensor:
+    """-l_w - beta log sigma(log odds(l_w) - log odds(l_l)), on per-token means l; odds(l) = p / (1 - p), p = e^l.
+
+    Source: arXiv 2403.07691, Eq. 6 and 7. Not finite where a mean is 0: log(1 - e^0), as in LLaMA-Factory.
+    """
+    means = pairs.per_token()
+    chosen, rejected = means.policy_chosen, means.policy_rejected
+    log_odds = (chosen - rejected) - (torch.log1p(-torch.exp(chosen)) - torch.log1p(-torch.exp(rejected)))
+    return -chosen + beta * -F.logsigmoid(log_odds)
+
+
+@register_loss("simpo", needs_reference=False)
+def simpo(pairs: PairLogps, *, beta: float, simpo_gamma: float = 0.5) -> Tensor:
+    """-log sigma(beta(l_w - l_l - gamma / beta)), on per-token means l. Source: arXiv 2405.14734, Eq. 6."""
+    means = pairs.per_token()
+    return -F.logsigmoid(beta * ((means.policy_chosen - means.policy_rejected) - simpo_gamma / beta))

@@ -1,0 +1,76 @@
+"""The figures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+LogHistory = Sequence[Mapping[str, Any]]
+
+# The three curves of arXiv 2408.09834, Figure 2, in colours that the colour-blind can tell apart.
+CURVES = {"chosen": "#0072b2", "rejected": "#d55e00", "margins": "#009e73"}
+
+
+def plot_normalized_rewards(log_history: LogHistory, path: Path, title: str = "") -> Path | None:
+    """Plot the normalized rewards of one run (log-ratios in nats, free of beta) against its steps.
+
+    Args:
+        log_history: as in `trainer_state.json`: one mapping per log, with `step` and the metrics.
+        path: the picture to write, whole or not at all.
+        title: above the curves.
+
+    Returns:
+        The path, or None if the run logged no normalized rewards (a loss without reference).
+    """
+    return plot_runs({title: log_history}, path)
+
+
+def plot_runs(runs: Mapping[str, LogHistory], path: Path) -> Path | None:
+    """Plot several runs side by side on one scale, as in arXiv 2408.09834, Figures 2 to 5; title -> log history."""
+    runs = {title: history for title, history in runs.items() if _points(history, "chosen")[0]}
+    if not runs:
+        return None
+
+    figure = _figure(width=5.0 * len(runs), height=3.8)
+    panels = figure.subplots(1, len(runs), sharey=True, squeeze=False)[0]
+    for axes, (title, history) in zip(panels, runs.items(), strict=True):
+        _draw(axes, history, title)
+    panels[0].set_ylabel("normalized reward (nats)")
+    _save(figure, path)
+    return path
+
+
+def _draw(axes: Axes, history: LogHistory, title: str) -> None:
+    for curve, color in CURVES.items():
+        steps, values = _points(history, curve)
+        marker = "o" if len(steps) == 1 else None  # a line through one point is invisible
+        axes.plot(steps, values, color=color, marker=marker, label=curve.removesuffix("s"))
+    axes.axhline(0, color="0.6", linewidth=0.8, zorder=0)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_xlabel("step")
+    axes.set_title(title)
+    axes.legend(frameon=False)
+
+
+def _points(history: LogHistory, curve: str) -> tuple[list[int], list[float]]:
+    key = f"normalized_rewards/{curve}"
+    logs = [log for log in history if key in log]
+    return [log["step"] for log in logs], [log[key] for log in logs]
+
+
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.figure import Figure  # not pyplot: no global state, no display
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _save(figure: Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    figure.savefig(unfinished, format=path.suffix[1:], dpi=120)
+    unfinished.replace(path)

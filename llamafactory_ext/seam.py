@@ -1,0 +1,207 @@
+"""The only place where LLaMA-Factory is patched: one function per patch, one table that says what and why.
+
+Each patch is applied the moment the module that it concerns has been loaded, before anyone can take a name out of it.
+What the plugin needs of LLaMA-Factory is checked at that moment too: if a name is missing or does not take a parameter any more,
+the import fails and says what to do. There is no half-patched state to train in.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import inspect
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import wrapt
+
+from . import __version__
+
+
+@dataclass(frozen=True)
+class Patch:
+    """What is done to a module once it is loaded.
+
+    Args:
+        module: its full name.
+        why: the reason, for readers.
+        needs: name in the module (dotted for a member) -> parameters that it must take.
+        apply: the patch; None where the module is only relied upon.
+    """
+
+    module: str
+    why: str
+    needs: dict[str, tuple[str, ...]]
+    apply: Callable[[ModuleType], None] | None = None
+
+
+def arm() -> None:
+    """Register every patch, to be applied when its module is loaded."""
+    for patch in PATCHES:
+        wrapt.register_post_import_hook(functools.partial(_apply, patch), patch.module)
+
+
+def _apply(patch: Patch, module: ModuleType) -> None:
+    for name, parameters in patch.needs.items():
+        _check(module, name, parameters)
+    if patch.apply is not None:
+        patch.apply(module)
+
+
+def _check(module: ModuleType, name: str, parameters: tuple[str, ...]) -> None:
+    target: Any = module
+    for part in name.split("."):
+        target = getattr(target, part, None)
+    if target is None:
+        raise _misfit(f"{module.__name__}.{name} is missing")
+
+    missing = [p for p in parameters if p not in inspect.signature(target).parameters]
+    if missing:
+        raise _misfit(f"{module.__name__}.{name} does not take {', '.join(missing)}")
+
+
+def _misfit(what: str) -> ImportError:
+    try:
+        upstream = importlib.metadata.version("llamafactory")
+    except importlib.metadata.PackageNotFoundError:
+        upstream = "of unknown version"
+    return ImportError(
+        f"llamafactory_ext {__version__} does not fit LLaMA-Factory {upstream}: {what}. "
+        "Install llamafactory>=0.9.4,<0.9.7, or set LLAMAFACTORY_EXT=0 to run LLaMA-Factory without the plugin."
+    )
+
+
+# --- the patches ---------------------------------------------------------------------------------------------------
+
+
+def _extend_arguments(module: ModuleType) -> None:
+    from .arguments import extend
+
+    module.FinetuningArguments = extend(module.FinetuningArguments)  # type: ignore[attr-defined]
+
+
+def _train_ours(module: ModuleType) -> None:
+    wrapt.wrap_function_wrapper(module, "run_dpo", _run_dpo)
+
+
+def _run_dpo(stock: Callable[..., None], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Call LLaMA-Factory's workflow with our trainer in the place where the workflow looks for its own."""
+    from llamafactory.train.dpo import trainer as upstream
+
+    from .trainer import PreferenceTrainer, TrainerCheck
+
+    arguments = inspect.signature(stock).bind(*args, **kwargs).arguments
+    _announce(arguments["model_args"], arguments["training_args"], arguments["finetuning_args"])
+
+    callbacks = arguments.get("callbacks") or []
+    arguments["callbacks"] = [TrainerCheck(), *_metrics_in_trainer_log(callbacks), *callbacks]
+    with _replaced(upstream, "CustomDPOTrainer", PreferenceTrainer):
+        stock(**arguments)
+
+
+class _replaced:  # noqa: N801  (reads as a verb)
+    """A module's attribute, replaced for the time of a with block."""
+
+    def __init__(self, module: ModuleType, name: str, value: object) -> None:
+        self.module, self.name, self.value = module, name, value
+
+    def __enter__(self) -> None:
+        self.before = getattr(self.module, self.name)
+        setattr(self.module, self.name, self.value)
+
+    def __exit__(self, *exc_info: object) -> None:
+        setattr(self.module, self.name, self.before)
+
+
+def _announce(model_args: Any, training_args: Any, finetuning_args: Any) -> None:
+    from llamafactory.extras import logging
+
+    logger = logging.get_logger()  # LLaMA-Factory's own, whose lines reach the console and the web UI
+    logger.info_rank0(f"llamafactory_ext {__version__} is active and trains {finetuning_args.describe_loss()}.")
+    continues_adapter = model_args.adapter_name_or_path is not None and not finetuning_args.create_new_adapter
+    reference_is_base = finetuning_args.use_ref_model and finetuning_args.ref_model is None
+    if training_args.do_train and continues_adapter and reference_is_base:
+        logger.warning_rank0(
+            "The reference is the base model, without the adapter that training continues: to compare with that "
+            "adapter, set create_new_adapter: true, or name it with ref_model and ref_model_adapters."
+        )
+
+
+def _metrics_in_trainer_log(callbacks: list[Any]) -> list[Any]:
+    """A callback for each of LLaMA-Factory's `LogCallback`s, whose lines hold a fixed choice of metrics otherwise."""
+    from llamafactory.train.callbacks import LogCallback
+    from transformers import TrainerCallback
+
+    class MetricsInTrainerLog(TrainerCallback):
+        def __init__(self, log_callback: Any) -> None:
+            self.log_callback = log_callback
+
+        def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            # The line is written by a thread, later: the metrics must be bound to it now.
+            metrics = {name: value for name, value in state.log_history[-1].items() if "/" in name}
+            write = functools.partial(type(self.log_callback)._write_log, self.log_callback)
+            self.log_callback._write_log = lambda output_dir, logs: write(output_dir, {**logs, **metrics})
+
+    return [MetricsInTrainerLog(callback) for callback in callbacks if isinstance(callback, LogCallback)]
+
+
+def _refuse_in_v1(module: ModuleType) -> None:
+    wrapt.wrap_function_wrapper(module, "launch", _launch_v1)
+
+
+def _launch_v1(stock: Callable[..., None], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    from omegaconf import OmegaConf
+
+    from .arguments import STOCK_LOSSES
+
+    files = [word for word in sys.argv[1:] if word.endswith((".yaml", ".yml", ".json")) and os.path.isfile(word)]
+    recipe = OmegaConf.merge(*map(OmegaConf.load, files), OmegaConf.from_cli(sys.argv[1:]))
+    loss = recipe.get("pref_loss")
+    if loss is not None and loss not in STOCK_LOSSES:
+        raise ValueError(f"pref_loss {loss!r} cannot be trained with USE_V1, which has no preference losses: unset it.")
+    stock(*args, **kwargs)
+
+
+PATCHES = (
+    Patch(
+        "llamafactory.hparams.finetuning_args",
+        "YAML, command line and web UI know the plugin's keys, and wrong values stop before anything is loaded.",
+        {"FinetuningArguments": ("stage", "pref_loss", "pref_beta", "pref_ftx", "pref_bco_weight", "ld_alpha")},
+        _extend_arguments,
+    ),
+    Patch(
+        "llamafactory.train.dpo.workflow",
+        "Stage dpo trains the loss that the YAML names, and says which.",
+        {"run_dpo": ("model_args", "data_args", "training_args", "finetuning_args", "callbacks")},
+        _train_ours,
+    ),
+    Patch(
+        "llamafactory.train.dpo.trainer",
+        "PreferenceTrainer is a subclass of it.",
+        {
+            "CustomDPOTrainer.__init__": ("model", "ref_model", "finetuning_args", "kwargs"),
+            "CustomDPOTrainer.get_batch_loss_metrics": ("model", "batch", "train_eval"),
+            "CustomDPOTrainer.log": ("logs",),
+        },
+    ),
+    Patch(
+        "llamafactory.train.trainer_utils",
+        "logps.py sums the log-probabilities with it.",
+        {"get_batch_logps": ("logits", "labels", "ld_alpha"), "nested_detach": ("tensors", "clone")},
+    ),
+    Patch(
+        "llamafactory.train.callbacks",
+        "Its lines in trainer_log.jsonl are given the preference metrics.",
+        {"LogCallback._write_log": ("output_dir", "logs"), "LogCallback.on_log": ("args", "state", "control")},
+    ),
+    Patch(
+        "llamafactory.v1.launcher",
+        "The v1 engine would not know the plugin's losses.",
+        {"launch": ()},
+        _refuse_in_v1,
+    ),
+)

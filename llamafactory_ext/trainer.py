@@ -1,0 +1,197 @@
+"""The trainer: a batch becomes `PairLogps`, those a loss per pair and metrics; everything else is LLaMA-Factory's."""
+
+from __future__ import annotations
+
+import os
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from llamafactory.train.dpo.trainer import CustomDPOTrainer
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl.trainer.utils import RunningMoments
+
+from .logps import ResponseLogps, response_logps
+from .losses import bco
+from .monitors import RewardPlot
+from .reference import match_precision
+from .registry import PairLogps
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+BCO_STATE = "bco_running.json"
+
+
+class TrainerCheck(TrainerCallback):
+    """Refuses to go on with any trainer but ours: `PreferenceTrainer` ticks it off before it initialises.
+
+    It travels with the callbacks, so it reaches whatever trainer is really built, on every rank.
+    """
+
+    def __init__(self) -> None:
+        self.trainer_is_ours = False
+
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not self.trainer_is_ours:
+            raise RuntimeError(
+                "stage dpo built a trainer that is not llamafactory_ext's, which would train another loss than "
+                "pref_loss names: unset what replaces it (use_kt, another plugin), or set LLAMAFACTORY_EXT=0."
+            )
+
+
+class PreferenceTrainer(CustomDPOTrainer):
+    """LLaMA-Factory's DPO trainer with the loss that `pref_loss` names.
+
+    Per step: two forward passes (policy; reference, without gradient) give `PairLogps`, the loss maps them to one
+    value per pair, and `pref_bco_weight` and `pref_ftx` are added as in LLaMA-Factory.
+    """
+
+    def __init__(self, model: Any, ref_model: Any, finetuning_args: Any, **kwargs: Any) -> None:
+        for callback in kwargs.get("callbacks") or []:
+            if isinstance(callback, TrainerCheck):
+                callback.trainer_is_ours = True
+
+        self.is_own_reference = ref_model is model
+        self._metric_sums: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
+        args = kwargs["args"]
+        # DeepSpeed converts both models to the precision of its own configuration.
+        if ref_model is not None and not self.is_own_reference and not args.deepspeed:
+            autocast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+            match_precision(ref_model, model, autocast)
+
+        super().__init__(model=model, ref_model=ref_model, finetuning_args=finetuning_args, **kwargs)
+        if finetuning_args.plot_loss:
+            self.add_callback(RewardPlot())
+
+    # --- a batch becomes a loss ------------------------------------------------------------------------------------
+
+    def get_batch_loss_metrics(
+        self, model: Any, batch: dict[str, Tensor], train_eval: str = "train"
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The mean loss of the batch (a scalar), and its metrics: tensors of shape `(batch,)`, one value per pair."""
+        policy = response_logps(model, batch, ld_alpha=self.ld_alpha)
+        pairs = self._pair_logps(model, batch, policy)
+        losses = self.finetuning_args.loss(pairs, **self.finetuning_args.loss_hyperparameters)
+
+        if self.bco_gemma > 1e-6 and pairs.reference_chosen is not None:
+            losses = (losses + self.bco_gemma * self._bco_losses(pairs, train_eval)) / (1 + self.bco_gemma)
+        sft_losses = -pairs.policy_chosen / pairs.chosen_length
+        if self.ftx_gamma > 1e-6:
+            losses = losses + self.ftx_gamma * sft_losses
+
+        metrics = self._metrics(pairs, policy)
+        if self.loss_type == "orpo":
+            metrics["sft_loss"] = sft_losses
+            metrics["odds_ratio_loss"] = (losses - sft_losses) / self.beta
+
+        prefix = "eval_" if train_eval == "eval" else ""
+        return losses.mean(), {f"{prefix}{name}": values.detach() for name, values in metrics.items()}
+
+    def _pair_logps(self, model: Any, batch: dict[str, Tensor], policy: ResponseLogps) -> PairLogps:
+        reference_chosen, reference_rejected = self._reference_logps(model, batch, policy)
+        return PairLogps(
+            policy.chosen,
+            policy.rejected,
+            reference_chosen,
+            reference_rejected,
+            policy.chosen_length,
+            policy.rejected_length,
+        )
+
+    def _reference_logps(
+        self, model: Any, batch: dict[str, Tensor], policy: ResponseLogps
+    ) -> tuple[Tensor | None, Tensor | None]:
+        if not self.finetuning_args.use_ref_model:
+            return None, None
+        if self.is_own_reference:
+            return policy.chosen.detach(), policy.rejected.detach()
+
+        without_adapter = nullcontext() if self.ref_model else self.accelerator.unwrap_model(model).disable_adapter()
+        with torch.no_grad(), without_adapter:
+            reference = response_logps(self.ref_model or model, batch)
+        return reference.chosen, reference.rejected
+
+    def _reported(self, pairs: PairLogps) -> PairLogps:
+        """The pairs on the scale that LLaMA-Factory reports: means per token for the losses that work on those."""
+        means = not self.finetuning_args.loss.needs_reference or (
+            {**self.finetuning_args.loss.defaults(), **self.finetuning_args.loss_hyperparameters}.get("length_normalize")
+        )
+        return pairs.per_token() if means else pairs
+
+    def _bco_losses(self, pairs: PairLogps, train_eval: str) -> Tensor:
+        scored = self._reported(pairs)
+        if train_eval == "train":  # evaluation must not move the baseline that training compares with
+            rewards = self.beta * torch.cat([scored.chosen_logratio, scored.rejected_logratio])
+            self.running.update(rewards.mean().detach())
+        return bco(scored, beta=self.beta, baseline=self.running.mean)
+
+    # --- metrics -----------------------------------------------------------------------------------------------------
+
+    def _metrics(self, pairs: PairLogps, policy: ResponseLogps) -> dict[str, Tensor]:
+        scored = self._reported(pairs)
+        metrics = {
+            "logps/chosen": scored.policy_chosen,
+            "logps/rejected": scored.policy_rejected,
+            "logits/chosen": policy.chosen_logits,
+            "logits/rejected": policy.rejected_logits,
+        }
+        if self.is_own_reference:  # every reward would be 0
+            return metrics
+
+        has_reference = pairs.reference_chosen is not None
+        chosen_rewards = self.beta * (scored.chosen_logratio if has_reference else scored.policy_chosen)
+        rejected_rewards = self.beta * (scored.rejected_logratio if has_reference else scored.policy_rejected)
+        metrics |= {
+            "rewards/chosen": chosen_rewards,
+            "rewards/rejected": rejected_rewards,
+            "rewards/accuracies": (chosen_rewards > rejected_rewards).float(),
+            "rewards/margins": chosen_rewards - rejected_rewards,
+        }
+        if has_reference:
+            metrics |= {
+                "normalized_rewards/chosen": pairs.chosen_logratio,
+                "normalized_rewards/rejected": pairs.rejected_logratio,
+                "normalized_rewards/margins": pairs.margin,
+            }
+        if self.finetuning_args.loss.metrics is not None:
+            metrics |= self.finetuning_args.loss.metrics(pairs, **self.finetuning_args.loss_hyperparameters)
+        return metrics
+
+    def store_metrics(self, metrics: dict[str, Tensor], train_eval: str = "train") -> None:
+        """Add a batch to the running (sum, count) of each metric: no transfer from the device until they are logged."""
+        sums = self._metric_sums[train_eval]
+        for name, values in metrics.items():
+            batch = torch.stack([values.sum(dtype=torch.float64), values.new_tensor(values.numel()).double()])
+            sums[name] = sums[name] + batch if name in sums else batch
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log with the metrics stored since the last time: means over all pairs of all ranks."""
+        sums = self._metric_sums["train" if "loss" in logs else "eval"]
+        if sums:
+            # One collective whatever the number of metrics; every rank holds the same names, in any order.
+            names = sorted(sums)
+            total = self.accelerator.reduce(torch.stack([sums[name] for name in names]), "sum")
+            logs |= dict(zip(names, (total[:, 0] / total[:, 1]).tolist(), strict=True))
+            sums.clear()
+        Trainer.log(self, logs, *args, **kwargs)
+
+    # --- the baseline of pref_bco_weight is state of the run ----------------------------------------------------------
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        super()._save_checkpoint(*args, **kwargs)
+        if hasattr(self, "running"):
+            folder = os.path.join(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+            self.running.save_to_json(os.path.join(folder, BCO_STATE))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and hasattr(self, "running"):
+            path = os.path.join(checkpoint, BCO_STATE)
+            if not os.path.isfile(path):
+                raise ValueError(
+                    f"{checkpoint} was saved without pref_bco_weight, whose running mean it lacks: resume with the "
+                    "setting that the run was started with."
+                )
+            self.running = RunningMoments.load_from_json(self.accelerator, path)
