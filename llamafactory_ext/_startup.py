@@ -47,7 +47,7 @@ def _lend_torchaudio(fullname, path):
     def exec_module(module):
         from transformers.utils import is_torchaudio_available
 
-        is_torchaudio_available()  # remembered by transformers, so ask before the stand-in can be taken for the real one
+        is_torchaudio_available()  # transformers remembers the answer: ask while it is still the true one
         sys.modules["torchaudio"] = _missing_torchaudio()
         try:
             execute(module)

@@ -87,32 +87,29 @@ class PreferenceArguments(FinetuningArguments):
 
     def describe_loss(self) -> str:
         """The loss with every hyper-parameter that it is trained with, like `dpop(beta=0.1, dpop_lambda=50.0)`."""
-        values = {**self.loss.defaults(), **self.loss_hyperparameters}
-        return f"{self.loss.name}({', '.join(f'{name}={value}' for name, value in values.items())})"
+        values = ", ".join(f"{name}={value}" for name, value in self.loss_hyperparameters.items())
+        return f"{self.loss.name}({values})"
 
 
 def extend(base: type) -> type:
     """LLaMA-Factory's `FinetuningArguments` with the plugin's keys; the class goes by the base's own name."""
-    extended = dataclass(type(base.__name__, (PreferenceArguments, base), {"__doc__": base.__doc__}))
+    extended: type = dataclass(type(base.__name__, (PreferenceArguments, base), {"__doc__": base.__doc__}))
     extended.__module__, extended.__qualname__ = base.__module__, base.__qualname__
     return extended
 
 
 def _resolve(args: PreferenceArguments) -> tuple[Loss, dict[str, Any]]:
-    """The loss that the arguments name and its hyper-parameters, checked.
+    """The loss that the arguments name and a value for each of its hyper-parameters, checked.
 
     Raises:
         ValueError: with one sentence that says what to write instead.
     """
     loss = _find_loss(args)
     _check_backend(loss)
-    hyperparameters = {**_from_keys(args, loss), **_from_loss_args(args, loss)}
-    if "beta" in loss.parameters:
-        hyperparameters = {"beta": args.pref_beta, **hyperparameters}
-
-    _check_complete(loss, hyperparameters)
+    given = {**loss.defaults(), **_from_keys(args, loss), **_from_loss_args(args, loss), "beta": args.pref_beta}
+    _check_complete(loss, given)
     _check_ld_alpha(args)
-    return loss, hyperparameters
+    return loss, {name: given[name] for name in loss.parameters}
 
 
 def _find_loss(args: PreferenceArguments) -> Loss:
@@ -193,7 +190,7 @@ def _check_annotation(name: str, value: Any, parameter: inspect.Parameter) -> No
 
 
 def _check_complete(loss: Loss, hyperparameters: dict[str, Any]) -> None:
-    missing = [name for name in loss.parameters if name not in {**loss.defaults(), **hyperparameters}]
+    missing = [name for name in loss.parameters if name not in hyperparameters]
     if missing:
         raise ValueError(
             f"pref_loss {loss.name!r} needs a value for {_listed(missing)}: write it under `pref_loss_args`."

@@ -51,7 +51,7 @@ def _draw(axes: Axes, history: LogHistory, title: str) -> None:
         marker = "o" if len(steps) == 1 else None  # a line through one point is invisible
         axes.plot(steps, values, color=color, marker=marker, label=curve.removesuffix("s"))
     axes.axhline(0, color="0.6", linewidth=0.8, zorder=0)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(axis="x", integer=True)
     axes.set_xlabel("step")
     axes.set_title(title)
     axes.legend(frameon=False)

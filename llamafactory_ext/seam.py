@@ -1,8 +1,8 @@
 """The only place where LLaMA-Factory is patched: one function per patch, one table that says what and why.
 
 Each patch is applied the moment the module that it concerns has been loaded, before anyone can take a name out of it.
-What the plugin needs of LLaMA-Factory is checked at that moment too: if a name is missing or does not take a parameter any more,
-the import fails and says what to do. There is no half-patched state to train in.
+What the plugin needs of LLaMA-Factory is checked at that moment too: if a name or a parameter is gone, the import
+fails and says what to do. There is no half-patched state to train in.
 """
 
 from __future__ import annotations
@@ -55,10 +55,9 @@ def _apply(patch: Patch, module: ModuleType) -> None:
 def _check(module: ModuleType, name: str, parameters: tuple[str, ...]) -> None:
     target: Any = module
     for part in name.split("."):
-        target = getattr(target, part, None)
-    if target is None:
-        raise _misfit(f"{module.__name__}.{name} is missing")
-
+        if not hasattr(target, part):
+            raise _misfit(f"{module.__name__}.{name} is missing")
+        target = getattr(target, part)
     missing = [p for p in parameters if p not in inspect.signature(target).parameters]
     if missing:
         raise _misfit(f"{module.__name__}.{name} does not take {', '.join(missing)}")
@@ -159,8 +158,8 @@ def _launch_v1(stock: Callable[..., None], instance: Any, args: tuple[Any, ...],
     from .arguments import STOCK_LOSSES
 
     files = [word for word in sys.argv[1:] if word.endswith((".yaml", ".yml", ".json")) and os.path.isfile(word)]
-    recipe = OmegaConf.merge(*map(OmegaConf.load, files), OmegaConf.from_cli(sys.argv[1:]))
-    loss = recipe.get("pref_loss")
+    recipe = OmegaConf.merge(OmegaConf.create(), *map(OmegaConf.load, files), OmegaConf.from_cli(sys.argv[1:]))
+    loss = OmegaConf.select(recipe, "pref_loss")
     if loss is not None and loss not in STOCK_LOSSES:
         raise ValueError(f"pref_loss {loss!r} cannot be trained with USE_V1, which has no preference losses: unset it.")
     stock(*args, **kwargs)

@@ -115,9 +115,8 @@ class PreferenceTrainer(CustomDPOTrainer):
 
     def _reported(self, pairs: PairLogps) -> PairLogps:
         """The pairs on the scale that LLaMA-Factory reports: means per token for the losses that work on those."""
-        means = not self.finetuning_args.loss.needs_reference or (
-            {**self.finetuning_args.loss.defaults(), **self.finetuning_args.loss_hyperparameters}.get("length_normalize")
-        )
+        args = self.finetuning_args
+        means = not args.loss.needs_reference or args.loss_hyperparameters.get("length_normalize", False)
         return pairs.per_token() if means else pairs
 
     def _bco_losses(self, pairs: PairLogps, train_eval: str) -> Tensor:

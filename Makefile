@@ -1,0 +1,56 @@
+# make demo   everything from an environment to trained, scored and plotted models
+# make test   sets up an environment and runs all tests
+PYTHON ?= python3
+VENV ?= .venv
+LLAMAFACTORY ?= llamafactory==0.9.5
+TORCH ?= torch==2.13.0
+BIN := $(VENV)/bin
+
+# uv resolves much faster than pip, but does not read pip's configuration: hand its find-links over.
+FIND_LINKS := $(addprefix --find-links ,$(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null))
+# Without a GPU: PyPI's torchvision and torchaudio are CUDA builds, which break beside a CPU build of torch.
+OVERRIDES := $(if $(shell command -v nvidia-smi),,--override $(VENV)/cpu-only.txt)
+
+.PHONY: help venv demo test test-fast test-compat check format clean
+
+help:
+	@echo "make demo         train DPO, DPOP and MinorDPO on a small model, score and plot them (DATA=, MODEL=)"
+	@echo "make test         run all tests; make test-fast: those that launch no processes"
+	@echo "make test-compat  run all tests with LLaMA-Factory 0.9.4"
+	@echo "make check        lint, format and type checks"
+	@echo "make venv         only set up the environment in $(VENV)"
+	@echo "make clean        remove the environments and everything that was made"
+
+venv: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml setup.py llamafactory_ext.pth Makefile
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet uv
+	printf '%s; sys_platform == "never"\n' torchvision torchaudio torchcodec > $(VENV)/cpu-only.txt
+	$(BIN)/uv pip install --python $(BIN)/python $(FIND_LINKS) $(OVERRIDES) \
+		"$(TORCH)" "$(LLAMAFACTORY)" -e ".[dev,demo]"
+	touch $@
+
+demo: venv
+	$(BIN)/python examples/demo/demo.py $(if $(DATA),--data "$(DATA)") $(if $(MODEL),--model "$(MODEL)")
+
+test: venv
+	$(BIN)/python -m pytest
+
+test-fast: venv
+	$(BIN)/python -m pytest -m "not slow"
+
+test-compat:
+	$(MAKE) test VENV=.venv-compat LLAMAFACTORY="llamafactory==0.9.4"
+
+check: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: venv
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv .venv-compat outputs build dist *.egg-info

@@ -1,0 +1,60 @@
+"""The losses once more, as naive formulas in float64: what the package is compared with. D_w, D_l as in the papers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llamafactory_ext import PairLogps
+
+
+def log_sigma(x: Tensor) -> Tensor:
+    return torch.log(1 / (1 + torch.exp(-x)))
+
+
+def relu(x: Tensor) -> Tensor:
+    return torch.where(x > 0, x, torch.zeros_like(x))
+
+
+def plain_loss(name: str, pairs: PairLogps, **hyper: Any) -> Tensor:
+    """The loss `name` of pairs in float64, shape `(batch,)`; every hyper-parameter must be given."""
+    w, l = pairs.policy_chosen, pairs.policy_rejected  # noqa: E741
+    n_w, n_l = pairs.chosen_length, pairs.rejected_length
+    beta = hyper["beta"]
+    if name == "orpo":
+        p_w, p_l = torch.exp(w / n_w), torch.exp(l / n_l)
+        ratio = (p_w / (1 - p_w)) / (p_l / (1 - p_l))
+        return -w / n_w - beta * log_sigma(torch.log(ratio))
+    if name == "simpo":
+        return -log_sigma(beta * w / n_w - beta * l / n_l - hyper["simpo_gamma"])
+
+    d_w, d_l = w - pairs.reference_chosen, l - pairs.reference_rejected
+    if name == "sigmoid":
+        e = hyper["label_smoothing"]
+        return -(1 - e) * log_sigma(beta * (d_w - d_l)) - e * log_sigma(-beta * (d_w - d_l))
+    if name == "hinge":
+        return relu(1 - beta * (d_w - d_l))
+    if name == "ipo":
+        scale_w, scale_l = (n_w, n_l) if hyper["length_normalize"] else (1, 1)
+        return (d_w / scale_w - d_l / scale_l - 1 / (2 * beta)) ** 2
+    if name == "kto_pair":
+        kl_w, kl_l = relu(d_w.mean()), relu(d_l.mean())
+        return ((1 - 1 / (1 + torch.exp(-beta * (d_w - kl_l)))) + (1 - 1 / (1 + torch.exp(-beta * (kl_w - d_l))))) / 2
+    if name == "minor_dpo":
+        return -log_sigma(beta * d_w - beta * relu(d_l))
+    if name == "dpop":
+        return -log_sigma(beta * (d_w - d_l - hyper["dpop_lambda"] * relu(-d_w)))
+    raise KeyError(name)
+
+
+def plain_logps(model: torch.nn.Module, tokenizer: Any, prompt: str, response: str) -> tuple[float, int]:
+    """The summed log-probability of one response after one prompt, alone and without padding, and its length."""
+    prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    response_ids = tokenizer(response, add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt_ids + response_ids])).logits[0].double()
+    logps = torch.log(torch.softmax(logits, dim=-1))
+    first = len(prompt_ids) - 1  # the position that predicts the first response token
+    return sum(logps[first + i, token].item() for i, token in enumerate(response_ids)), len(response_ids)

@@ -1,0 +1,160 @@
+"""The YAML keys: what they resolve to, and what is refused before anything is loaded."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from llamafactory.hparams import FinetuningArguments
+from transformers import HfArgumentParser
+
+from llamafactory_ext import registry
+
+MINE = """
+from __future__ import annotations
+from llamafactory_ext import register_loss
+
+@register_loss("mine")
+def mine(pairs, *, beta: float, tau: float, steps: int = 3, on: bool = False, kind: str = "a"):
+    return tau * pairs.margin
+
+@register_loss("alone", needs_reference=False)
+def alone(pairs):
+    return -pairs.policy_chosen
+"""
+
+
+@pytest.fixture
+def loss_file(tmp_path, monkeypatch):
+    registry.loss_names()
+    monkeypatch.setattr(registry, "_losses", dict(registry._losses))
+    path = tmp_path / "mine.py"
+    path.write_text(MINE, encoding="utf-8")
+    return str(path)
+
+
+def parse(**settings):
+    """As LLaMA-Factory parses a YAML file: no types are checked on the way."""
+    (args,) = HfArgumentParser(FinetuningArguments).parse_dict({"stage": "dpo", **settings})
+    return args
+
+
+@pytest.mark.parametrize(
+    ("settings", "described", "needs_reference"),
+    [
+        ({}, "sigmoid(beta=0.1, label_smoothing=0.0)", True),
+        ({"dpo_label_smoothing": 0.2}, "sigmoid(beta=0.1, label_smoothing=0.2)", True),
+        ({"pref_loss": "minor_dpo", "pref_beta": 0.05}, "minor_dpo(beta=0.05)", True),
+        ({"pref_loss": "dpop"}, "dpop(beta=0.1, dpop_lambda=50.0)", True),
+        ({"pref_loss": "dpop", "dpop_lambda": 0}, "dpop(beta=0.1, dpop_lambda=0)", True),
+        ({"pref_loss": "ipo"}, "ipo(beta=0.1, length_normalize=True)", True),
+        ({"pref_loss": "ipo", "ipo_length_normalize": False}, "ipo(beta=0.1, length_normalize=False)", True),
+        ({"pref_loss": "hinge", "ld_alpha": 0.5}, "hinge(beta=0.1)", True),
+        ({"pref_loss": "simpo", "simpo_gamma": 1.5}, "simpo(beta=0.1, simpo_gamma=1.5)", False),
+        ({"pref_loss": "orpo"}, "orpo(beta=0.1)", False),
+    ],
+)
+def test_resolved_loss(settings, described, needs_reference):
+    args = parse(**settings)
+    assert args.describe_loss() == described
+    assert args.use_ref_model is needs_reference
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"pref_loss": "minor"}, "unknown: write one of .*Did you mean 'minor_dpo'"),
+        ({"pref_loss": 3}, "`pref_loss` is 3: write a value of type str"),
+        ({"pref_beta": 0}, "`pref_beta` is 0: write a number above 0"),
+        ({"pref_beta": -0.1}, "number above 0"),
+        ({"pref_beta": "abc"}, "`pref_beta` is 'abc'"),
+        ({"pref_beta": math.nan}, "`pref_beta` is nan"),
+        ({"pref_beta": True}, "`pref_beta` is True"),
+        ({"pref_loss": "dpop", "dpop_lambda": -1}, "`dpop_lambda` is -1: write a finite number of at least 0"),
+        ({"pref_loss": "dpop", "dpop_lambda": math.inf}, "`dpop_lambda` is inf"),
+        ({"pref_loss": "dpop", "dpop_lambda": "50"}, "`dpop_lambda` is '50'"),
+        ({"dpop_lambda": 50}, "`dpop_lambda` is not a hyper-parameter of pref_loss 'sigmoid', which takes `beta`"),
+        ({"pref_loss": "minor_dpo", "dpop_lambda": 50}, "remove `dpop_lambda`"),
+        ({"pref_loss": "dpop", "simpo_gamma": 1.0}, "remove `simpo_gamma`"),
+        ({"pref_loss": "hinge", "ipo_length_normalize": True}, "remove `ipo_length_normalize`"),
+        ({"pref_loss": "ipo", "ipo_length_normalize": "yes"}, "value of type bool"),
+        ({"dpo_label_smoothing": 0.5}, "at least 0 and below 0.5"),
+        ({"dpo_label_smoothing": -0.1}, "at least 0 and below 0.5"),
+        ({"dpo_label_smoothing": "a"}, "`dpo_label_smoothing` is 'a'"),
+        ({"pref_loss": "minor_dpo", "dpo_label_smoothing": 0.1}, "only valid for sigmoid"),
+        ({"pref_ftx": -1}, "`pref_ftx` is -1"),
+        ({"pref_bco_weight": "1"}, "`pref_bco_weight` is '1'"),
+        ({"pref_loss": "minor_dpo", "ld_alpha": 0.5}, "remove `ld_alpha`"),
+        ({"pref_loss": "dpop", "ld_alpha": 0.5}, "remove `ld_alpha`"),
+        ({"pref_loss_args": {"tau": 1}}, "for a loss of your own: name its file"),
+        ({"pref_loss_file": "nowhere.py"}, "is not a file"),
+        ({"stage": "sft", "dpop_lambda": 50}, "belongs to `stage: dpo`"),
+    ],
+)
+def test_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        parse(**settings)
+
+
+@pytest.mark.parametrize("given", [{"tau": 0.5}, '{"tau": 0.5}'])
+def test_loss_of_the_user(loss_file, given):
+    args = parse(pref_loss="mine", pref_loss_file=loss_file, pref_loss_args=given)
+    assert args.loss_hyperparameters == {"steps": 3, "on": False, "kind": "a", "beta": 0.1, "tau": 0.5}
+    assert args.describe_loss().startswith("mine(")
+    assert args.use_ref_model
+
+
+def test_loss_of_the_user_without_reference_and_beta(loss_file):
+    args = parse(pref_loss="alone", pref_loss_file=loss_file)
+    assert args.loss_hyperparameters == {}
+    assert not args.use_ref_model
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "registers `mine`, `alone`, but pref_loss is 'sigmoid'"),
+        ({"pref_loss": "mine"}, "needs a value for `tau`: write it under `pref_loss_args`"),
+        ({"pref_loss": "mine", "pref_loss_args": {"tau": 1, "sigma": 2}}, "holds 'sigma', but .* takes `tau`, `steps`"),
+        ({"pref_loss": "mine", "pref_loss_args": {"beta": 1}}, "write `pref_beta`"),
+        ({"pref_loss": "mine", "pref_loss_args": {"tau": "high"}}, "tau as 'high': write a value of type float"),
+        ({"pref_loss": "mine", "pref_loss_args": {"tau": 1, "steps": 1.5}}, "steps as 1.5: .* type int"),
+        ({"pref_loss": "mine", "pref_loss_args": {"tau": 1, "on": 1}}, "on as 1: .* type bool"),
+        ({"pref_loss": "mine", "pref_loss_args": "{tau}"}, "is not JSON"),
+        ({"pref_loss": "mine", "pref_loss_args": "[1]"}, "must be a mapping"),
+        ({"pref_loss": "mine", "pref_loss_args": {"tau": 1}, "dpop_lambda": 2}, "remove `dpop_lambda`"),
+    ],
+)
+def test_refused_with_a_loss_of_the_user(loss_file, settings, message):
+    with pytest.raises(ValueError, match=message):
+        parse(pref_loss_file=loss_file, **settings)
+
+
+def test_other_stages_are_left_alone():
+    args = parse(stage="kto", pref_loss="whatever the board sends", pref_beta=0)
+    assert not args.use_ref_model
+
+
+def test_mca_refuses_our_losses_only(monkeypatch):
+    monkeypatch.setenv("USE_MCA", "1")
+    assert parse(pref_loss="hinge").loss.name == "hinge"
+    with pytest.raises(ValueError, match="unset USE_MCA"):
+        parse(pref_loss="minor_dpo")
+
+
+def test_command_line_help_and_values():
+    parser = HfArgumentParser(FinetuningArguments)
+    for key in ("--pref_loss ", "--dpop_lambda", "--ipo_length_normalize", "--pref_loss_file", "--pref_loss_args"):
+        assert key in parser.format_help()
+    words = ["--stage", "dpo", "--pref_loss", "dpop", "--dpop_lambda", "5"]
+    (args,) = parser.parse_args_into_dataclasses(words)
+    assert args.describe_loss() == "dpop(beta=0.1, dpop_lambda=5.0)"
+
+
+def test_arguments_go_by_llamafactorys_name():
+    import pickle
+
+    args = parse(pref_loss="dpop")
+    assert type(args).__qualname__ == "FinetuningArguments"
+    assert pickle.loads(pickle.dumps(args)).pref_loss == "dpop"
+    assert args.to_dict()["dpop_lambda"] is None

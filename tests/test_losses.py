@@ -1,0 +1,239 @@
+"""The losses: golden rows derived by hand, parity with plain formulas, identities, extremes."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from plain import plain_loss
+
+from llamafactory_ext import PairLogps, get_loss
+from llamafactory_ext.losses import bco, coefficient, dpo_argument, minor_dpo_argument
+
+HYPER = {
+    "sigmoid": {"beta": 0.5, "label_smoothing": 0.2},
+    "hinge": {"beta": 0.5},
+    "ipo": {"beta": 0.5, "length_normalize": True},
+    "kto_pair": {"beta": 0.5},
+    "minor_dpo": {"beta": 0.5},
+    "dpop": {"beta": 0.5, "dpop_lambda": 5.0},
+    "orpo": {"beta": 0.5},
+    "simpo": {"beta": 0.5, "simpo_gamma": 0.3},
+}
+WITH_REFERENCE = ["sigmoid", "hinge", "ipo", "kto_pair", "minor_dpo", "dpop"]
+
+
+def pairs_of(
+    d_w: list[float], d_l: list[float], n_w: int = 4, n_l: int = 2, dtype: torch.dtype = torch.float64
+) -> PairLogps:
+    """Pairs with the given logratios over a reference of -20 (chosen) and -30 (rejected) nats."""
+    reference_w = torch.full((len(d_w),), -20.0, dtype=dtype)
+    reference_l = torch.full((len(d_l),), -30.0, dtype=dtype)
+    return PairLogps(
+        (reference_w + torch.tensor(d_w, dtype=dtype)).requires_grad_(),
+        (reference_l + torch.tensor(d_l, dtype=dtype)).requires_grad_(),
+        reference_w,
+        reference_l,
+        torch.full((len(d_w),), n_w),
+        torch.full((len(d_l),), n_l),
+    )
+
+
+def softplus(x: float) -> float:
+    """log(1 + e^x) = -log sigma(-x), for the golden rows."""
+    return math.log1p(math.exp(x))
+
+
+# Each row: loss, hyper-parameters, D_w, D_l, the loss of the pair, and how it is reached.
+GOLDEN = [
+    ("sigmoid", {"beta": 0.5}, 2.0, -1.0, softplus(-1.5)),  # argument 0.5 * 3
+    ("sigmoid", {"beta": 0.5, "label_smoothing": 0.1}, 2.0, -1.0, 0.9 * softplus(-1.5) + 0.1 * softplus(1.5)),
+    ("sigmoid", {"beta": 0.1}, 0.0, 0.0, math.log(2)),
+    ("hinge", {"beta": 0.5}, 2.0, 1.0, 0.5),  # 1 - 0.5 * 1
+    ("hinge", {"beta": 0.5}, 2.0, -1.0, 0.0),  # 1 - 0.5 * 3 < 0
+    ("ipo", {"beta": 0.5}, 2.0, -1.0, 0.0),  # means 2/4 and -1/2: margin 1 = 1 / (2 * 0.5)
+    ("ipo", {"beta": 0.5, "length_normalize": False}, 2.0, -1.0, 4.0),  # (3 - 1)^2
+    # One pair, so KL_w = relu(2) = 2 and KL_l = relu(-1) = 0: the halves are 1 - sigma(1) and 1 - sigma(1.5).
+    ("kto_pair", {"beta": 0.5}, 2.0, -1.0, (1 / (1 + math.e) + 1 / (1 + math.exp(1.5))) / 2),
+    ("minor_dpo", {"beta": 0.5}, 2.0, -1.0, softplus(-1.0)),  # the rejected term is off: 0.5 * 2
+    ("minor_dpo", {"beta": 0.5}, 2.0, 1.0, softplus(-0.5)),  # on: 0.5 * (2 - 1)
+    ("minor_dpo", {"beta": 0.5}, -2.0, 0.0, softplus(1.0)),  # a tie is off
+    ("dpop", {"beta": 0.5, "dpop_lambda": 5.0}, 2.0, -1.0, softplus(-1.5)),  # no penalty above the reference
+    ("dpop", {"beta": 0.5, "dpop_lambda": 5.0}, -0.4, -1.0, softplus(0.7)),  # 0.5 * (-0.4 + 1 - 5 * 0.4) = -0.7
+    ("dpop", {"beta": 0.1}, -0.4, -1.0, softplus(1.94)),  # lambda 50: 0.1 * (0.6 - 20) = -1.94
+    # means of the policy: (-20 + 2) / 4 = -4.5 and (-30 - 1) / 2 = -15.5; 0.5 * 11 - 0.3
+    ("simpo", {"beta": 0.5, "simpo_gamma": 0.3}, 2.0, -1.0, softplus(-5.2)),
+    # log odds(l) = l - log(1 - e^l)
+    (
+        "orpo",
+        {"beta": 0.5},
+        2.0,
+        -1.0,
+        4.5 + 0.5 * softplus(-(11 - math.log1p(-math.exp(-4.5)) + math.log1p(-math.exp(-15.5)))),
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "hyper", "d_w", "d_l", "expected"), GOLDEN)
+def test_golden_row(name, hyper, d_w, d_l, expected):
+    loss = get_loss(name)(pairs_of([d_w], [d_l]), **hyper)
+    assert loss.shape == (1,)
+    assert loss.item() == pytest.approx(expected, abs=1e-12)
+
+
+def test_golden_bco():
+    # -log sigma(0.5 * 2 - 0.25) - log sigma(-(0.5 * -1 - 0.25))
+    loss = bco(pairs_of([2.0], [-1.0]), beta=0.5, baseline=0.25)
+    assert loss.item() == pytest.approx(2 * softplus(-0.75), abs=1e-12)
+
+
+def test_golden_coefficients():
+    """arXiv 2408.09834, Figure 1: DPO's coefficient grows as D_l does, MinorDPO's is flat below the reference."""
+    pairs = pairs_of([0.0, 0.0, 0.0], [-4.0, 0.0, 4.0])
+    dpo = coefficient(dpo_argument(pairs, beta=0.5), beta=0.5)
+    minor = coefficient(minor_dpo_argument(pairs, beta=0.5), beta=0.5)
+    assert dpo.tolist() == pytest.approx([0.5 / (1 + math.exp(2)), 0.25, 0.5 / (1 + math.exp(-2))])
+    assert minor.tolist() == pytest.approx([0.25, 0.25, 0.5 / (1 + math.exp(-2))])
+
+
+# --- parity with plain float64 formulas, values and gradients --------------------------------------------------------
+
+logratio = st.floats(-15, 15).filter(lambda value: abs(value) > 0.01)  # ties have tests of their own
+batches = st.integers(1, 5).flatmap(
+    lambda size: st.tuples(*(st.lists(logratio, min_size=size, max_size=size) for _ in range(2)))
+)
+
+
+@pytest.mark.parametrize("name", HYPER)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 2e-4)])
+@given(batch=batches, lengths=st.tuples(st.integers(1, 40), st.integers(1, 40)))
+@settings(max_examples=30, deadline=None)
+def test_parity_with_plain_formula(name, dtype, tolerance, batch, lengths):
+    ours = pairs_of(*batch, *lengths, dtype=dtype)
+    exact = PairLogps(
+        *(t.detach().double().requires_grad_() for t in (ours.policy_chosen, ours.policy_rejected)),
+        ours.reference_chosen.double(),
+        ours.reference_rejected.double(),
+        ours.chosen_length,
+        ours.rejected_length,
+    )
+    actual = get_loss(name)(ours, **HYPER[name])
+    expected = plain_loss(name, exact, **HYPER[name])
+    assert actual.dtype == dtype
+    torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=tolerance)
+
+    gradients = torch.autograd.grad(actual.sum(), [ours.policy_chosen, ours.policy_rejected])
+    exact_gradients = torch.autograd.grad(expected.sum(), [exact.policy_chosen, exact.policy_rejected])
+    for gradient, exact_gradient in zip(gradients, exact_gradients, strict=True):
+        torch.testing.assert_close(gradient.double(), exact_gradient, rtol=tolerance, atol=tolerance)
+
+
+@given(
+    chosen=st.lists(st.floats(-30, -0.015625, width=32), min_size=1, max_size=6),
+    rejected=st.floats(-30, -0.015625, width=32),
+    length=st.integers(1, 50),
+)
+@settings(max_examples=50, deadline=None)
+def test_reference_free_losses_are_bitwise_those_of_llamafactory(chosen, rejected, length):
+    from llamafactory.train.dpo.trainer import CustomDPOTrainer
+
+    stock = SimpleNamespace(beta=0.3, simpo_gamma=0.7)
+    w, l = torch.tensor(chosen), torch.full((len(chosen),), rejected)  # noqa: E741
+    n = torch.full((len(chosen),), length)
+    pairs = PairLogps(w, l, None, None, n, n)
+    assert torch.equal(get_loss("orpo")(pairs, beta=0.3), CustomDPOTrainer.odds_ratio_loss(stock, w / n, l / n))
+    assert torch.equal(
+        get_loss("simpo")(pairs, beta=0.3, simpo_gamma=0.7), CustomDPOTrainer.simpo_loss(stock, w / n, l / n)
+    )
+
+
+# --- identities ------------------------------------------------------------------------------------------------------
+
+
+@given(batch=batches, beta=st.floats(0.01, 1))
+@settings(max_examples=50, deadline=None)
+def test_dpop_without_lambda_is_sigmoid(batch, beta):
+    pairs = pairs_of(*batch, dtype=torch.float32)
+    assert torch.equal(get_loss("dpop")(pairs, beta=beta, dpop_lambda=0.0), get_loss("sigmoid")(pairs, beta=beta))
+
+
+@given(batch=batches, beta=st.floats(0.01, 1))
+@settings(max_examples=50, deadline=None)
+def test_minor_dpo_is_sigmoid_above_the_reference_and_blind_below(batch, beta):
+    d_w, d_l = batch
+    above = pairs_of(d_w, [abs(d) for d in d_l], dtype=torch.float32)
+    assert torch.equal(get_loss("minor_dpo")(above, beta=beta), get_loss("sigmoid")(above, beta=beta))
+
+    below = pairs_of(d_w, [-abs(d) for d in d_l], dtype=torch.float32)
+    far_below = pairs_of(d_w, [-abs(d) - 5 for d in d_l], dtype=torch.float32)
+    assert torch.equal(get_loss("minor_dpo")(below, beta=beta), get_loss("minor_dpo")(far_below, beta=beta))
+
+
+@pytest.mark.parametrize("d_l", [-7.0, -1e-6, 0.0])
+def test_minor_dpo_sends_no_gradient_to_a_rejected_answer_at_or_below_the_reference(d_l):
+    pairs = pairs_of([1.0], [d_l])
+    chosen, rejected = torch.autograd.grad(
+        get_loss("minor_dpo")(pairs, beta=0.5).sum(), [pairs.policy_chosen, pairs.policy_rejected]
+    )
+    assert rejected.item() == 0.0
+    assert chosen.item() == pytest.approx(-0.5 / (1 + math.exp(0.5)))  # -beta sigma(-beta D_w)
+
+
+def test_dpop_multiplies_the_chosen_gradient_below_the_reference():
+    for d_w, factor in [(-0.5, 1 + 5), (0.0, 1), (0.5, 1)]:
+        pairs = pairs_of([d_w], [0.0])
+        hyper = {"beta": 0.5, "dpop_lambda": 5.0}
+        chosen, rejected = torch.autograd.grad(
+            get_loss("dpop")(pairs, **hyper).sum(), [pairs.policy_chosen, pairs.policy_rejected]
+        )
+        assert (chosen / rejected).item() == pytest.approx(-factor)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", [name for name in HYPER if name != "orpo"])
+def test_extremes_stay_finite(name, dtype):
+    ends = [-1e4, 0.0, 1e4]
+    d_w, d_l = [list(column) for column in zip(*[(w, l) for w in ends for l in ends], strict=True)]  # noqa: E741
+    pairs = pairs_of(d_w, d_l, dtype=dtype)
+    loss = get_loss(name)(pairs, **HYPER[name])
+    gradients = torch.autograd.grad(loss.sum(), [pairs.policy_chosen, pairs.policy_rejected])
+    assert all(torch.isfinite(values).all() for values in (loss, *gradients))
+
+
+# --- what the callables promise --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", HYPER)
+def test_unknown_hyperparameter_is_a_type_error(name):
+    with pytest.raises(TypeError):
+        get_loss(name)(pairs_of([1.0], [0.0]), gamma=1.0, **HYPER[name])
+
+
+@pytest.mark.parametrize("name", WITH_REFERENCE)
+def test_missing_reference_is_named(name):
+    pairs = PairLogps(*(torch.tensor([-1.0]),) * 2, None, None, *(torch.tensor([1]),) * 2)
+    with pytest.raises(ValueError, match="no reference"):
+        get_loss(name)(pairs, **HYPER[name])
+
+
+@pytest.mark.parametrize("name", WITH_REFERENCE)
+def test_metrics_are_detached_values_per_pair(name):
+    loss = get_loss(name)
+    if loss.metrics is None:
+        return
+    for values in loss.metrics(pairs_of([-1.0, 2.0], [1.0, -1.0]), **HYPER[name]).values():
+        assert values.shape == (2,)
+        assert not values.requires_grad
+
+
+def test_metrics_of_minor_dpo_and_dpop():
+    pairs = pairs_of([-0.5, 2.0], [1.0, -1.0])
+    minor = get_loss("minor_dpo").metrics(pairs, beta=0.5)
+    assert minor["minor_dpo/rejected_active"].tolist() == [1.0, 0.0]
+    dpop = get_loss("dpop").metrics(pairs, beta=0.5, dpop_lambda=5.0)
+    assert dpop["dpop/penalty"].tolist() == pytest.approx([2.5, 0.0])
+    assert dpop["dpop/penalty_active"].tolist() == [1.0, 0.0]

@@ -1,0 +1,105 @@
+"""Registering losses and loading a user's file."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+import llamafactory_ext
+from llamafactory_ext import registry
+
+
+@pytest.fixture(autouse=True)
+def restored_registry(monkeypatch):
+    registry.loss_names()  # the package's own are in
+    monkeypatch.setattr(registry, "_losses", dict(registry._losses))
+
+
+def write_loss(folder: Path, body: str, file: str = "my_loss.py") -> Path:
+    path = folder / file
+    path.write_text("from llamafactory_ext import register_loss\n" + textwrap.dedent(body), encoding="utf-8")
+    return path
+
+
+def test_importing_the_package_imports_neither_torch_nor_llamafactory():
+    code = "import sys, llamafactory_ext; print({'torch', 'llamafactory', 'wrapt'} & set(sys.modules))"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"
+
+
+def test_public_names():
+    assert set(llamafactory_ext.__all__) == {"PairLogps", "__version__", "get_loss", "register_loss"}
+    with pytest.raises(AttributeError, match="no attribute 'minor_dpo'"):
+        llamafactory_ext.minor_dpo  # noqa: B018
+
+
+def test_own_losses():
+    expected = {"sigmoid", "hinge", "ipo", "kto_pair", "orpo", "simpo", "minor_dpo", "dpop"}
+    assert set(registry.loss_names()) == expected
+    assert {name for name in expected if not registry.get_loss(name).needs_reference} == {"orpo", "simpo"}
+
+
+@pytest.mark.parametrize(("wrong", "nearest"), [("minordpo", "minor_dpo"), ("dpo_p", "dpop"), ("sigmod", "sigmoid")])
+def test_unknown_loss_names_the_known_ones_and_the_nearest(wrong, nearest):
+    with pytest.raises(ValueError, match=f"one of dpop, hinge.*Did you mean '{nearest}'"):
+        registry.get_loss(wrong)
+
+
+def test_loss_file_is_loaded_and_loaded_again(tmp_path):
+    body = """
+        @register_loss("mine", needs_reference=False)
+        def mine(pairs, *, beta: float, tau: float = 1.0):
+            return tau * pairs.policy_chosen
+    """
+    path = write_loss(tmp_path, body)
+    assert registry.load_loss_file(str(path)) == ["mine"]
+    assert registry.load_loss_file(str(path)) == ["mine"]  # as a web UI does that stays open
+    assert registry.get_loss("mine").needs_reference is False
+    assert registry.get_loss("mine").defaults() == {"tau": 1.0}
+
+
+def test_loss_file_path_is_relative_to_the_working_directory(tmp_path, monkeypatch):
+    write_loss(tmp_path, '@register_loss("mine")\ndef mine(pairs, *, beta): return pairs.margin')
+    monkeypatch.chdir(tmp_path)
+    assert registry.load_loss_file("my_loss.py") == ["mine"]
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("x = 1", "registers no loss"),
+        ("1 / 0", "could not be run: ZeroDivisionError"),
+        ('@register_loss("dpop")\ndef f(pairs, *, beta): return pairs.margin', "'dpop' is taken"),
+        ('@register_loss("f")\ndef f(pairs, **settings): return pairs.margin', "named keyword"),
+        ('@register_loss("f")\ndef f(): return 0', "take the pairs first"),
+    ],
+)
+def test_bad_loss_file_is_refused(tmp_path, body, message):
+    with pytest.raises(ValueError, match=message):
+        registry.load_loss_file(str(write_loss(tmp_path, body)))
+
+
+def test_missing_loss_file_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="is not a file"):
+        registry.load_loss_file(str(tmp_path / "nowhere.py"))
+    with pytest.raises(ValueError, match=r"must end in \.py"):
+        registry.load_loss_file(str(write_loss(tmp_path, "x = 1", file="loss.txt")))
+
+
+def test_pairs_per_token_and_margin():
+    import torch
+
+    def tensor(*values):
+        return torch.tensor(values)
+
+    pairs = registry.PairLogps(tensor(-8.0), tensor(-9.0), tensor(-12.0), tensor(-6.0), tensor(4), tensor(3))
+    assert pairs.chosen_logratio.item() == 4.0
+    assert pairs.rejected_logratio.item() == -3.0
+    assert pairs.margin.item() == 7.0
+    means = pairs.per_token()
+    assert (means.policy_chosen.item(), means.reference_rejected.item()) == (-2.0, -2.0)
+    assert means.margin.item() == 2.0
+    assert means.per_token() == means

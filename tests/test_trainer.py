@@ -1,0 +1,310 @@
+"""Real training of a tiny model, in this process, through LLaMA-Factory's own `run_exp`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from llamafactory.hparams import get_train_args
+from llamafactory.train import tuner
+from plain import plain_logps, plain_loss
+from tiny import recipe
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from llamafactory_ext import PairLogps
+
+LOSSES = {
+    "sigmoid": {"beta": 0.1, "label_smoothing": 0.0},
+    "hinge": {"beta": 0.1},
+    "ipo": {"beta": 0.1, "length_normalize": True},
+    "kto_pair": {"beta": 0.1},
+    "minor_dpo": {"beta": 0.1},
+    "dpop": {"beta": 0.1, "dpop_lambda": 50.0},
+    "orpo": {"beta": 0.1},
+    "simpo": {"beta": 0.1, "simpo_gamma": 0.5},
+}
+WITH_REFERENCE = [name for name in LOSSES if name not in ("orpo", "simpo")]
+NORMALIZED = [f"normalized_rewards/{curve}" for curve in ("chosen", "rejected", "margins")]
+
+
+def history(output: Path) -> list[dict[str, Any]]:
+    return json.loads((output / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+
+
+def steps(output: Path, key: str = "loss") -> list[float]:
+    return [log[key] for log in history(output) if key in log]
+
+
+@pytest.fixture
+def train(model, data, tmp_path):
+    """Train with the given changes of the recipe and return the output folder."""
+    count = iter(range(1000))
+
+    def run(**changes: Any) -> Path:
+        output = tmp_path / f"run{next(count)}"
+        tuner.run_exp(recipe(model, data, output, **changes))
+        return output
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def first_pairs(model, other_model, data) -> PairLogps:
+    """The log-probabilities of the first two pairs, one sequence at a time; `other_model` is the reference."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    policy, reference = (AutoModelForCausalLM.from_pretrained(m, dtype=torch.float32) for m in (model, other_model))
+    rows = [json.loads(line) for line in (data / "pairs.jsonl").read_text().splitlines()[:2]]
+    columns: dict[str, list[float]] = {}
+    for row in rows:
+        prompt = (
+            f"<|im_start|>system\nAdd.<|im_end|>\n<|im_start|>user\n{row['instruction']}<|im_end|>\n"
+            "<|im_start|>assistant\n"
+        )
+        for side in ("chosen", "rejected"):
+            for name, scorer in (("policy", policy), ("reference", reference)):
+                total, length = plain_logps(scorer, tokenizer, prompt, row[side] + "<|im_end|>\n")
+                columns.setdefault(f"{name}_{side}", []).append(total)
+            columns.setdefault(f"{side}_length", []).append(length)
+    return PairLogps(**{name: torch.tensor(values, dtype=torch.float64) for name, values in columns.items()})
+
+
+# --- what the YAML names is what is trained -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_trained_loss_is_the_formula(name, train, other_model, first_pairs):
+    reference = {"ref_model": str(other_model)} if name in WITH_REFERENCE else {}
+    output = train(pref_loss=name, max_steps=1, disable_shuffling=True, **reference)
+    log = history(output)[0]
+    assert log["loss"] == pytest.approx(plain_loss(name, first_pairs, **LOSSES[name]).mean().item(), rel=1e-4)
+
+    scored = first_pairs.per_token() if name in ("ipo", "orpo", "simpo") else first_pairs
+    assert log["logps/chosen"] == pytest.approx(scored.policy_chosen.mean().item(), rel=1e-4)
+    if name in WITH_REFERENCE:
+        assert log["rewards/rejected"] == pytest.approx(0.1 * scored.rejected_logratio.mean().item(), rel=1e-3)
+        assert log["normalized_rewards/chosen"] == pytest.approx(first_pairs.chosen_logratio.mean().item(), rel=1e-3)
+        assert log["normalized_rewards/margins"] == pytest.approx(first_pairs.margin.mean().item(), rel=1e-3)
+
+
+def test_stock_dispatch_bug_is_not_back(train, other_model):
+    """LLaMA-Factory 0.9.4 and 0.9.5 train `sigmoid` whatever loss with a reference the YAML names."""
+    losses = {
+        name: steps(train(pref_loss=name, max_steps=1, disable_shuffling=True, ref_model=str(other_model)))[0]
+        for name in WITH_REFERENCE
+    }
+    assert len({round(loss, 4) for loss in losses.values()}) == len(losses), losses
+
+
+@pytest.mark.parametrize("finetuning_type", ["full", "lora"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_trains(name, finetuning_type, train):
+    output = train(pref_loss=name, finetuning_type=finetuning_type, max_steps=12, learning_rate=5e-3)
+    logs = [log for log in history(output) if "loss" in log]
+    assert logs[-1]["rewards/margins"] > logs[0]["rewards/margins"] + 1e-3
+    weights = "adapter_model.safetensors" if finetuning_type == "lora" else "model.safetensors"
+    assert (output / weights).is_file()
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "orpo", "simpo"])
+def test_numbers_are_those_of_llamafactory(name, model, data, train, tmp_path):
+    """LLaMA-Factory's trainer against ours. LoRA, so that both have the same reference at the same precision."""
+    changes = {"pref_loss": name, "finetuning_type": "lora", "pref_ftx": 0.1}
+    ours = history(train(**changes))
+    *args, _ = get_train_args(recipe(model, data, tmp_path / "stock", **changes))
+    tuner.run_dpo.__wrapped__(*args, callbacks=[])
+    stock = history(tmp_path / "stock")
+
+    exact = ("loss", "grad_norm") if name in ("orpo", "simpo") else ()
+    for our_log, stock_log in zip(ours[:-1], stock[:-1], strict=True):
+        assert set(stock_log) <= set(our_log)
+        for key, value in stock_log.items():
+            assert our_log[key] == (value if key in exact else pytest.approx(value, rel=1e-4, abs=1e-5)), key
+
+
+# --- the reference ----------------------------------------------------------------------------------------------------
+
+
+# Half-precision layers beside upcast ones need autocast, so freeze tuning of a bf16 checkpoint needs bf16.
+@pytest.mark.parametrize(
+    ("finetuning_type", "bf16"), [("full", False), ("full", True), ("freeze", True), ("lora", False), ("lora", True)]
+)
+def test_logratios_start_at_zero(finetuning_type, bf16, train):
+    """The checkpoint is in bf16 and LLaMA-Factory upcasts what is trained: the reference must follow."""
+    changes = {"freeze_trainable_layers": 1, "bf16": bf16, "use_cpu": bf16}
+    output = train(pref_loss="minor_dpo", finetuning_type=finetuning_type, **changes)
+    first, *_, last = [log for log in history(output) if "loss" in log]
+    assert [first[key] for key in NORMALIZED] == [0.0, 0.0, 0.0]
+    assert first["minor_dpo/rejected_active"] == 0.0
+    assert last["normalized_rewards/chosen"] != 0.0
+
+
+def test_match_precision_keeps_what_autocast_rounds_anyway():
+    from llamafactory_ext.reference import match_precision
+
+    def toy():
+        return torch.nn.Sequential(torch.nn.Embedding(3, 4), torch.nn.LayerNorm(4), torch.nn.Linear(4, 3)).bfloat16()
+
+    def dtypes(module):
+        return [parameter.dtype for parameter in module.parameters()]
+
+    f32, bf16 = torch.float32, torch.bfloat16
+    reference = toy()
+    match_precision(reference, toy().float(), autocast=bf16)
+    assert dtypes(reference) == [f32, f32, f32, bf16, bf16]
+    match_precision(reference, toy().float(), autocast=None)
+    assert dtypes(reference) == [f32] * 5
+
+    quantized = toy()
+    quantized.quantization_method = "bitsandbytes"
+    match_precision(quantized, toy().float(), autocast=None)
+    assert dtypes(quantized) == [bf16] * 5
+
+
+def test_evaluation_alone_reports_no_rewards(train):
+    """Without training and ref_model, LLaMA-Factory takes the model for its own reference."""
+    output = train(
+        pref_loss="minor_dpo", do_train=False, do_eval=True, eval_dataset="pairs_eval", finetuning_type="lora"
+    )
+    metrics = json.loads((output / "eval_results.json").read_text())
+    assert "eval_logps/chosen" in metrics
+    assert not [name for name in metrics if "reward" in name or "minor_dpo" in name or "coefficient" in name]
+
+
+# --- LLaMA-Factory's other knobs --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_ftx_bco_and_evaluation_sets_work_with_every_loss(name, train, other_model):
+    reference = {"ref_model": str(other_model), "pref_bco_weight": 0.5} if name in WITH_REFERENCE else {}
+    output = train(
+        pref_loss=name,
+        pref_ftx=0.2,
+        max_steps=2,
+        eval_dataset="pairs_eval",
+        eval_strategy="steps",
+        eval_steps=1,
+        **reference,
+    )
+    assert len(steps(output)) == len(steps(output, "eval_loss")) == 2
+    assert all(torch.isfinite(torch.tensor(steps(output))))
+
+
+def test_ftx_and_bco_are_added_as_in_llamafactory(train, other_model, first_pairs):
+    changes = {"max_steps": 1, "disable_shuffling": True, "ref_model": str(other_model), "pref_loss": "ipo"}
+    plain = steps(train(**changes))[0]
+    with_ftx = steps(train(pref_ftx=0.5, **changes))[0]
+    sft = (-first_pairs.policy_chosen / first_pairs.chosen_length).mean().item()
+    assert with_ftx - plain == pytest.approx(0.5 * sft, rel=1e-3)
+
+    # ipo is on means, and so is what BCO sees beside it; the baseline is the first batch's own mean reward.
+    means = first_pairs.per_token()
+    chosen, rejected = 0.1 * means.chosen_logratio, 0.1 * means.rejected_logratio
+    baseline = torch.cat([chosen, rejected]).mean()
+    bco = -torch.log(torch.sigmoid(chosen - baseline)) - torch.log(torch.sigmoid(-(rejected - baseline)))
+    with_bco = steps(train(pref_bco_weight=0.25, **changes))[0]
+    assert with_bco == pytest.approx((plain + 0.25 * bco.mean().item()) / 1.25, rel=1e-3)
+
+
+def test_ld_alpha_weights_the_policy_only(train, other_model):
+    changes = {"max_steps": 1, "disable_shuffling": True, "ref_model": str(other_model)}
+    plain, weighted = (history(train(**changes, **ld))[0] for ld in ({}, {"ld_alpha": 0.0}))
+    assert weighted["logps/chosen"] == pytest.approx(plain["logps/chosen"])  # the shorter answers
+    assert weighted["logps/rejected"] > plain["logps/rejected"] + 10  # the longer ones, without their tails
+    reference = plain["logps/rejected"] - plain["normalized_rewards/rejected"]
+    assert weighted["logps/rejected"] - weighted["normalized_rewards/rejected"] == pytest.approx(reference, rel=1e-4)
+
+
+def test_qlora(train):
+    pytest.importorskip("bitsandbytes")
+    output = train(pref_loss="minor_dpo", finetuning_type="lora", quantization_bit=4, max_steps=3)
+    first, *_, last = [log for log in history(output) if "loss" in log]
+    assert [first[key] for key in NORMALIZED] == [0.0, 0.0, 0.0]
+    assert last["normalized_rewards/chosen"] != 0.0
+
+
+@pytest.mark.parametrize("name", ["minor_dpo", "orpo"])
+@pytest.mark.parametrize("finetuning_type", ["full", "lora"])
+def test_resume_repeats_the_uninterrupted_run(name, finetuning_type, train):
+    changes = {"pref_loss": name, "finetuning_type": finetuning_type, "max_steps": 6, "pref_bco_weight": 0.5}
+    whole = train(save_strategy="steps", save_steps=3, **changes)
+    resumed = train(resume_from_checkpoint=str(whole / "checkpoint-3"), **changes)
+    assert steps(resumed) == pytest.approx(steps(whole), abs=1e-6)
+    assert steps(resumed, "normalized_rewards/chosen" if name == "minor_dpo" else "rewards/chosen")
+
+
+def test_resuming_with_bco_needs_its_baseline(train):
+    whole = train(max_steps=2, save_strategy="steps", save_steps=1)
+    with pytest.raises(ValueError, match="saved without pref_bco_weight"):
+        train(max_steps=2, pref_bco_weight=0.5, resume_from_checkpoint=str(whole / "checkpoint-1"))
+
+
+# --- metrics and plots ------------------------------------------------------------------------------------------------
+
+
+def test_metrics_are_means_over_pairs_whatever_the_batch(train, other_model):
+    """Five pairs in batches of 2, 2, 1 and in one batch: a mean of batch means would differ."""
+    changes = {
+        "do_train": False,
+        "do_eval": True,
+        "eval_dataset": "pairs_eval",
+        "ref_model": str(other_model),
+        "pref_loss": "dpop",
+    }
+    results = [
+        json.loads((train(per_device_eval_batch_size=size, **changes) / "eval_results.json").read_text())
+        for size in (2, 5)
+    ]
+    keys = [key for key in results[0] if "/" in key and "logits" not in key]  # mean logits depend on the padding
+    assert len(keys) > 10
+    for key in keys:
+        assert results[0][key] == pytest.approx(results[1][key], rel=1e-4), key
+
+
+def test_metrics_are_logged_everywhere(train, capsys):
+    output = train(pref_loss="dpop", plot_loss=True, eval_dataset="pairs_eval", eval_strategy="steps", eval_steps=2)
+    own = [*NORMALIZED, "dpo/coefficient", "dpop/penalty", "dpop/penalty_active"]
+    stock = [f"rewards/{name}" for name in ("chosen", "rejected", "accuracies", "margins")]
+    stock += [f"{kind}/{side}" for kind in ("logps", "logits") for side in ("chosen", "rejected")]
+
+    lines = [json.loads(line) for line in (output / "trainer_log.jsonl").read_text().splitlines()]
+    printed = capsys.readouterr().out
+    for key in own + stock:
+        assert len(steps(output, key)) == 4, key
+        assert len(steps(output, f"eval_{key}")) == 2, key
+        assert [line[key] for line in lines if key in line] == steps(output, key)
+        assert key in printed
+    assert (output / "normalized_rewards.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_loss_of_the_user_trains_and_logs_its_metrics(train):
+    folder = Path(__file__).parents[1] / "examples" / "custom_loss"
+    output = train(
+        pref_loss="robust_dpo", pref_loss_file=str(folder / "robust_dpo.py"), pref_loss_args={"noise": 0.2}
+    )
+    assert len(steps(output, "robust_dpo/confidence")) == 4
+
+
+def test_the_start_says_what_is_trained(train, caplog):
+    import logging
+
+    logger = logging.getLogger("llamafactory")
+    logger.addHandler(caplog.handler)
+    train(pref_loss="dpop", max_steps=1)
+    logger.removeHandler(caplog.handler)
+    assert "is active and trains dpop(beta=0.1, dpop_lambda=50.0)." in caplog.text
+
+
+def test_continuing_an_adapter_warns_about_the_reference(train, caplog):
+    import logging
+
+    adapter = train(finetuning_type="lora", max_steps=1)
+    logger = logging.getLogger("llamafactory")
+    logger.addHandler(caplog.handler)
+    for create in (False, True):
+        caplog.clear()
+        train(finetuning_type="lora", max_steps=1, adapter_name_or_path=str(adapter), create_new_adapter=create)
+        assert ("The reference is the base model" in caplog.text) is not create
+    logger.removeHandler(caplog.handler)
