@@ -281,9 +281,7 @@ def test_metrics_are_logged_everywhere(train, capsys):
 
 def test_a_loss_of_the_user_trains_and_logs_its_metrics(train):
     folder = Path(__file__).parents[1] / "examples" / "custom_loss"
-    output = train(
-        pref_loss="robust_dpo", pref_loss_file=str(folder / "robust_dpo.py"), pref_loss_args={"noise": 0.2}
-    )
+    output = train(pref_loss="robust_dpo", pref_loss_file=str(folder / "robust_dpo.py"), pref_loss_args={"noise": 0.2})
     assert len(steps(output, "robust_dpo/confidence")) == 4
 
 
