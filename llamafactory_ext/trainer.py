@@ -108,9 +108,12 @@ class PreferenceTrainer(CustomDPOTrainer):
         if self.is_own_reference:
             return policy.chosen.detach(), policy.rejected.detach()
 
-        without_adapter = nullcontext() if self.ref_model else self.accelerator.unwrap_model(model).disable_adapter()
-        with torch.no_grad(), without_adapter:
-            reference = response_logps(self.ref_model or model, batch)
+        if self.ref_model is None:  # the policy without its adapter
+            reference_model, context = model, self.accelerator.unwrap_model(model).disable_adapter()
+        else:
+            reference_model, context = self.ref_model, nullcontext()
+        with torch.no_grad(), context:
+            reference = response_logps(reference_model, batch)
         return reference.chosen, reference.rejected
 
     def _reported(self, pairs: PairLogps) -> PairLogps:
@@ -162,7 +165,7 @@ class PreferenceTrainer(CustomDPOTrainer):
         """Add a batch to the running (sum, count) of each metric: no transfer from the device until they are logged."""
         sums = self._metric_sums[train_eval]
         for name, values in metrics.items():
-            batch = torch.stack([values.sum(dtype=torch.float64), values.new_tensor(values.numel()).double()])
+            batch = torch.stack([values.float().sum(), values.new_tensor(values.numel(), dtype=torch.float32)])
             sums[name] = sums[name] + batch if name in sums else batch
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:

@@ -6,6 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 SUMS = [(a, b) for a in range(2, 10) for b in range(3, 9)]
 
 
@@ -35,7 +39,7 @@ def make_data(folder: Path, train: int = 12, evaluation: int = 5) -> Path:
     return folder
 
 
-def make_model(folder: Path, seed: int = 0) -> Path:
+def make_model(folder: Path, seed: int = 0, dtype: str = "bfloat16") -> Path:
     """A two-layer Llama of random weights with a byte-level tokenizer, saved in bfloat16 as most models are."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -54,6 +58,8 @@ def make_model(folder: Path, seed: int = 0) -> Path:
         additional_special_tokens=["<|im_start|>"],
     )
 
+    fast.chat_template = CHATML
+
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(vocabulary),
@@ -67,7 +73,7 @@ def make_model(folder: Path, seed: int = 0) -> Path:
         eos_token_id=1,
         pad_token_id=1,
     )
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    LlamaForCausalLM(config).to(getattr(torch, dtype)).save_pretrained(folder)
     fast.save_pretrained(folder)
     return folder
 

@@ -57,7 +57,12 @@ def score(model_folder: Path, problems: list[Problem], on_batch: Callable[[int],
             chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
         ).to(device)
         with torch.inference_mode():
-            output = model.generate(**inputs, do_sample=False, max_new_tokens=MAX_NEW_TOKENS)
+            output = model.generate(
+                input_ids=inputs["input_ids"],
+                attention_mask=inputs["attention_mask"],
+                do_sample=False,
+                max_new_tokens=MAX_NEW_TOKENS,
+            )
         answers += tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         on_batch(len(chats))
 

@@ -47,6 +47,13 @@ def test_wrong_value_stops_before_the_weights(model, data, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_v1_engine_refuses(model, data, tmp_path):
+    file = write_recipe(tmp_path, recipe(model, data, tmp_path / "out", pref_loss="minor_dpo"))
+    run = command_line(tmp_path, "train", file, USE_V1="1")
+    assert run.returncode != 0
+    assert "cannot be trained with USE_V1" in run.stderr.strip().splitlines()[-1]
+
+
 def test_help_lists_the_keys(tmp_path):
     run = command_line(tmp_path, "train", "-h")
     assert run.returncode == 0
