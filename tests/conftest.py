@@ -1,4 +1,5 @@
 import os
+import sys
 
 # Tiny models: a second thread only costs. Set before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -34,3 +35,16 @@ def data(tmp_path_factory):
 def pytest_collection_modifyitems(items):
     """Fast tests first."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+
+
+@pytest.fixture(autouse=True)
+def independent_runs():
+    """Trainings in this process leave their precision behind, in the environment and in accelerate's state."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+    if "accelerate" in sys.modules:
+        from accelerate.state import AcceleratorState
+
+        AcceleratorState._reset_state(reset_partial_state=True)
