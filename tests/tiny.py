@@ -39,7 +39,7 @@ def make_data(folder: Path, train: int = 12, evaluation: int = 5) -> Path:
     return folder
 
 
-def make_model(folder: Path, seed: int = 0, dtype: str = "bfloat16") -> Path:
+def make_model(folder: Path, seed: int = 0, dtype: str = "bfloat16", **changes: Any) -> Path:
     """A two-layer Llama of random weights with a byte-level tokenizer, saved in bfloat16 as most models are."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -61,18 +61,19 @@ def make_model(folder: Path, seed: int = 0, dtype: str = "bfloat16") -> Path:
     fast.chat_template = CHATML
 
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
-        eos_token_id=1,
-        pad_token_id=1,
-    )
+    shape: dict[str, Any] = {
+        "vocab_size": len(vocabulary),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": True,
+        "eos_token_id": 1,
+        "pad_token_id": 1,
+    }
+    config = LlamaConfig(**{**shape, **changes})
     LlamaForCausalLM(config).to(getattr(torch, dtype)).save_pretrained(folder)
     fast.save_pretrained(folder)
     return folder

@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +35,14 @@ sys.path.insert(0, str(HERE))
 
 from model import default_model  # noqa: E402
 from problems import generate  # noqa: E402
-from score import score  # noqa: E402
 
+EVALUATION = HERE.parents[1] / "evaluation" / "gsm8k.py"
 RECIPES = {
     "DPO": HERE / "smollm2-135m_full_sigmoid.yaml",
     "DPOP": HERE / "smollm2-135m_full_dpop.yaml",
     "MinorDPO": HERE / "smollm2-135m_full_minor_dpo.yaml",
 }
+HELD_OUT = "held_out.jsonl"
 console = Console()
 
 
@@ -52,12 +54,12 @@ def main() -> None:
     folder = args.output / fingerprint(args, pairs, held_out)
     console.print(f"{len(pairs)} pairs, {len(held_out)} held-out problems, model {model.name}, results in {folder}")
 
-    data = write_data(folder / "data", pairs)
+    data = write_data(folder / "data", pairs, held_out)
     models = {"base": model}
     with progress_bar() as progress:
         for name, recipe in RECIPES.items():
             models[name] = train(name, recipe, model, data, folder / name, progress)
-        scores = {name: cached_score(path, held_out, folder, name, progress) for name, path in models.items()}
+        scores = {name: score(name, path, data, folder / f"score_{name}", progress) for name, path in models.items()}
 
     histories = {name: log_history(folder / name) for name in RECIPES}
     figure = plot_runs(histories, folder / "normalized_rewards.png")
@@ -109,12 +111,15 @@ def split(problems: Any, pair_count: int, problem_count: int) -> tuple[list[dict
     return pairs, held_out
 
 
-def write_data(folder: Path, pairs: list[dict[str, str]]) -> Path:
+def write_data(folder: Path, pairs: list[dict[str, str]], held_out: list[Problem]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     columns = {"prompt": "instruction", "query": "input", "chosen": "chosen", "rejected": "rejected"}
     info = {"arithmetic_pairs": {"file_name": "arithmetic_pairs.jsonl", "ranking": True, "columns": columns}}
     write(folder / "arithmetic_pairs.jsonl", "".join(json.dumps(pair) + "\n" for pair in pairs))
     write(folder / "dataset_info.json", json.dumps(info, indent=2))
+    # The held-out problems in GSM8K's layout.
+    rows = [{"question": p.question, "answer": f"{p.steps}\n#### {p.answer}"} for p in held_out]
+    write(folder / HELD_OUT, "".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
 
@@ -130,46 +135,52 @@ def fingerprint(args: argparse.Namespace, pairs: list[dict[str, str]], held_out:
     return hashlib.sha256(repr((str(args.model), pairs, held_out, recipes)).encode()).hexdigest()[:12]
 
 
+# --- running commands ------------------------------------------------------------------------------------------------
+
+
+def run(command: list[str], log: Path, show: Callable[[], None]) -> None:
+    """Run a command, its output in a log file, and show how far it is; if it fails, show the end of the log."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    # The scripts of this environment, also where it is not activated.
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    with log.open("w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+        try:
+            while process.poll() is None:
+                show()
+                time.sleep(0.5)
+        finally:
+            process.terminate()
+    if process.returncode != 0:
+        console.print(log.read_text()[-3000:], markup=False)
+        sys.exit(f"{command[0]} failed; its whole output is in {log}.")
+
+
+def lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+
+
 # --- training --------------------------------------------------------------------------------------------------------
 
 
 def train(name: str, recipe: Path, model: Path, data: Path, folder: Path, progress: Progress) -> Path:
     task = progress.add_task(f"train {name}", total=None, status="")
+
+    def show_last_step() -> None:
+        if log := lines(folder / "trainer_log.jsonl"):
+            last = json.loads(log[-1])
+            status = f"loss {last['loss']:.3f}" if "loss" in last else ""
+            progress.update(task, completed=last["current_steps"], total=last["total_steps"], status=status)
+
     if not (folder / "all_results.json").is_file():  # what LLaMA-Factory writes last
         shutil.rmtree(folder, ignore_errors=True)
         command = [
             *("llamafactory-cli", "train", str(recipe)),
             *(f"model_name_or_path={model}", f"dataset_dir={data}", f"output_dir={folder}", "overwrite_cache=true"),
         ]
-        run_with_progress(command, folder, task, progress)
+        run(command, folder.with_suffix(".log"), show_last_step)
     progress.update(task, completed=1, total=1, status=f"loss {final_loss(folder):.3f}")
     return folder
-
-
-def run_with_progress(command: list[str], folder: Path, task: Any, progress: Progress) -> None:
-    """Run LLaMA-Factory and follow its trainer log; if it fails, show the end of what it printed."""
-    log = folder.with_suffix(".log")
-    with log.open("w") as output:
-        # The scripts of this environment, also where it is not activated.
-        environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
-        try:
-            while process.poll() is None:
-                show_last_step(folder / "trainer_log.jsonl", task, progress)
-                time.sleep(0.5)
-        finally:
-            process.terminate()
-    if process.returncode != 0:
-        console.print(log.read_text()[-3000:], markup=False)
-        sys.exit(f"Training failed; the whole output is in {log}.")
-
-
-def show_last_step(log: Path, task: Any, progress: Progress) -> None:
-    lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
-    if lines:
-        last = json.loads(lines[-1])
-        status = f"loss {last['loss']:.3f}" if "loss" in last else ""
-        progress.update(task, completed=last["current_steps"], total=last["total_steps"], status=status)
 
 
 def final_loss(folder: Path) -> float:
@@ -183,21 +194,30 @@ def log_history(folder: Path) -> list[dict[str, Any]]:
 # --- results ---------------------------------------------------------------------------------------------------------
 
 
-def cached_score(model: Path, problems: list[Problem], folder: Path, name: str, progress: Progress) -> dict[str, float]:
-    file = folder / f"score_{name}.json"
-    task = progress.add_task(f"score {name}", total=len(problems), status="")
-    if not file.is_file():
-        result = score(model, problems, on_batch=lambda count: progress.advance(task, count))
-        write(file, json.dumps(result))
-    result = json.loads(file.read_text(encoding="utf-8"))
-    progress.update(task, completed=len(problems), status=f"strict {result['strict']:.0%}")
+def score(name: str, model: Path, data: Path, folder: Path, progress: Progress) -> dict[str, Any]:
+    """The summary of the evaluation script for one model; it resumes by itself and never answers a problem twice."""
+    held_out = data / HELD_OUT
+    task = progress.add_task(f"score {name}", total=len(lines(held_out)), status="")
+
+    def show_answers() -> None:
+        progress.update(task, completed=len(lines(folder / "base" / "generations.jsonl")))
+
+    if not (folder / "results.json").is_file():
+        command = [
+            *(sys.executable, str(EVALUATION), "--engine", "hf", "--model", str(model), "--data", str(held_out)),
+            *("--output", str(folder), "--max-tokens", "128", "--batch-size", "8"),
+        ]
+        run(command, folder.with_suffix(".log"), show_answers)
+    show_answers()
+    result = json.loads((folder / "results.json").read_text(encoding="utf-8"))["base"]
+    progress.update(task, status=f"strict {result['strict']['accuracy']:.0%}")
     return result
 
 
-def print_table(scores: dict[str, dict[str, float]], histories: dict[str, list[dict[str, Any]]]) -> None:
+def print_table(scores: dict[str, dict[str, Any]], histories: dict[str, list[dict[str, Any]]]) -> None:
     table = Table(
         title="The same data and settings, three losses",
-        caption="strict: the number behind `So the answer is:`; flexible: the last number; "
+        caption="strict: the number behind `the answer is`; flexible: the last number; marked: ends as asked; "
         "rewards: normalized, at the last step, in nats. So few problems show that it works, not which loss is better.",
     )
     for column in ("model", "strict", "flexible", "marked", "chosen", "rejected", "margin"):
@@ -206,7 +226,9 @@ def print_table(scores: dict[str, dict[str, float]], histories: dict[str, list[d
         last = next((log for log in reversed(histories.get(name, [])) if "normalized_rewards/chosen" in log), None)
         curves = ("chosen", "rejected", "margins")
         rewards = [f"{last[f'normalized_rewards/{curve}']:+.2f}" for curve in curves] if last else ["", "", ""]
-        table.add_row(name, *(f"{result[key]:.0%}" for key in ("strict", "flexible", "marked")), *rewards)
+        marked = result["strict_prompt"]["answered"] / result["problems"]
+        shares = (result["strict"]["accuracy"], result["flexible"]["accuracy"], marked)
+        table.add_row(name, *(f"{share:.0%}" for share in shares), *rewards)
     console.print(table)
 
 

@@ -1,0 +1,84 @@
+"""Signs of a model that fell apart: repetition, and answers that never end."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Hashable, Sequence
+from dataclasses import asdict, dataclass
+
+# A text is called degenerate where it is empty, ends in a loop, or repeats half of its 4-grams; ordinary worked
+# solutions stay far below these.
+MAX_SEQ_REP_4 = 0.5
+MAX_PERIOD = 200
+MIN_REPEATS = 4
+MIN_LOOP = 40  # characters
+
+
+@dataclass(frozen=True)
+class Degeneration:
+    """The signs in one output.
+
+    Args:
+        seq_rep_4: share of the 4-grams of tokens that occurred before in the text (arXiv 1908.04319), from 0 to 1.
+        zlib_ratio: bytes of the text per byte of its zlib compression; ordinary prose has 1 to 3.
+        loop: whether the text ends in a passage of up to 200 characters repeated at least 4 times.
+        cut_off: whether generation ended at the token limit.
+        empty: whether there is no text.
+    """
+
+    seq_rep_4: float
+    zlib_ratio: float
+    loop: bool
+    cut_off: bool
+    empty: bool
+
+    @property
+    def degenerate(self) -> bool:
+        return self.empty or self.loop or self.seq_rep_4 > MAX_SEQ_REP_4
+
+    def as_dict(self) -> dict[str, float | bool]:
+        return {**asdict(self), "degenerate": self.degenerate}
+
+
+def inspect_output(
+    text: str, tokens: Sequence[Hashable] | None = None, finish_reason: str | None = None
+) -> Degeneration:
+    """Look for every sign in one output; without token ids, words stand in for tokens."""
+    return Degeneration(
+        seq_rep_4=seq_rep(text.split() if tokens is None else tokens, 4),
+        zlib_ratio=zlib_ratio(text),
+        loop=ends_in_loop(text),
+        cut_off=finish_reason == "length",
+        empty=not text.strip(),
+    )
+
+
+def is_degenerate(text: str) -> bool:
+    """Whether a text is empty, ends in a loop, or repeats more than half of its 4-grams of words."""
+    return inspect_output(text).degenerate
+
+
+def seq_rep(tokens: Sequence[Hashable], n: int) -> float:
+    """1 - (number of distinct n-grams) / (number of n-grams); 0 for a text shorter than n."""
+    count = len(tokens) - n + 1
+    return 1 - len(set(zip(*(tokens[i:] for i in range(n)), strict=False))) / count if count > 0 else 0.0
+
+
+def zlib_ratio(text: str) -> float:
+    raw = text.encode("utf-8", errors="surrogatepass")
+    return len(raw) / len(zlib.compress(raw)) if raw else 0.0
+
+
+def ends_in_loop(text: str) -> bool:
+    """Whether the end of the text has a period of at most `MAX_PERIOD` characters, repeated `MIN_REPEATS` times."""
+    return _is_loop(text) or _is_loop(text.rstrip())
+
+
+def _is_loop(text: str) -> bool:
+    for period in range(1, MAX_PERIOD + 1):
+        length = max(MIN_REPEATS * period, MIN_LOOP)
+        if length > len(text):
+            return False
+        if text[-length:-period] == text[period - length :]:
+            return True
+    return False

@@ -1,0 +1,152 @@
+"""What a run leaves on disk: a manifest that says what it is, and one line per answer, never lost, never doubled."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from filelock import FileLock, Timeout
+from questions import UserError
+
+MANIFEST, GENERATIONS = "manifest.json", "generations.jsonl"
+CHUNK = 32  # answers per fsync: what a power cut may cost, never what a kill may double
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One answer of a model.
+
+    Args:
+        index: of the problem in its data.
+        text: without special tokens.
+        token_ids: of the answer, where the engine tells them.
+        finish_reason: `stop`, or `length` at the token limit.
+    """
+
+    index: int
+    text: str
+    token_ids: list[int] | None
+    finish_reason: str | None
+
+
+class Run:
+    """A folder with the answers of one model or adapter to one set of problems; one process at a time writes to it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.path = folder / GENERATIONS
+        self.lock = FileLock(folder / ".lock")
+
+    def open(self, manifest: dict[str, Any]) -> dict[int, Generation]:
+        """Begin or resume, and return what is there already.
+
+        Raises:
+            UserError: if the folder holds a run with another manifest, or another process is writing to it.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(
+                f"Another process writes to {self.folder}: wait for it, or name another --output."
+            ) from None
+        file = self.folder / MANIFEST
+        if file.is_file():
+            self._refuse_another(json.loads(file.read_text(encoding="utf-8")), manifest)
+        else:
+            write_whole(file, json.dumps(manifest, indent=2))
+        self._drop_torn_line()
+        done = self.read()
+        self.file = self.path.open("a", encoding="utf-8")
+        self.unsynced = 0
+        return done
+
+    def _refuse_another(self, recorded: dict[str, Any], manifest: dict[str, Any]) -> None:
+        for key in sorted({*recorded, *manifest}):
+            if recorded.get(key) != manifest.get(key):
+                raise UserError(
+                    f"{self.folder} holds another run: its {key} is {_short(recorded.get(key))}, now it would be "
+                    f"{_short(manifest.get(key))}. Name another --output; --score-only scores what is there."
+                )
+
+    def _drop_torn_line(self) -> None:
+        """Cut off a last line that a kill left unfinished; its problem is asked again."""
+        if not self.path.is_file():
+            return
+        with self.path.open("rb+") as file:
+            content = file.read()
+            if content and not content.endswith(b"\n"):
+                file.truncate(content.rfind(b"\n") + 1)
+
+    def append(self, generation: Generation) -> None:
+        """Add one answer: handed to the operating system at once, which keeps it if this process is killed."""
+        self.file.write(json.dumps(asdict(generation)) + "\n")
+        self.file.flush()
+        self.unsynced += 1
+        if self.unsynced >= CHUNK:
+            os.fsync(self.file.fileno())
+            self.unsynced = 0
+
+    def read(self) -> dict[int, Generation]:
+        """The answers by problem; a torn last line is left out.
+
+        Raises:
+            UserError: if a line that is not the last is damaged.
+        """
+        if not self.path.is_file():
+            return {}
+        found = {}
+        for number, line in enumerate(self.path.read_text(encoding="utf-8").splitlines(keepends=True), start=1):
+            if not line.endswith("\n"):
+                break
+            try:
+                generation = Generation(**json.loads(line))
+            except (json.JSONDecodeError, TypeError) as error:
+                raise UserError(f"{self.path}, line {number} is damaged ({error}): remove it and resume.") from error
+            found[generation.index] = generation
+        return found
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if hasattr(self, "file"):
+            self.file.flush()
+            os.fsync(self.file.fileno())
+            self.file.close()
+        self.lock.release()
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    with unfinished.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(path)
+
+
+def file_hashes(folder: Path) -> dict[str, str]:
+    """sha256 of every file directly in a model or adapter folder, by name."""
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    with ThreadPoolExecutor() as pool:  # hashing releases the GIL
+        return dict(zip([path.name for path in files], pool.map(_sha256, files), strict=True))
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 120 else f"{text[:117]}..."

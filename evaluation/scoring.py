@@ -1,0 +1,60 @@
+"""From answers to numbers: what each output says, the accuracies with their intervals, the rates of degeneration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from decimal import Decimal
+from typing import Any
+
+from degeneration import inspect_output
+from extraction import TIERS, VERSION, read_answer
+from generations import Generation
+from questions import Question
+from statsmodels.stats.proportion import proportion_confint
+
+SIGNS = ("degenerate", "loop", "cut_off", "empty")
+
+
+def score_output(question: Question, generation: Generation | None) -> dict[str, Any]:
+    """One problem's row; a missing answer is wrong in every tier."""
+    row: dict[str, Any] = {"index": question.index, "gold": str(question.gold), "missing": generation is None}
+    text = generation.text if generation else ""
+    for tier in TIERS:
+        reading = read_answer(text, tier)
+        row[tier] = {
+            "answer": _text(reading.answer),
+            "correct": reading.answer == question.gold,
+            "conflict": reading.conflict,
+        }
+    if generation:
+        row |= inspect_output(text, generation.token_ids, generation.finish_reason).as_dict()
+    return row
+
+
+def _text(answer: Decimal | None) -> str | None:
+    return None if answer is None else str(answer)
+
+
+def score_run(questions: list[Question], generations: Mapping[int, Generation]) -> dict[str, Any]:
+    """All rows of a run, and its summary: accuracies with Wilson's 95% interval, conflicts, signs of degeneration."""
+    rows = [score_output(question, generations.get(question.index)) for question in questions]
+    return {"extractor": VERSION, "summary": summarize(rows), "rows": rows}
+
+
+def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    count = len(rows)
+    tiers = {}
+    for tier in TIERS:
+        correct = sum(row[tier]["correct"] for row in rows)
+        low, high = proportion_confint(correct, count, method="wilson")
+        tiers[tier] = {
+            "correct": correct,
+            "accuracy": correct / count,
+            "wilson_95": [float(low), float(high)],
+            "answered": sum(row[tier]["answer"] is not None for row in rows),
+            "conflicts": sum(row[tier]["conflict"] for row in rows),
+        }
+    answered = [row for row in rows if not row["missing"]]
+    signs = {sign: sum(row[sign] for row in answered) / max(len(answered), 1) for sign in SIGNS}
+    means = {key: sum(row[key] for row in answered) / max(len(answered), 1) for key in ("seq_rep_4", "zlib_ratio")}
+    return {"problems": count, "missing": count - len(answered), **tiers, "degeneration": {**signs, **means}}
