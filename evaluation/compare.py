@@ -24,7 +24,7 @@ from statsmodels.stats.multitest import multipletests
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
-@app.command(help=__doc__.replace("\n    python", "\n\n    python"), no_args_is_help=True)  # type: ignore[union-attr]
+@app.command(help=__doc__.replace("\n    python", "\n\n    python"), no_args_is_help=True)
 def main(
     runs: Annotated[
         list[Path], typer.Argument(help="Folders with a results.json of gsm8k.py; the first is the baseline.")

@@ -11,7 +11,7 @@ import importlib.metadata
 import json
 import multiprocessing
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,13 +30,16 @@ class Sampling:
     seed: int = 0
 
 
+Chat = list[dict[str, str]]
+
+
 @dataclass(frozen=True)
 class Job:
     """One problem for one model: `run` is the name of the adapter, or `base`."""
 
     run: str
     index: int
-    messages: list[dict[str, str]]
+    messages: Chat
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,9 @@ class Settings:
 
 
 class Engine(Protocol):
+    def check(self, chats: list[Chat]) -> None:
+        """Refuse, with a UserError, what could not be answered, before anything is loaded or written."""
+
     def versions(self) -> dict[str, str]:
         """What the answers depend on, for the manifest."""
 
@@ -65,26 +71,32 @@ class Engine(Protocol):
 
 def make_engine(name: str, settings: Settings) -> Engine:
     """The engine by name; nothing is loaded before `generate`."""
-    return {"vllm": VllmEngine, "openai": OpenAIEngine, "hf": TransformersEngine}[name](settings)
+    engines: dict[str, Callable[[Settings], Engine]] = {
+        "vllm": VllmEngine,
+        "openai": OpenAIEngine,
+        "hf": TransformersEngine,
+    }
+    return engines[name](settings)
 
 
-def check_prompts(jobs: list[Job], settings: Settings) -> None:
-    """Refuse a model without chat template or with a context too short for a prompt, before any weights load.
+def check_chats(chats: list[Chat], settings: Settings) -> None:
+    """Refuse a model without chat template, or with a context too short for a prompt.
 
     Raises:
         UserError: with the key to change.
     """
     from transformers import AutoConfig, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(settings.model)
+    tokenizer: Any = AutoTokenizer.from_pretrained(settings.model)
     if tokenizer.chat_template is None:
         raise UserError(f"{settings.model} has no chat template: add a chat_template.jinja to its folder.")
-    context = settings.max_model_len or AutoConfig.from_pretrained(settings.model).max_position_embeddings
-    for job in jobs:
-        ids = tokenizer.apply_chat_template(job.messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    config = AutoConfig.from_pretrained(settings.model).get_text_config()
+    context = settings.max_model_len or config.max_position_embeddings
+    for number, chat in enumerate(chats):
+        ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
         if len(ids) >= context:
             raise UserError(
-                f"The prompt of problem {job.index} has {len(ids)} tokens, the context {context}: raise "
+                f"The prompt of problem {number} has {len(ids)} tokens, the context {context}: raise "
                 "--max-model-len, or leave that problem out of the data."
             )
 
@@ -100,6 +112,10 @@ class VllmEngine:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         _set_vllm_defaults()
+
+    def check(self, chats: list[Chat]) -> None:
+        check_chats(chats, self.settings)
+        _lora_settings(self.settings.adapters)
 
     def versions(self) -> dict[str, str]:
         try:
@@ -198,10 +214,7 @@ def _lora_settings(adapters: dict[str, str]) -> dict[str, Any]:
 
 
 def _lora_rank(folder: str) -> int:
-    path = Path(folder) / "adapter_config.json"
-    if not path.is_file():
-        raise UserError(f"{folder} holds no adapter_config.json: name the folder of a LoRA adapter with --adapter.")
-    rank = json.loads(path.read_text(encoding="utf-8"))["r"]
+    rank = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))["r"]
     if rank > LORA_RANKS[-1]:
         raise UserError(f"{folder} has LoRA rank {rank}, above vLLM's {LORA_RANKS[-1]}: merge it into the model first.")
     return rank
@@ -266,6 +279,9 @@ class OpenAIEngine:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
 
+    def check(self, chats: list[Chat]) -> None:
+        """The server knows its model's context and template, and says so."""
+
     def versions(self) -> dict[str, str]:
         from openai import OpenAIError
 
@@ -326,6 +342,9 @@ class TransformersEngine:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
 
+    def check(self, chats: list[Chat]) -> None:
+        check_chats(chats, self.settings)
+
     def versions(self) -> dict[str, str]:
         return _versions("torch", "transformers", *(["peft"] if self.settings.adapters else []))
 
@@ -335,9 +354,9 @@ class TransformersEngine:
 
         set_seed(self.settings.sampling.seed)
         dtype = self.settings.dtype if self.settings.dtype == "auto" else getattr(torch, self.settings.dtype)
-        tokenizer = AutoTokenizer.from_pretrained(self.settings.model, padding_side="left")
+        tokenizer: Any = AutoTokenizer.from_pretrained(self.settings.model, padding_side="left")
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-        model = AutoModelForCausalLM.from_pretrained(self.settings.model, dtype=dtype)
+        model: Any = AutoModelForCausalLM.from_pretrained(self.settings.model, dtype=dtype)
         if self.settings.adapters:
             model = _with_adapters(model, self.settings.adapters)
         model.to("cuda" if torch.cuda.is_available() else "cpu").eval()

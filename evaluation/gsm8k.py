@@ -20,7 +20,7 @@ from typing import Annotated, Any
 
 import typer
 from degeneration import is_degenerate
-from engines import Engine, Job, Sampling, Settings, check_prompts, make_engine
+from engines import Job, Sampling, Settings, make_engine
 from extraction import VERSION, extract_answer, read_answer
 from generations import Run, file_hashes, write_whole
 from questions import Question, UserError, load_prompt, load_questions, messages
@@ -46,7 +46,7 @@ Opt = typer.Option
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
-@app.command(help=__doc__.replace("\n    python", "\n\n    python"), no_args_is_help=True)  # type: ignore[union-attr]
+@app.command(help=__doc__.replace("\n    python", "\n\n    python"), no_args_is_help=True)
 def main(
     data: Annotated[str, Opt(help="A jsonl or parquet file with question and answer (`#### N`), or openai/gsm8k.")],
     output: Annotated[Path, Opt(help="A folder for the answers and scores; one sub-folder per model or adapter.")],
@@ -81,8 +81,8 @@ def main(
         else:
             sampling = Sampling(temperature, top_p, repetition_penalty, max_tokens, seed)
             settings = Settings(
-                model=_checked_model(model, engine),
-                adapters=_parse_adapters(adapter or []),
+                model=_local_model(model, engine),
+                adapters=_parse_adapters(adapter or [], engine),
                 sampling=sampling,
                 dtype=dtype,
                 tensor_parallel=tensor_parallel,
@@ -94,29 +94,43 @@ def main(
             )
             names = [*([] if skip_base and settings.adapters else [BASE]), *settings.adapters]
             asked = {"prompt": load_prompt(prompt), "system": system}
-            about_data = {"source": data, "sha256": data_hash, "problems": len(questions)}
-            runs = _generate(engine, settings, names, questions, asked, about_data, output)
+            about = {
+                "data": {"source": data, "sha256": data_hash, "problems": len(questions)},
+                "model": {"name": model, "files": _hashes(settings.model)},
+                **asked,
+            }
+            runs = _generate(engine, settings, names, questions, about, output)
         _score(runs, questions, output)
     except UserError as error:
         print(f"gsm8k.py: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
 
 
-def _checked_model(model: str, engine: EngineName) -> str:
+def _local_model(model: str, engine: EngineName) -> str:
+    """The model's folder, fetched from the hub if it is a hub name; a served model is only a name."""
     if not model:
         raise UserError("--model is missing: name a model folder or hub name.")
-    looks_like_path = model.startswith((".", "/", "~"))
-    if engine is not EngineName.openai and looks_like_path and not Path(model, "config.json").is_file():
+    if engine is EngineName.openai or Path(model, "config.json").is_file():
+        return model
+    if model.startswith((".", "/")) or Path(model).exists():
         raise UserError(f"There is no model at {model}: name a folder with config.json, weights and tokenizer.")
-    return model
+
+    from huggingface_hub import snapshot_download
+
+    try:
+        return snapshot_download(model, ignore_patterns=["original/*", "*.pth", "*.gguf"])
+    except Exception as error:
+        raise UserError(f"{model} is neither a folder nor to be had from the hub ({error}).") from error
 
 
-def _parse_adapters(words: list[str]) -> dict[str, str]:
+def _parse_adapters(words: list[str], engine: EngineName) -> dict[str, str]:
     adapters = {}
     for word in words:
         name, equals, folder = word.partition("=")
         if not (name and equals and folder) or name == BASE or "/" in name:
             raise UserError(f"--adapter {word}: write NAME=DIR, with a name that is no path and not `{BASE}`.")
+        if engine is not EngineName.openai and not Path(folder, "adapter_config.json").is_file():
+            raise UserError(f"{folder} holds no adapter_config.json: name the folder of a LoRA adapter with --adapter.")
         adapters[name] = folder
     return adapters
 
@@ -129,46 +143,38 @@ def _generate(
     settings: Settings,
     names: list[str],
     questions: list[Question],
-    asked: dict[str, Any],
-    about_data: dict[str, Any],
+    about: dict[str, Any],
     output: Path,
 ) -> list[Path]:
-    """Ask every problem that has no answer yet, of every run, in one load of the engine; returns the runs' folders."""
+    """Ask every problem that has no answer yet, of every run, in one load of the engine; returns the runs' folders.
+
+    The manifest holds everything that the answers and their reading depend on: a run is resumed only with the same one.
+    """
     engine = make_engine(engine_name, settings)
-    manifest = _manifest(engine_name, engine, settings, asked, about_data)
+    chats = [messages(question, about["prompt"], about["system"]) for question in questions]
+    engine.check(chats)
+    manifest = {
+        **about,
+        "sampling": vars(settings.sampling),
+        "engine": {"name": str(engine_name), "dtype": settings.dtype, "versions": engine.versions()},
+        "extractor": VERSION,
+    }
     with ExitStack() as stack:
         runs = {name: stack.enter_context(Run(output / name)) for name in names}
         jobs, bar = [], _Progress(len(questions) * len(names), questions)
         for name, run in runs.items():
             done = run.open({**manifest, "adapter": _hashes(settings.adapters.get(name))})
-            for question in questions:
+            for question, chat in zip(questions, chats, strict=True):
                 if question.index in done:
                     bar.count(question.index, done[question.index].text)
                 else:
-                    chat = messages(question, asked["prompt"], asked["system"])
                     jobs.append(Job(name, question.index, chat))
         if jobs:
-            if engine_name is not EngineName.openai:
-                check_prompts(jobs, settings)
             for job, generation in engine.generate(jobs):
                 runs[job.run].append(generation)
                 bar.count(job.index, generation.text)
         bar.close()
     return [output / name for name in names]
-
-
-def _manifest(
-    engine_name: EngineName, engine: Engine, settings: Settings, asked: dict[str, Any], about_data: dict[str, Any]
-) -> dict[str, Any]:
-    """Everything that the answers and their reading depend on; a run is resumed only where all of it is the same."""
-    return {
-        "data": about_data,
-        "model": {"name": settings.model, "files": _hashes(settings.model)},
-        **asked,
-        "sampling": vars(settings.sampling),
-        "engine": {"name": str(engine_name), "dtype": settings.dtype, "versions": engine.versions()},
-        "extractor": VERSION,
-    }
 
 
 def _hashes(folder: str | None) -> dict[str, str] | None:

@@ -43,7 +43,7 @@ def score_run(questions: list[Question], generations: Mapping[int, Generation]) 
 
 def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
     count = len(rows)
-    tiers = {}
+    tiers: dict[str, Any] = {}
     for tier in TIERS:
         correct = sum(row[tier]["correct"] for row in rows)
         low, high = proportion_confint(correct, count, method="wilson")
