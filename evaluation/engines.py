@@ -209,7 +209,9 @@ def _lora_settings(adapters: dict[str, str]) -> dict[str, Any]:
     return {
         "enable_lora": True,
         "max_lora_rank": next(size for size in LORA_RANKS if size >= rank),
-        "max_loras": min(len(adapters), 4),
+        # One slot more than adapters: vLLM's CPU kernels (0.32) take index -1, "no adapter", for the last slot, so the
+        # base model would silently answer with the last adapter if that slot were taken.
+        "max_loras": len(adapters) + 1,
     }
 
 
