@@ -11,9 +11,10 @@ import importlib.metadata
 import json
 import multiprocessing
 import os
+import queue
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -103,6 +104,7 @@ def check_chats(chats: list[Chat], settings: Settings) -> None:
 
 # --- vLLM ------------------------------------------------------------------------------------------------------------
 
+FINISHED = ()  # what a replica sends last
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM can be configured for
 
 
@@ -226,20 +228,24 @@ def _generate_on_replicas(settings: Settings, jobs: list[Job]) -> Iterator[tuple
     """Independent copies of the model, each with its share of the devices and of the jobs."""
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
-    single = replace(settings, data_parallel=1)
+    shares = [jobs[rank :: settings.data_parallel] for rank in range(settings.data_parallel)]
     replicas = [
-        context.Process(target=_replica, args=(single, jobs[rank :: settings.data_parallel], rank, settings, results))
-        for rank in range(settings.data_parallel)
+        context.Process(target=_replica, args=(settings, rank, share, results)) for rank, share in enumerate(shares)
     ]
     for process in replicas:
         process.start()
     try:
         running = len(replicas)
         while running:
-            item = results.get()
+            try:
+                item = results.get(timeout=5)
+            except queue.Empty:
+                item = _died(replicas)
+                if item is None:
+                    continue
             if isinstance(item, str):
-                raise UserError(f"A replica failed: {item}")
-            if item is None:
+                raise UserError(f"A replica failed ({item}): what was answered is kept; the same command goes on.")
+            if item == FINISHED:
                 running -= 1
             else:
                 yield item
@@ -249,14 +255,19 @@ def _generate_on_replicas(settings: Settings, jobs: list[Job]) -> Iterator[tuple
             process.join()
 
 
-def _replica(single: Settings, jobs: list[Job], rank: int, settings: Settings, results: Any) -> None:
+def _replica(settings: Settings, rank: int, jobs: list[Job], results: Any) -> None:
     _take_share_of_devices(rank, settings.data_parallel, settings.tensor_parallel)
     try:
-        for item in _generate_with_vllm(single, jobs) if jobs else ():
+        for item in _generate_with_vllm(settings, jobs) if jobs else ():
             results.put(item)
-        results.put(None)
+        results.put(FINISHED)
     except Exception as error:  # the parent reports it
         results.put(f"{type(error).__name__}: {error}")
+
+
+def _died(replicas: list[Any]) -> str | None:
+    """What to report of a replica that ended without a word, such as one killed for its memory."""
+    return next((f"exit code {process.exitcode}" for process in replicas if process.exitcode), None)
 
 
 def _take_share_of_devices(rank: int, replicas: int, per_replica: int) -> None:

@@ -298,12 +298,24 @@ def test_lora_rank_above_vllms_limit(tmp_path):
 # --- vLLM, where it is installed -------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(
+needs_vllm = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="vLLM has an environment of its own: make test-eval"
 )
+
+
+@needs_vllm
+@pytest.mark.slow
 def test_vllm_answers_like_transformers(model32, adapters):
+    """Base and adapters in one load: the base must not get an adapter's answers."""
     changes = {"dtype": "float32", "adapters": adapters, "max_model_len": 1024}
     vllm = answers(make_engine("vllm", settings(model32, **changes)), jobs("base", "one", "two"))
     hf = answers(TransformersEngine(settings(model32, adapters=adapters)), jobs("base", "one", "two"))
     assert vllm == hf
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_vllm_replicas_share_the_jobs(model32):
+    changes = {"dtype": "float32", "data_parallel": 2, "max_model_len": 1024}
+    vllm = answers(make_engine("vllm", settings(model32, **changes)), jobs())
+    assert vllm == answers(TransformersEngine(settings(model32)), jobs())

@@ -237,6 +237,15 @@ def test_missing_and_broken_data_files_are_refused(tmp_path):
         load_questions(str(tmp_path / "broken.jsonl"))
 
 
+def test_gold_solutions_of_the_shipped_sample_score_100_percent():
+    source = Path(__file__).parents[2] / "data" / "gsm8k_sample.jsonl"
+    found, _ = load_questions(str(source))
+    rows = [json.loads(line) for line in source.read_text().splitlines()]
+    summary = score_run(found, {index: answer(index, row["answer"]) for index, row in enumerate(rows)})["summary"]
+    assert summary["problems"] == 32
+    assert summary["strict"]["accuracy"] == 1.0
+
+
 @pytest.mark.skipif(not GSM8K.is_dir(), reason="set GSM8K_DIR to a folder with GSM8K's test.jsonl")
 def test_gold_solutions_of_the_real_test_set_score_100_percent():
     found, _ = load_questions(str(GSM8K / "test.jsonl"))
