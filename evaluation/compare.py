@@ -104,36 +104,23 @@ def _pair(first: str, second: str, runs: dict[str, dict[str, Any]], problems: li
 
 
 def _print(comparisons: list[dict[str, Any]], tier: str) -> None:
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
     first = comparisons[0]
-    table = Table(
-        title=f"{tier}, {first['problems']} problems, against {first['baseline']} ({first['baseline_accuracy']:.1%})"
+    title = f"{tier}, {first['problems']} problems, baseline {first['baseline']}: {first['baseline_accuracy']:.1%}"
+    caption = (
+        "p: McNemar's exact test on the problems that only one of the two has right; Holm: corrected over all runs"
     )
-    columns = (
-        "run",
-        "accuracy",
-        "difference",
-        "both",
-        "only baseline",
-        "only run",
-        "neither",
-        "p (McNemar)",
-        "p (Holm)",
-    )
-    for column in columns:
-        table.add_column(column, justify="left" if column == "run" else "right", overflow="fold")
+    table = Table(title=title, caption=caption, box=box.SIMPLE, padding=(0, 1, 0, 0))
+    table.add_column("run", overflow="fold")
+    for column in ("acc.", "diff.", "both", "base only", "run only", "neither", "p", "Holm"):
+        table.add_column(column, justify="right", no_wrap=True)
     for row in comparisons:
         counts = [str(row[key]) for key in ("both", "only_baseline", "only_run", "neither")]
-        values = [
-            f"{row['accuracy']:.1%}",
-            f"{row['difference']:+.1%}",
-            *counts,
-            f"{row['p']:.3g}",
-            f"{row['p_holm']:.3g}",
-        ]
-        table.add_row(row["run"], *values)
+        shares = [f"{row['accuracy']:.1%}", f"{row['difference']:+.1%}"]
+        table.add_row(row["run"], *shares, *counts, f"{row['p']:.3g}", f"{row['p_holm']:.3g}")
     Console().print(table)
 
 

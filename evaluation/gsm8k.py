@@ -31,8 +31,9 @@ __all__ = ["extract_answer", "is_degenerate"]
 
 BASE = "base"
 LEGEND = (
-    "strict: behind the last `the answer is` or `####`; prompt: behind `So the answer is:`; flexible: the last number; "
-    "conflict: first and last answer differ; degen.: empty, looping or repeating itself; cut: at the token limit"
+    "strict: behind the last `the answer is` or `####`; prompt: behind `So the answer is:`; flex.: the last number; "
+    "confl.: first and last answer differ; degen.: empty, looping or repeating itself; cut: at the token limit; "
+    "miss.: not answered yet"
 )
 
 
@@ -214,13 +215,19 @@ def _score(runs: list[Path], questions: list[Question], output: Path) -> None:
 
 
 def _print_summary(summaries: dict[str, dict[str, Any]]) -> None:
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
     problems = next(iter(summaries.values()))["problems"]
-    table = Table(title=f"{problems} problems, accuracy with Wilson's 95% interval", caption=LEGEND)
-    for column in ("run", "strict", "95%", "prompt", "flexible", "conflict", "degen.", "cut", "missing"):
-        table.add_column(column, justify="left" if column == "run" else "right", overflow="fold")
+    table = Table(
+        title=f"{problems} problems, accuracy with Wilson's 95% interval",
+        caption=LEGEND,
+        box=box.SIMPLE,
+        padding=(0, 1, 0, 0),
+    )
+    for column in ("run", "strict", "95%", "prompt", "flex.", "confl.", "degen.", "cut", "miss."):
+        table.add_column(column, justify="left" if column == "run" else "right", no_wrap=True)
     for name, summary in summaries.items():
         low, high = summary["strict"]["wilson_95"]
         signs = summary["degeneration"]

@@ -70,6 +70,11 @@ def answers(engine, asked) -> dict[tuple[str, int], str]:
     return {(job.run, job.index): generation.text for job, generation in engine.generate(asked)}
 
 
+def tokens(engine, asked) -> dict[tuple[str, int], list[int]]:
+    """Where texts cannot be compared: vLLM leaves out the bytes of a last, unfinished character."""
+    return {(job.run, job.index): generation.token_ids for job, generation in engine.generate(asked)}
+
+
 # --- transformers ----------------------------------------------------------------------------------------------------
 
 
@@ -308,8 +313,8 @@ needs_vllm = pytest.mark.skipif(
 def test_vllm_answers_like_transformers(model32, adapters):
     """Base and adapters in one load: the base must not get an adapter's answers."""
     changes = {"dtype": "float32", "adapters": adapters, "max_model_len": 1024}
-    vllm = answers(make_engine("vllm", settings(model32, **changes)), jobs("base", "one", "two"))
-    hf = answers(TransformersEngine(settings(model32, adapters=adapters)), jobs("base", "one", "two"))
+    vllm = tokens(make_engine("vllm", settings(model32, **changes)), jobs("base", "one", "two"))
+    hf = tokens(TransformersEngine(settings(model32, adapters=adapters)), jobs("base", "one", "two"))
     assert vllm == hf
 
 
@@ -317,5 +322,5 @@ def test_vllm_answers_like_transformers(model32, adapters):
 @pytest.mark.slow
 def test_vllm_replicas_share_the_jobs(model32):
     changes = {"dtype": "float32", "data_parallel": 2, "max_model_len": 1024}
-    vllm = answers(make_engine("vllm", settings(model32, **changes)), jobs())
-    assert vllm == answers(TransformersEngine(settings(model32)), jobs())
+    vllm = tokens(make_engine("vllm", settings(model32, **changes)), jobs())
+    assert vllm == tokens(TransformersEngine(settings(model32)), jobs())
