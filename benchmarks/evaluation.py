@@ -17,10 +17,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "evaluation"))
 
-from engines import Job, Sampling, Settings, ask_vllm, load_vllm, make_engine, vllm_sampling
+from engines import Job, Sampling, Settings, make_engine
 from generations import Generation, Run
 from questions import load_prompt, load_questions, messages
 from scoring import score_run
+from vllm_engine import ask_vllm, load_vllm, vllm_sampling
 
 
 def main() -> None:

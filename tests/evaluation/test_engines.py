@@ -13,7 +13,8 @@ from pathlib import Path
 import gsm8k
 import pytest
 import tiny
-from engines import Job, Sampling, Settings, TransformersEngine, make_engine
+from engines import Job, Sampling, Settings, make_engine
+from transformers_engine import TransformersEngine
 from typer.testing import CliRunner
 
 QUESTIONS = ["How many?", "Tom has 3 pens and buys 4 more pens at the market. How many pens has he?", "1 + 1?"]
@@ -293,7 +294,7 @@ def test_evaluation_imports_neither_llamafactory_nor_the_plugin():
 
 
 def test_lora_rank_above_vllms_limit(tmp_path):
-    from engines import _lora_rank
+    from vllm_engine import _lora_rank
 
     (tmp_path / "adapter_config.json").write_text('{"r": 1024}')
     with pytest.raises(gsm8k.UserError, match="rank 1024, above vLLM's 512"):

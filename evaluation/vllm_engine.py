@@ -1,0 +1,193 @@
+"""vLLM in this process, with LoRA adapters, tensor parallelism and replicas."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import queue
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from engines import Chat, Job, Sampling, Settings, check_chats, package_versions
+from generations import Generation
+from questions import UserError
+
+FINISHED = ()  # what a replica sends last
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM can be configured for
+
+
+class VllmEngine:
+    """vLLM in this process: one load, every problem queued at once, answers taken as the scheduler finishes them."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        _set_vllm_defaults()
+
+    def check(self, chats: list[Chat]) -> None:
+        check_chats(chats, self.settings)
+        _lora_settings(self.settings.adapters)
+
+    def versions(self) -> dict[str, str]:
+        try:
+            import vllm
+        except ImportError as error:
+            raise UserError(f"vLLM does not import ({error}): run `make eval-env`, or choose --engine hf.") from error
+        return {"vllm": vllm.__version__, **package_versions("torch", "transformers")}
+
+    def generate(self, jobs: list[Job]) -> Iterator[tuple[Job, Generation]]:
+        if self.settings.data_parallel > 1:
+            yield from _generate_on_replicas(self.settings, jobs)
+        else:
+            yield from _generate_with_vllm(self.settings, jobs)
+
+
+def _set_vllm_defaults() -> None:
+    """Without a GPU: one process and every core; vLLM would keep one core to itself and start for a minute."""
+    import torch
+
+    if torch.cuda.is_available():
+        return
+    cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
+    defaults = {
+        "VLLM_CPU_OMP_THREADS_BIND": cores,
+        "VLLM_CPU_KVCACHE_SPACE": "2",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    }
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+
+
+def _generate_with_vllm(settings: Settings, jobs: list[Job]) -> Iterator[tuple[Job, Generation]]:
+    yield from ask_vllm(load_vllm(settings), settings, jobs)
+
+
+def load_vllm(settings: Settings) -> Any:
+    """A `vllm.LLM` that can answer for the base model and every adapter."""
+    from vllm import LLM
+
+    return LLM(
+        model=settings.model,
+        dtype=settings.dtype,
+        seed=settings.sampling.seed,
+        tensor_parallel_size=settings.tensor_parallel,
+        max_model_len=settings.max_model_len,
+        enable_prefix_caching=True,
+        generation_config="vllm",
+        **_lora_settings(settings.adapters),
+    )
+
+
+def vllm_sampling(sampling: Sampling) -> Any:
+    from vllm import SamplingParams
+
+    return SamplingParams(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        repetition_penalty=sampling.repetition_penalty,
+        max_tokens=sampling.max_tokens,
+        seed=sampling.seed,
+    )
+
+
+def ask_vllm(llm: Any, settings: Settings, jobs: list[Job]) -> Iterator[tuple[Job, Generation]]:
+    """Queue every job at once and yield each answer when the scheduler has finished it."""
+    from vllm.lora.request import LoRARequest
+
+    adapters = {
+        name: LoRARequest(name, number, folder) for number, (name, folder) in enumerate(settings.adapters.items(), 1)
+    }
+    ids = llm.enqueue_chat(
+        [job.messages for job in jobs],
+        vllm_sampling(settings.sampling),
+        use_tqdm=False,
+        lora_request=[adapters.get(job.run) for job in jobs] if adapters else None,
+    )
+    # vLLM queues under `N-random` and reports under `N`.
+    waiting = {queued.partition("-")[0]: job for queued, job in zip(ids, jobs, strict=True)}
+    # What LLM.chat does inside, but each answer is handed on when it is finished and not when all are.
+    while llm.llm_engine.has_unfinished_requests():
+        for output in llm.llm_engine.step():
+            if output.finished:
+                job, answer = waiting.pop(output.request_id), output.outputs[0]
+                yield job, Generation(job.index, answer.text, list(answer.token_ids), answer.finish_reason)
+
+
+def _lora_settings(adapters: dict[str, str]) -> dict[str, Any]:
+    if not adapters:
+        return {}
+    rank = max(_lora_rank(folder) for folder in adapters.values())
+    return {
+        "enable_lora": True,
+        "max_lora_rank": next(size for size in LORA_RANKS if size >= rank),
+        # One slot more than adapters: vLLM's CPU kernels (0.32) take index -1, "no adapter", for the last slot, so the
+        # base model would silently answer with the last adapter if that slot were taken.
+        "max_loras": len(adapters) + 1,
+    }
+
+
+def _lora_rank(folder: str) -> int:
+    rank = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))["r"]
+    if rank > LORA_RANKS[-1]:
+        raise UserError(f"{folder} has LoRA rank {rank}, above vLLM's {LORA_RANKS[-1]}: merge it into the model first.")
+    return rank
+
+
+def _generate_on_replicas(settings: Settings, jobs: list[Job]) -> Iterator[tuple[Job, Generation]]:
+    """Independent copies of the model, each with its share of the devices and of the jobs."""
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    shares = [jobs[rank :: settings.data_parallel] for rank in range(settings.data_parallel)]
+    replicas = [
+        context.Process(target=_replica, args=(settings, rank, share, results)) for rank, share in enumerate(shares)
+    ]
+    for process in replicas:
+        process.start()
+    try:
+        running = len(replicas)
+        while running:
+            try:
+                item = results.get(timeout=5)
+            except queue.Empty:
+                item = _died(replicas)
+                if item is None:
+                    continue
+            if isinstance(item, str):
+                raise UserError(f"A replica failed ({item}): what was answered is kept; the same command goes on.")
+            if item == FINISHED:
+                running -= 1
+            else:
+                yield item
+    finally:
+        for process in replicas:
+            process.terminate()
+            process.join()
+
+
+def _replica(settings: Settings, rank: int, jobs: list[Job], results: Any) -> None:
+    _take_share_of_devices(rank, settings.data_parallel, settings.tensor_parallel)
+    try:
+        for item in _generate_with_vllm(settings, jobs) if jobs else ():
+            results.put(item)
+        results.put(FINISHED)
+    except Exception as error:  # the parent reports it
+        results.put(f"{type(error).__name__}: {error}")
+
+
+def _died(replicas: list[Any]) -> str | None:
+    """What to report of a replica that ended without a word, such as one killed for its memory."""
+    return next((f"exit code {process.exitcode}" for process in replicas if process.exitcode), None)
+
+
+def _take_share_of_devices(rank: int, replicas: int, per_replica: int) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        devices = visible.split(",") if visible else [str(n) for n in range(torch.cuda.device_count())]
+        share = devices[rank * per_replica : (rank + 1) * per_replica]
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(share)
+    else:
+        cores = sorted(os.sched_getaffinity(0))
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores[rank::replicas]))
