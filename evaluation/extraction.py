@@ -17,6 +17,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from decimal import Decimal
+from itertools import chain, pairwise
 from typing import Literal, get_args
 
 # Recorded with every run: scores of different versions are not comparable.
@@ -103,10 +104,9 @@ _HEADING_ANSWER = re.compile(r"\s*[-+]?[$€£¥₹]?[-+]?\.?[0-9](?:[0-9,./]*[0
 def _marked(text: str, tier: Tier) -> Iterable[Decimal | None]:
     """What each marker of the tier is followed by: a number, or None."""
     marker = _PROMPT_MARKER if tier == "strict_prompt" else _ANY_MARKER
-    found = list(marker.finditer(text))
-    ends = [match.start() for match in found[1:]] + [len(text)]
-    for match, end in zip(found, ends, strict=False):
-        segment = text[match.end() : end]
+    for match, following in pairwise(chain(marker.finditer(text), [None])):
+        assert match is not None
+        segment = text[match.end() : following.start() if following else len(text)]
         if match.group().lstrip().startswith("####"):
             line = segment.partition("\n")[0]
             # Not a Markdown heading such as `#### 2. Next step`.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import time
+import subprocess
+import sys
 from decimal import Decimal
+from pathlib import Path
 
 import pytest
 from extraction import TIERS, extract_answer, read_answer
@@ -165,24 +167,21 @@ def test_every_plain_number_is_read_exactly(value):
             assert extract_answer(f"{SO}{written}.", tier) == value
 
 
-@pytest.mark.parametrize(
-    "unit",
-    [
-        *("1", "1,", "1.", "1:", "1/", "1 1/2 ", "1 × 10^", "e9", "9e9", "5. ", "x^2", "=", "1 = ", "-", "$", "*"),
-        *("the answer is ", SO, f"{SO}\n", "so ", "#### ", "#### 1", "\\frac{", "\\boxed{", " \n"),
-    ],
-)
-def test_a_megabyte_takes_time_linear_in_its_length(unit):
-    """Measured as a ratio: eight times the text takes nowhere near 64 times the time, as a quadratic reader would."""
+UNITS = [
+    *("1", "1,", "1.", "1:", "1/", "1 1/2 ", "1 × 10^", "e9", "9e9", "5. ", "x^2", "=", "1 = ", "-", "$", "*", "1.1.1"),
+    *("the answer is ", SO, f"{SO}\n", f"{SO}1 ", "so ", "#### ", "#### 1", "#### 1\n", "\\frac{", "\\boxed{", " \n"),
+]
 
-    def seconds(size: int) -> float:
-        text = unit * (size // len(unit))
-        best = float("inf")
-        for _ in range(2):
-            start = time.process_time()
-            for tier in TIERS:
-                extract_answer(text, tier)
-            best = min(best, time.process_time() - start)
-        return best
 
-    assert seconds(1_000_000) < 24 * max(seconds(125_000), 0.002)
+def test_megabytes_are_read_in_linear_time():
+    """Megabytes made to trip a backtracking reader: all together take seconds, or hours where a step is quadratic.
+
+    No time is asserted; the limit only ends a test that would hang.
+    """
+    code = (
+        "import sys; from extraction import TIERS, extract_answer\n"
+        "for unit in sys.argv[1:]:\n"
+        "    for tier in TIERS: extract_answer(unit * (1_000_000 // len(unit)), tier)\n"
+    )
+    evaluation = Path(__file__).parents[2] / "evaluation"
+    subprocess.run([sys.executable, "-c", code, *UNITS], cwd=evaluation, check=True, timeout=300)
