@@ -16,7 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from decimal import Decimal
+from decimal import MAX_EMAX, MAX_PREC, MIN_EMIN, Context, Decimal, Inexact
 from itertools import chain, pairwise
 from typing import Literal, get_args
 
@@ -145,6 +145,9 @@ _MIXED_FRACTION = re.compile(r" ([0-9]{1,30})/([0-9]{1,30})(?![0-9/])")
 # Behind a number: letters that multiply it, so that reading the number alone would be wrong.
 _SCALE = re.compile(r" ?(?:hundred|thousand|million|billion|trillion|dozen|[kKMB])s?\b")
 _CURRENCY = "$€£¥₹"
+# Python's default context rounds every operation to 28 digits, also a change of sign.
+_WIDE = Context(prec=MAX_PREC, Emax=MAX_EMAX, Emin=MIN_EMIN)
+_EXACT_QUOTIENT = Context(prec=200, traps=[Inexact])  # a finite quotient of 30-digit numbers has fewer digits
 
 
 def _single_number(part: str) -> Decimal | None:
@@ -167,7 +170,7 @@ def _all_numbers(text: str) -> list[Decimal]:
     for run in _RUN.finditer(text):
         value = _value(run.group())
         if value is not None:
-            values.append(-value if _is_negative(text, run.start()) else value)
+            values.append(value.copy_negate() if _is_negative(text, run.start()) else value)
     return values
 
 
@@ -177,15 +180,15 @@ def _number(part: str, run: re.Match[str]) -> tuple[Decimal | None, int]:
     value = _value(run.group())
     power, fraction = _POWER_OF_TEN.match(part, end), _MIXED_FRACTION.match(part, end)
     if value is not None and power:
-        value, end = value.scaleb(int(power[1])), power.end()
+        value, end = value.scaleb(int(power[1]), _WIDE), power.end()
     elif value is not None and fraction and value == int(value):
         below_one = int(fraction[1]) < int(fraction[2])
         rest = _exact_fraction(int(fraction[1]), int(fraction[2])) if below_one else None
-        value, end = None if rest is None else value + rest, fraction.end()
+        value, end = None if rest is None else _WIDE.add(value, rest), fraction.end()
 
     if value is None or not _stands_alone(part, start, end):
         return None, end
-    return (-value if _is_negative(part, start) else value), end
+    return (value.copy_negate() if _is_negative(part, start) else value), end
 
 
 def _value(run: str) -> Decimal | None:
@@ -201,8 +204,10 @@ def _exact_fraction(numerator: int, denominator: int) -> Decimal | None:
     """numerator / denominator where that is a finite decimal, else None: 3/4 is 0.75, 1/3 is nothing."""
     if denominator == 0:
         return None
-    quotient = Decimal(numerator) / Decimal(denominator)
-    return quotient if quotient * denominator == numerator else None
+    try:
+        return _EXACT_QUOTIENT.divide(Decimal(numerator), Decimal(denominator))
+    except Inexact:
+        return None
 
 
 def _stands_alone(part: str, start: int, end: int) -> bool:

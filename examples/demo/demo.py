@@ -113,10 +113,9 @@ def split(problems: Any, pair_count: int, problem_count: int) -> tuple[list[dict
 
 def write_data(folder: Path, pairs: list[dict[str, str]], held_out: list[Problem]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    columns = {"prompt": "instruction", "query": "input", "chosen": "chosen", "rejected": "rejected"}
-    info = {"arithmetic_pairs": {"file_name": "arithmetic_pairs.jsonl", "ranking": True, "columns": columns}}
     write(folder / "arithmetic_pairs.jsonl", "".join(json.dumps(pair) + "\n" for pair in pairs))
-    write(folder / "dataset_info.json", json.dumps(info, indent=2))
+    # Registered as the shipped sample is, whose name and layout the pairs share.
+    write(folder / "dataset_info.json", (HERE.parents[1] / "data" / "dataset_info.json").read_text(encoding="utf-8"))
     # The held-out problems in GSM8K's layout.
     rows = [{"question": p.question, "answer": f"{p.steps}\n#### {p.answer}"} for p in held_out]
     write(folder / HELD_OUT, "".join(json.dumps(row) + "\n" for row in rows))
@@ -157,7 +156,9 @@ def run(command: list[str], log: Path, show: Callable[[], None]) -> None:
 
 
 def lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    """The complete lines of a file that another process may be writing to."""
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    return text[: text.rfind("\n") + 1].splitlines()
 
 
 # --- training --------------------------------------------------------------------------------------------------------
