@@ -39,7 +39,7 @@ def test_the_shipped_sample_is_what_the_demo_makes():
     sys.path.insert(0, str(ROOT / "examples" / "demo"))
     from problems import generate
 
-    from llamafactory_ext.pairs import make_pair
+    from llamafactory_ext.pairs.corruption import make_pair
 
     rng = random.Random(0)
     made = [make_pair(problem, rng) for problem in itertools.islice(generate(seed=0), 64)]

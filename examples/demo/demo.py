@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from llamafactory_ext.pairs import Problem, make_pair, parse_gsm8k
+from llamafactory_ext.pairs.corruption import Problem, make_pair, parse_solution
 from llamafactory_ext.plots import plot_runs
 
 HERE = Path(__file__).resolve().parent
@@ -95,7 +95,7 @@ def read_problems(path: Path | None) -> Any:
     if path is None:
         return generate(seed=0)
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    return (parse_gsm8k(row["question"], row["answer"]) for row in rows)
+    return (parse_solution(row["question"], row["answer"]) for row in rows)
 
 
 def split(problems: Any, pair_count: int, problem_count: int) -> tuple[list[dict[str, str]], list[Problem]]:

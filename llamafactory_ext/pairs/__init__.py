@@ -1,0 +1,1 @@
+"""Preference data: pairs made from other data, and the checks before a training."""

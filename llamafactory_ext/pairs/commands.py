@@ -1,0 +1,188 @@
+"""`llamafactory-ext data`: makes preference pairs, and checks a recipe's."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ..errors import UserError
+from ..recipe import read_recipe
+from .corruption import PROMPT, corrupt_row
+from .dialogues import hh_rlhf_pair, ultrafeedback_pair
+from .files import Fields, Row, Tally, check_output, read_rows, register, whole_file, write_pairs
+from .metamath import Template, index_queries, learn_template, zero_shot_pair
+
+app = typer.Typer(help="Make preference pairs, and check a recipe's before training on them.", no_args_is_help=True)
+console = Console()
+
+SAMPLE = 1000  # prompts from which the template is learned
+
+Source = typer.Argument
+Opt = typer.Option
+Overwrite = Annotated[bool, Opt("--overwrite", help="Replace the output if it is there.")]
+Split = Annotated[str, Opt(help="Split of a hub data set.")]
+
+
+@app.command()
+def metamath(
+    pairs: Annotated[str, Source(help="The few-shot pairs: a file, or owner/name of the hub.")] = (
+        "abacusai/MetaMath_DPO_FewShot"
+    ),
+    questions: Annotated[str, Opt(help="MetaMathQA: a file, or owner/name of the hub.")] = "meta-math/MetaMathQA",
+    output: Annotated[Path, Opt(help="The pairs; their stem becomes a data set's name.")] = Path(
+        "data/metamath_zero_shot.jsonl"
+    ),
+    prompt: Annotated[str, Opt(help="Put in front of each question.")] = "",
+    lead: Annotated[str | None, Opt(help="Text before the last question [default: learned].")] = None,
+    suffix: Annotated[str | None, Opt(help="Text behind the last question [default: learned].")] = None,
+    split: Split = "train",
+    overwrite: Overwrite = False,
+) -> None:
+    """MetaMath's few-shot pairs as zero-shot pairs, joined with MetaMathQA for the questions.
+
+    llamafactory-ext data metamath
+
+    llamafactory-ext data metamath few_shot.parquet --questions MetaMathQA-395K.json --output data/metamath.jsonl
+    """
+    check_output(output, overwrite)
+    if (lead is None) != (suffix is None):
+        raise UserError("--lead and --suffix describe the template together: give both or none.")
+    rows = read_rows(pairs, split)
+    index, unusable = index_queries(read_rows(questions))
+    for reason, count in unusable.items():
+        console.print(f"[yellow]{count:,} rows of {escape(questions)} not used: {escape(reason)}")
+
+    sample = list(itertools.islice(rows, SAMPLE))
+    if lead is not None and suffix is not None:
+        template = Template(lead, suffix)
+    else:
+        template = learn_template([row.fields for row in sample if isinstance(row.fields, dict)], index)
+    console.print(f"The question stands between {escape(repr(template.lead))} and {escape(repr(template.suffix))}.")
+
+    def convert(row: Row, fields: Fields) -> tuple[str, Fields]:
+        return zero_shot_pair(fields, index, template, prompt)
+
+    tally = write_pairs(itertools.chain(sample, rows), convert, output, overwrite)
+    _finish(tally, output, {"matched": "matched with MetaMathQA", "fallback": "fallback: cut at the template's text"})
+
+
+@app.command()
+def corrupt(
+    solutions: Annotated[str, Source(help="GSM8K, MetaMathQA or the like: a file, or owner/name of the hub.")],
+    output: Annotated[Path, Opt(help="The pairs; their stem becomes a data set's name.")] = Path(
+        "data/corrupted_pairs.jsonl"
+    ),
+    seed: Annotated[int, Opt(help="Decides which result is changed, and to what.")] = 0,
+    prompt: Annotated[str, Opt(help="Put in front of each question.", show_default="the MinorDPO paper's")] = PROMPT,
+    limit: Annotated[int | None, Opt(min=1, help="Only the first solutions.")] = None,
+    split: Split = "train",
+    overwrite: Overwrite = False,
+) -> None:
+    """Pairs from worked solutions: one intermediate result changed, everything else kept.
+
+    llamafactory-ext data corrupt train.jsonl --output data/gsm8k_pairs.jsonl
+
+    llamafactory-ext data corrupt meta-math/MetaMathQA --seed 1
+    """
+    rows = itertools.islice(read_rows(solutions, split), limit)
+    tally = write_pairs(rows, _each(lambda fields: corrupt_row(fields, seed, prompt)), output, overwrite)
+    _finish(tally, output)
+
+
+@app.command(name="hh-rlhf")
+def hh_rlhf(
+    dialogues: Annotated[str, Source(help="A .jsonl.gz of the data set, or owner/name of the hub.")] = (
+        "Anthropic/hh-rlhf"
+    ),
+    output: Annotated[Path, Opt(help="The pairs; their stem becomes a data set's name.")] = Path("data/hh_rlhf.jsonl"),
+    split: Split = "train",
+    overwrite: Overwrite = False,
+) -> None:
+    """Anthropic's HH-RLHF as multi-turn pairs.
+
+    llamafactory-ext data hh-rlhf
+
+    llamafactory-ext data hh-rlhf harmless-base/train.jsonl.gz --output data/harmless.jsonl
+    """
+    tally = write_pairs(read_rows(dialogues, split), _each(hh_rlhf_pair), output, overwrite)
+    _finish(tally, output, columns=("history",))
+
+
+@app.command()
+def ultrafeedback(
+    dialogues: Annotated[str, Source(help="Rows with lists of messages: a file, or owner/name of the hub.")] = (
+        "HuggingFaceH4/ultrafeedback_binarized"
+    ),
+    output: Annotated[Path, Opt(help="The pairs; their stem becomes a data set's name.")] = Path(
+        "data/ultrafeedback.jsonl"
+    ),
+    split: Split = "train_prefs",
+    overwrite: Overwrite = False,
+) -> None:
+    """UltraFeedback, binarized, as pairs; the scores of both sides are kept.
+
+    llamafactory-ext data ultrafeedback
+
+    llamafactory-ext data ultrafeedback test_prefs.parquet --output data/ultrafeedback_test.jsonl
+    """
+    tally = write_pairs(read_rows(dialogues, split), _each(ultrafeedback_pair), output, overwrite)
+    _finish(tally, output, columns=("system", "history"))
+
+
+@app.command()
+def check(
+    recipe: Annotated[list[str], Source(help="A recipe and key=value words, as for llamafactory-cli train.")],
+    test_set: Annotated[str | None, Opt(help="Questions that training must not see: a file or owner/name.")] = None,
+    test_split: Annotated[str, Opt(help="Split of a --test-set on the hub.")] = "test",
+    strict: Annotated[bool, Opt("--strict", help="Count the notes as problems.")] = False,
+    json_file: Annotated[Path | None, Opt("--json", help="Also write what was found to this file.")] = None,
+) -> None:
+    """A recipe's pairs, tokenized and cut as its training will: empty, identical, too long, or in the test set.
+
+    Ends with 0 if nothing is wrong, 1 if there are problems, 2 if the check could not be made.
+
+    llamafactory-ext data check recipe.yaml --test-set gsm8k/test.jsonl
+
+    llamafactory-ext data check recipe.yaml cutoff_len=512 max_samples=1000
+    """
+    from .check import check_pairs, render
+    from .contamination import read_test_set
+
+    settings = read_recipe(recipe)
+    questions = read_test_set(read_rows(test_set, test_split)) if test_set else None
+    report = check_pairs(settings, questions)
+    for part in render(report):
+        console.print(part)
+    if json_file is not None:
+        with whole_file(json_file) as file:
+            file.write(json.dumps(asdict(report), indent=2) + "\n")
+    if report.found_problems or (strict and (any(report.notes.values()) or report.template)):
+        raise typer.Exit(1)
+
+
+def _each(make_pair: Callable[[Fields], Fields]) -> Callable[[Row, Fields], tuple[str, Fields]]:
+    return lambda row, fields: ("pairs", make_pair(fields))
+
+
+def _finish(tally: Tally, output: Path, kinds: dict[str, str] | None = None, columns: tuple[str, ...] = ()) -> None:
+    """Register the pairs, and say what became of every row."""
+    is_new = register(output, columns)
+    table = Table("rows", "what became of them", "the first lines", title=str(output), title_justify="left")
+    for counter, style, prefix in ((tally.written, None, ""), (tally.dropped, "yellow", "dropped: ")):
+        for what, count in counter.most_common():
+            lines = ", ".join(str(line) for line in tally.first_lines[what])
+            table.add_row(f"{count:,}", escape(prefix + (kinds or {}).get(what, what)), lines, style=style)
+    console.print(table)
+    if tally.dropped:
+        console.print(f"The dropped rows are in {output.with_name(output.stem + '.dropped.jsonl')}.")
+    done = "is registered" if is_new else "was registered already"
+    console.print(f"`dataset: {output.stem}` {done} in {output.with_name('dataset_info.json')}.")

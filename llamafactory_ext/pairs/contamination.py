@@ -1,0 +1,78 @@
+"""Whether a training question is in a test set: word for word, or by thirteen words in a row."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from ..errors import UserError
+from .files import BadRow, Row, text
+
+QUESTION_COLUMNS = ("question", "query", "problem", "instruction", "prompt")
+
+# The length of the word n-grams by which GPT-3's authors compared (arXiv 2005.14165, appendix C).
+NGRAM = 13
+
+_WORD = re.compile(r"\w+")
+
+
+def words(question: str) -> tuple[str, ...]:
+    """The words in lower case, without punctuation."""
+    return tuple(_WORD.findall(question.lower()))
+
+
+class TestSet:
+    """The questions of a test set, indexed by their n-grams; one shorter than an n-gram counts as one n-gram."""
+
+    __test__ = False  # not a test case, whatever pytest makes of the name
+
+    def __init__(self, questions: Iterable[str]) -> None:
+        self._questions = [words(question) for question in questions]
+        self._by_ngram: dict[tuple[str, ...], set[int]] = {}
+        for index, question in enumerate(self._questions):
+            for ngram in _ngrams(question, min(NGRAM, len(question))):
+                self._by_ngram.setdefault(ngram, set()).add(index)
+        self._lengths = sorted({len(ngram) for ngram in self._by_ngram})
+
+    def __len__(self) -> int:
+        return len(self._questions)
+
+    def overlap(self, question: str) -> str:
+        """`same` if the question holds a test question whole, `similar` if an n-gram of one, else an empty text."""
+        asked = words(question)
+        near: set[int] = set()
+        for length in self._lengths:
+            for ngram in _ngrams(asked, length):
+                near |= self._by_ngram.get(ngram, set())
+        if any(_contains(asked, self._questions[index]) for index in near):
+            return "same"
+        return "similar" if near else ""
+
+
+def read_test_set(rows: Iterable[Row]) -> TestSet:
+    """The questions of a test set's rows.
+
+    Raises:
+        UserError: if a row has none of the columns that hold questions.
+    """
+    questions = []
+    for row in rows:
+        try:
+            if isinstance(row.fields, BadRow):
+                raise row.fields
+            column = next((name for name in QUESTION_COLUMNS if name in row.fields), QUESTION_COLUMNS[0])
+            questions.append(text(row.fields, column))
+        except BadRow as reason:
+            raise UserError(
+                f"line {row.number} of the test set: {reason}; a test set needs a column "
+                f"{', '.join(QUESTION_COLUMNS[:-1])} or {QUESTION_COLUMNS[-1]}."
+            ) from reason
+    return TestSet(questions)
+
+
+def _ngrams(question: tuple[str, ...], length: int) -> Iterable[tuple[str, ...]]:
+    return (question[start : start + length] for start in range(len(question) - length + 1)) if length else ()
+
+
+def _contains(longer: tuple[str, ...], shorter: tuple[str, ...]) -> bool:
+    return any(ngram == shorter for ngram in _ngrams(longer, len(shorter)))

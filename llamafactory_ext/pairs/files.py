@@ -1,0 +1,297 @@
+"""Rows in, pairs out: every row that is read is either written or reported, and a file is whole or not there.
+
+Pairs are written in LLaMA-Factory's alpaca layout for ranking data: one JSON object a line with `instruction`
+(the last user message), `chosen` and `rejected`, and where there are such, `system` and `history` (the turns before,
+as lists of a user message and its answer).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import io
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from tqdm import tqdm
+
+from ..errors import UserError
+
+Fields = dict[str, Any]
+
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
+SUFFIXES = (".jsonl", ".gz", ".json", ".parquet")
+KINDS = ".jsonl, .jsonl.gz, .json or .parquet"
+
+
+class BadRow(ValueError):  # noqa: N818  (a reason, not a fault of the program)
+    """A row that no pair can be made of; the message is the reason, the same for all rows of a kind."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a source: its line or number, from 1, and its fields or what is wrong with it."""
+
+    number: int
+    fields: Fields | BadRow
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def read_rows(source: str, split: str = "train") -> Iterator[Row]:
+    """The rows of a file or of a hub's data set, with a progress bar; nothing is held in memory but for `.json`.
+
+    Args:
+        source: a path ending in .jsonl, .jsonl.gz, .json (a list) or .parquet, a folder of parquet files, or an
+            `owner/name` or `owner/name:subset` of the Hugging Face hub.
+        split: the hub's split; a file has none.
+
+    Raises:
+        UserError: if there is no such source, or it is of another kind.
+    """
+    path = Path(source)
+    if not path.exists():
+        if HUB_NAME.fullmatch(source) and path.suffix not in SUFFIXES:
+            return _hub_rows(source, split)
+        raise UserError(f"{source!r} is not there: write the path of a {KINDS} file, or owner/name of the hub.")
+    if path.is_dir():
+        files = sorted(path.glob("**/*.parquet"))
+        if not files:
+            raise UserError(f"the folder {source!r} holds no parquet file: name a {KINDS} file.")
+        return _parquet_rows(files)
+    if path.suffix == ".parquet":
+        return _parquet_rows([path])
+    if path.suffix == ".json":
+        return _list_rows(path)
+    if path.suffixes[-1:] == [".jsonl"] or path.suffixes[-2:] == [".jsonl", ".gz"]:
+        return _line_rows(path)
+    raise UserError(f"{source!r} is of no kind that can be read: name a {KINDS} file.")
+
+
+def _line_rows(path: Path) -> Iterator[Row]:
+    with path.open("rb") as file, _bar(path.name, path.stat().st_size, unit="B", unit_scale=True) as bar:
+        lines: IO[bytes] = io.BufferedReader(gzip.GzipFile(fileobj=file)) if path.suffix == ".gz" else file
+        read = 0
+        for number, line in enumerate(lines, start=1):
+            if number % 1000 == 0:
+                bar.update(file.tell() - read)
+                read = file.tell()
+            if line.strip():
+                yield Row(number, _parse(line))
+        bar.update(file.tell() - read)
+
+
+def _parse(line: bytes) -> Fields | BadRow:
+    try:
+        fields = json.loads(line)
+    except ValueError:  # of JSON or of UTF-8
+        return BadRow("not a line of JSON")
+    return fields if isinstance(fields, dict) else BadRow("not a JSON object")
+
+
+def _list_rows(path: Path) -> Iterator[Row]:
+    try:
+        rows = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{str(path)!r} is not JSON ({error}): name a {KINDS} file.") from error
+    if not isinstance(rows, list):
+        raise UserError(f"{str(path)!r} holds no list of rows: name a {KINDS} file.")
+    for number, fields in enumerate(_bar(path.name, rows), start=1):
+        yield Row(number, fields if isinstance(fields, dict) else BadRow("not a JSON object"))
+
+
+def _parquet_rows(paths: list[Path]) -> Iterator[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        files = [pyarrow.parquet.ParquetFile(path) for path in paths]
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise UserError(f"{str(paths[0])!r} cannot be read as parquet ({error}): name a {KINDS} file.") from error
+    return _batched_rows(files, paths[0].name)
+
+
+def _batched_rows(files: list[Any], name: str) -> Iterator[Row]:
+    number = 0
+    with _bar(name, sum(file.metadata.num_rows for file in files)) as bar:
+        for file in files:
+            for batch in file.iter_batches(batch_size=1000):
+                for fields in batch.to_pylist():
+                    number += 1
+                    yield Row(number, fields)
+                bar.update(batch.num_rows)
+
+
+def _hub_rows(name: str, split: str) -> Iterator[Row]:
+    import datasets
+
+    try:
+        repository, _, subset = name.partition(":")
+        rows = datasets.load_dataset(repository, subset or None, split=split, streaming=True)
+    except Exception as error:  # whatever the hub's client raises: no such name, no such split, no network
+        raise UserError(
+            f"{name!r} with split {split!r} cannot be had from the hub ({type(error).__name__}: {error}): "
+            "check both, or download it and name the file."
+        ) from error
+    return (Row(number, fields) for number, fields in enumerate(_bar(name, rows), start=1))
+
+
+def _bar(name: str, rows_or_total: Any, **options: Any) -> Any:
+    """A progress bar on a terminal, and silence in a log."""
+    what = {"total": rows_or_total} if isinstance(rows_or_total, int) else {"iterable": rows_or_total}
+    return tqdm(desc=name, disable=None, leave=False, **{"unit": " rows", **what, **options})
+
+
+def text(fields: Fields, column: str) -> str:
+    """A column that must hold text.
+
+    Raises:
+        BadRow: if it is missing, empty or no text.
+    """
+    value = fields.get(column)
+    if not isinstance(value, str):
+        raise BadRow(f"no text in the column {column!r}")
+    if not value.strip():
+        raise BadRow(f"the column {column!r} is empty")
+    return value
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Tally:
+    """What became of the rows: how many were written how, or dropped why, and the first lines of each kind."""
+
+    written: Counter[str] = field(default_factory=Counter)
+    dropped: Counter[str] = field(default_factory=Counter)
+    first_lines: dict[str, list[int]] = field(default_factory=dict)
+
+    def count(self, counter: Counter[str], what: str, row: Row) -> None:
+        counter[what] += 1
+        lines = self.first_lines.setdefault(what, [])
+        if len(lines) < 5:
+            lines.append(row.number)
+
+
+def write_pairs(
+    rows: Iterable[Row], make_pair: Callable[[Row, Fields], tuple[str, Fields]], output: Path, overwrite: bool = False
+) -> Tally:
+    """Make a pair of each row, and write the pairs, and beside them (`*.dropped.jsonl`) the rows that gave none.
+
+    Args:
+        rows: from `read_rows`.
+        make_pair: maps a row and its fields to how the pair was made (a word for the tally) and the pair; raises
+            BadRow for a row that gives none.
+        output: a .jsonl file; it appears when all rows are done.
+        overwrite: whether it may replace a file.
+
+    Raises:
+        UserError: if `output` may not be written, or no row gave a pair.
+    """
+    check_output(output, overwrite)
+    tally = Tally()
+    dropped_path = output.with_name(f"{output.stem}.dropped.jsonl")
+    with whole_file(output) as pairs, whole_file(dropped_path) as dropped:
+        for row in rows:
+            try:
+                if isinstance(row.fields, BadRow):
+                    raise row.fields
+                how, pair = make_pair(row, row.fields)
+                if pair["chosen"] == pair["rejected"]:
+                    raise BadRow("chosen and rejected are identical")
+            except BadRow as reason:
+                tally.count(tally.dropped, str(reason), row)
+                fields = None if isinstance(row.fields, BadRow) else row.fields
+                dropped.write(_json_line({"line": row.number, "reason": str(reason), "row": fields}))
+            else:
+                tally.count(tally.written, how, row)
+                pairs.write(_json_line(pair))
+        if not tally.written:
+            raise UserError(f"no row gave a pair, so nothing was written: {_most_common(tally)}.")
+    if not tally.dropped:
+        dropped_path.unlink()
+    return tally
+
+
+def _most_common(tally: Tally) -> str:
+    if not tally.dropped:
+        return "the source is empty"
+    reason, count = tally.dropped.most_common(1)[0]
+    return f"{reason} ({count:,} rows, the first in line {tally.first_lines[reason][0]})"
+
+
+def check_output(output: Path, overwrite: bool) -> None:
+    """Refuse, before anything is read, an output of another kind, one that is there, or a name that is taken."""
+    if output.suffix != ".jsonl":
+        raise UserError(f"the output {str(output)!r} must end in .jsonl.")
+    if output.exists() and not overwrite:
+        raise UserError(f"{str(output)!r} is there already: give another --output, or --overwrite.")
+    _registered(output)
+
+
+def _json_line(fields: Fields) -> str:
+    return json.dumps(fields, ensure_ascii=False, default=str) + "\n"
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[IO[str]]:
+    """A text file that appears under its name when the block ends, and not at all if it raises."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    try:
+        with unfinished.open("w", encoding="utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+# --- registering -----------------------------------------------------------------------------------------------------
+
+
+def register(output: Path, columns: Iterable[str] = ()) -> bool:
+    """Name the pairs in the `dataset_info.json` beside them, so that a recipe can say `dataset: <stem>` at once.
+
+    Args:
+        output: the file of pairs.
+        columns: which columns its rows have beside instruction, chosen and rejected: system, history.
+
+    Returns:
+        Whether the name is new; an entry that names this file already stays as it is.
+
+    Raises:
+        UserError: if the name belongs to another file, or dataset_info.json is no JSON object.
+    """
+    info = _registered(output)
+    if output.stem in info:
+        return False
+    names = {"prompt": "instruction", **{column: column for column in columns}, "chosen": "chosen"}
+    info[output.stem] = {"file_name": output.name, "ranking": True, "columns": {**names, "rejected": "rejected"}}
+    with whole_file(_info_path(output)) as file:
+        file.write(json.dumps(info, indent=2, ensure_ascii=False) + "\n")
+    return True
+
+
+def _info_path(output: Path) -> Path:
+    return output.with_name("dataset_info.json")
+
+
+def _registered(output: Path) -> Fields:
+    """What the `dataset_info.json` beside the output holds, checked that the output's name is free or its own."""
+    path = _info_path(output)
+    info = _parse(path.read_bytes()) if path.exists() else {}
+    if isinstance(info, BadRow):
+        raise UserError(f"{str(path)!r} is not a JSON object: repair it, or write the --output to another folder.")
+    if info.get(output.stem, {}).get("file_name", output.name) != output.name:
+        raise UserError(f"{str(path)!r} has another data set called {output.stem!r}: give another --output.")
+    return info

@@ -1,0 +1,66 @@
+"""A recipe read as `llamafactory-cli train` reads it, without starting anything."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from .errors import UserError
+
+Settings = dict[str, Any]
+
+
+def read_recipe(words: list[str]) -> Settings:
+    """The settings of a command line like `recipe.yaml key=value …`, or of `key=value …` alone.
+
+    Raises:
+        UserError: if the file is missing or no mapping, or a word is no `key=value`.
+    """
+    from omegaconf import OmegaConf
+
+    config: Any = OmegaConf.create()
+    if words and words[0].endswith((".yaml", ".yml", ".json")):
+        path, *words = words
+        if not Path(path).is_file():
+            raise UserError(f"there is no recipe {path!r}: name a YAML file, then key=value to change its keys.")
+        try:
+            config = OmegaConf.load(path)
+        except Exception as error:  # whatever the YAML parser raises
+            raise UserError(f"the recipe {path!r} is not YAML ({error}).") from error
+    for word in words:
+        if "=" not in word:
+            raise UserError(f"{word!r} is neither a .yaml file nor key=value: write a recipe, then key=value words.")
+    settings = OmegaConf.to_container(OmegaConf.merge(config, OmegaConf.from_cli(words)))
+    if not isinstance(settings, dict):
+        raise UserError("the recipe is not a mapping of keys to values.")
+    return {str(key): value for key, value in settings.items()}
+
+
+def parse_recipe(settings: Settings) -> tuple[Any, Any, Any]:
+    """LLaMA-Factory's model, data and fine-tuning arguments, every key and value of them checked.
+
+    Training arguments are not built, because they start the distributed set-up that they ask for.
+
+    Raises:
+        UserError: for a key that no part of LLaMA-Factory or the plugin knows, or a value that they refuse.
+    """
+    from llamafactory.hparams import DataArguments, FinetuningArguments, ModelArguments, TrainingArguments
+    from transformers import HfArgumentParser
+
+    kinds = (ModelArguments, DataArguments, FinetuningArguments)
+    ours = {field.name for kind in kinds for field in fields(kind)}
+    known = ours | {field.name for field in fields(TrainingArguments)}
+    for key in settings:
+        if key not in known:
+            nearest = difflib.get_close_matches(key, known, n=1)
+            hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+            raise UserError(f"{key!r} is not a key that LLaMA-Factory or the plugin knows: remove it.{hint}")
+
+    parser = HfArgumentParser(kinds)
+    try:
+        model_args, data_args, finetuning_args = parser.parse_dict({k: v for k, v in settings.items() if k in ours})
+    except (ValueError, TypeError) as error:
+        raise UserError(str(error)) from error
+    return model_args, data_args, finetuning_args

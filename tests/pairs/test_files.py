@@ -1,0 +1,167 @@
+"""Rows in, pairs out: nothing silently skipped, no half files, and registered once."""
+
+from __future__ import annotations
+
+import gzip
+import json
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from llamafactory_ext.errors import UserError
+from llamafactory_ext.pairs.files import BadRow, read_rows, register, text, whole_file, write_pairs
+
+ROWS = [{"chosen": "yes", "rejected": "no", "n": n} for n in range(5)]
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def write(path, rows=ROWS):
+    data = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    if path.suffix == ".gz":
+        data = gzip.compress(data)
+    if path.suffix == ".json":
+        data = json.dumps(rows).encode()
+    if path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz", "rows.json", "rows.parquet"])
+def test_every_kind_of_file_gives_the_same_rows(name, tmp_path):
+    rows = list(read_rows(str(write(tmp_path / name))))
+    assert [row.fields for row in rows] == ROWS
+    assert [row.number for row in rows] == [1, 2, 3, 4, 5]
+
+
+def test_a_folder_of_parquet_files(tmp_path):
+    for half in (0, 1):
+        write(tmp_path / f"train-{half}.parquet", ROWS[half * 3 : half * 3 + 3])
+    rows = list(read_rows(str(tmp_path)))
+    assert [(row.number, row.fields["n"]) for row in rows] == [(1, 0), (2, 1), (3, 2), (4, 3), (5, 4)]
+
+
+def test_lines_keep_their_numbers(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"n": 1}\n\n{"n": \n[1]\n\xff\n{"n": 6}')
+    rows = {row.number: row.fields for row in read_rows(str(tmp_path / "a.jsonl"))}
+    assert rows[1] == {"n": 1}
+    assert rows[6] == {"n": 6}
+    assert {n: str(rows[n]) for n in (3, 4, 5)} == {
+        3: "not a line of JSON",
+        4: "not a JSON object",
+        5: "not a line of JSON",
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("missing.jsonl", None, "is not there: write the path"),
+        ("rows.csv", b"a,b", "is of no kind that can be read"),
+        ("rows.json", b"{", "is not JSON"),
+        ("rows.json", b"{}", "holds no list of rows"),
+        ("rows.parquet", b"no parquet", "cannot be read as parquet"),
+        (".", None, "holds no parquet file"),
+    ],
+)
+def test_wrong_sources(name, content, message, tmp_path):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        list(read_rows(str(tmp_path / name)))
+
+
+def test_a_hub_that_cannot_be_reached_is_one_sentence():
+    with pytest.raises(UserError, match="cannot be had from the hub"):
+        read_rows("nobody-at-all/no-such-data-set")
+
+
+def test_a_column_must_hold_text():
+    assert text({"a": " b"}, "a") == " b"
+    for fields, message in [({}, "no text in the column 'a'"), ({"a": None}, "no text"), ({"a": " \n"}, "is empty")]:
+        with pytest.raises(BadRow, match=message):
+            text(fields, "a")
+
+
+def keep(row, fields):
+    if fields["n"] == 3:
+        raise BadRow("three")
+    return "kept", fields
+
+
+def test_written_and_dropped_rows_are_all_rows(tmp_path):
+    source = write(tmp_path / "rows.jsonl", [*ROWS, {"chosen": "same", "rejected": "same", "n": 9}])
+    source.write_bytes(source.read_bytes() + b"{broken\n")
+    tally = write_pairs(read_rows(str(source)), keep, tmp_path / "new" / "out.jsonl")
+    assert tally.written == {"kept": 4}
+    assert [row["n"] for row in lines(tmp_path / "new" / "out.jsonl")] == [0, 1, 2, 4]
+    dropped = lines(tmp_path / "new" / "out.dropped.jsonl")
+    assert [(row["line"], row["reason"]) for row in dropped] == [
+        (4, "three"),
+        (6, "chosen and rejected are identical"),
+        (7, "not a line of JSON"),
+    ]
+    assert dropped[0]["row"] == ROWS[3]
+    assert tally.dropped == {row["reason"]: 1 for row in dropped}
+    assert tally.first_lines["kept"] == [1, 2, 3, 5]
+
+
+def test_nothing_dropped_leaves_one_file(tmp_path):
+    source = write(tmp_path / "rows.jsonl", ROWS[:2])
+    write_pairs(read_rows(str(source)), keep, tmp_path / "out.jsonl")
+    assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl", "out.jsonl"}
+
+
+def test_no_pair_at_all_is_an_error_and_writes_nothing(tmp_path):
+    source = write(tmp_path / "rows.jsonl", [ROWS[3]] * 2)
+    with pytest.raises(UserError, match=r"no row gave a pair.*three \(2 rows, the first in line 1\)"):
+        write_pairs(read_rows(str(source)), keep, tmp_path / "out.jsonl")
+    assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl"}
+
+
+def test_an_interrupted_run_leaves_what_was_there(tmp_path):
+    output = write(tmp_path / "out.jsonl", ROWS[:1])
+
+    def interrupted(row, fields):
+        if row.number == 3:
+            raise KeyboardInterrupt
+        return "kept", fields
+
+    with pytest.raises(UserError, match="is there already"):
+        write_pairs(read_rows(str(output)), keep, output)
+    with pytest.raises(KeyboardInterrupt):
+        write_pairs(read_rows(str(write(tmp_path / "rows.jsonl"))), interrupted, output, overwrite=True)
+    assert lines(output) == ROWS[:1]
+    assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl", "out.jsonl"}
+
+
+def test_a_file_is_whole_or_not_there(tmp_path):
+    with pytest.raises(ZeroDivisionError), whole_file(tmp_path / "a") as file:
+        file.write(f"half{1 / 0}")
+    assert not list(tmp_path.iterdir())
+
+
+def test_register(tmp_path):
+    output = tmp_path / "pairs.jsonl"
+    assert register(output, ["history"]) is True
+    columns = {"prompt": "instruction", "history": "history", "chosen": "chosen", "rejected": "rejected"}
+    info = json.loads((tmp_path / "dataset_info.json").read_text(encoding="utf-8"))
+    assert info == {"pairs": {"file_name": "pairs.jsonl", "ranking": True, "columns": columns}}
+
+    info["pairs"]["columns"]["system"] = "mine"
+    info["other"] = {"file_name": "elsewhere.jsonl"}
+    (tmp_path / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
+    assert register(output) is False
+    assert json.loads((tmp_path / "dataset_info.json").read_text(encoding="utf-8")) == info
+
+    for name, content in (("other", None), ("pairs", "[]")):
+        if content is not None:
+            (tmp_path / "dataset_info.json").write_text(content, encoding="utf-8")
+        with pytest.raises(UserError, match=r"another data set called|is not a JSON object"):
+            write_pairs(read_rows(str(write(tmp_path / "rows.jsonl"))), keep, tmp_path / f"{name}.jsonl")
+        assert not (tmp_path / f"{name}.jsonl").exists()
