@@ -22,6 +22,7 @@ STOCK_LOSSES = ("sigmoid", "hinge", "ipo", "kto_pair", "orpo", "simpo")
 # YAML key -> the keyword that a loss function takes it by. The plugin's own keys are null unless the user sets them;
 # LLaMA-Factory's have a default, and count as set where they differ from it.
 OWN_KEYS = {"dpop_lambda": "dpop_lambda", "ipo_length_normalize": "length_normalize"}
+PREF_BETA = 0.1  # LLaMA-Factory's default
 STOCK_KEYS = {"dpo_label_smoothing": ("label_smoothing", 0.0), "simpo_gamma": ("simpo_gamma", 0.5)}
 
 NUMBERS: dict[str, tuple[str, Callable[[float], bool]]] = {
@@ -96,6 +97,14 @@ def extend(base: type) -> type:
     extended: type = dataclass(type(base.__name__, (PreferenceArguments, base), {"__doc__": base.__doc__}))
     extended.__module__, extended.__qualname__ = base.__module__, base.__qualname__
     return extended
+
+
+def keys_of(loss: Loss) -> dict[str, Any]:
+    """The YAML keys of a loss's hyper-parameters and their defaults; those of a user's loss are `pref_loss_args`."""
+    keys = {"beta": "pref_beta"} | {keyword: key for key, keyword in OWN_KEYS.items()}
+    keys |= {keyword: key for key, (keyword, _) in STOCK_KEYS.items()}
+    defaults = {"beta": PREF_BETA, **loss.defaults()}
+    return {keys.get(name, f"pref_loss_args.{name}"): defaults.get(name, "(required)") for name in loss.parameters}
 
 
 def _resolve(args: PreferenceArguments) -> tuple[Loss, dict[str, Any]]:

@@ -106,6 +106,12 @@ class Loss:
         """The hyper-parameters by name: every parameter of the function but the first."""
         return dict(list(inspect.signature(self.function).parameters.items())[1:])
 
+    @property
+    def description(self) -> str:
+        """What the function's docstring says, a line per paragraph: the equation first, then remarks and the source."""
+        paragraphs = (inspect.getdoc(self.function) or "(no docstring)").split("\n\n")
+        return "\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+
     def defaults(self) -> dict[str, Any]:
         """The hyper-parameters that have a default, with it."""
         return {name: p.default for name, p in self.parameters.items() if p.default is not p.empty}
