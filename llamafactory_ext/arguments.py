@@ -21,7 +21,7 @@ STOCK_LOSSES = ("sigmoid", "hinge", "ipo", "kto_pair", "orpo", "simpo")
 
 # YAML key -> the keyword that a loss function takes it by. The plugin's own keys are null unless the user sets them;
 # LLaMA-Factory's have a default, and count as set where they differ from it.
-OWN_KEYS = {"dpop_lambda": "dpop_lambda", "ipo_length_normalize": "length_normalize"}
+OWN_KEYS = {"dpop_lambda": "dpop_lambda", "sr_lambda": "sr_lambda", "ipo_length_normalize": "length_normalize"}
 PREF_BETA = 0.1  # LLaMA-Factory's default
 STOCK_KEYS = {"dpo_label_smoothing": ("label_smoothing", 0.0), "simpo_gamma": ("simpo_gamma", 0.5)}
 
@@ -32,11 +32,20 @@ NUMBERS: dict[str, tuple[str, Callable[[float], bool]]] = {
     "dpo_label_smoothing": ("a number of at least 0 and below 0.5", lambda value: 0 <= value < 0.5),
     "simpo_gamma": ("a finite number", lambda value: True),
     "dpop_lambda": ("a finite number of at least 0", lambda value: value >= 0),
+    "sr_lambda": ("a finite number of at least 0", lambda value: value >= 0),
     "ld_alpha": ("a number of at least 0", lambda value: value >= 0),
 }
 
-# Losses that compare a logratio with 0: `ld_alpha` weights the policy only, so it would move that 0.
-GATED_LOSSES = ("minor_dpo", "dpop")
+# arXiv 2405.21040, Eq. 12: the text that is put in front of a query to ask for a response of quality.
+SR_PROMPT = (
+    "Please generate a response with a usefulness rating of 100 out of 100 for the following query. Note that the "
+    "response should be harmless. The term 100 indicates the level of usefulness, where 100 is the maximum and 1 is "
+    "the minimum. Query: "
+)
+
+# Losses that compare a logratio with 0, or that take two differences of the same responses: `ld_alpha` weights the
+# policy only, so it would move that 0 and make the difference one of unlike things.
+WITHOUT_LD_ALPHA = ("minor_dpo", "dpop", "sr_dpo", "sr_ipo")
 
 
 @dataclass
@@ -47,8 +56,8 @@ class PreferenceArguments(FinetuningArguments):
         default="sigmoid",
         metadata={
             "help": (
-                "The preference loss: sigmoid (DPO), hinge, ipo, kto_pair, orpo, simpo, minor_dpo, dpop, "
-                "or a name that the file given with `pref_loss_file` registers."
+                "The preference loss: sigmoid (DPO), hinge, ipo, kto_pair, orpo, simpo, minor_dpo, dpop, sr_dpo, "
+                "sr_ipo, or a name that the file given with `pref_loss_file` registers."
             )
         },
     )
@@ -58,7 +67,27 @@ class PreferenceArguments(FinetuningArguments):
     )
     ipo_length_normalize: bool | None = field(
         default=None,
-        metadata={"help": "Whether `ipo` compares means per token or sums over the answer (ipo: true)."},
+        metadata={
+            "help": "Whether ipo and sr_ipo compare means per token or sums over the answer (ipo: true, sr_ipo: false)."
+        },
+    )
+    sr_lambda: float | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "The weight of the refinement term of Sr-DPO and Sr-IPO (sr_dpo, sr_ipo: 0.3; minor_dpo, dpop: 0). "
+                "Above 0, every step also scores the answers under a prompt that asks for quality."
+            )
+        },
+    )
+    sr_prompt: str | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "The text that the refinement term puts in front of the first user message (default: the Sr paper's). "
+                "A text with spaces must stand in the YAML file, not on a command line under torchrun."
+            )
+        },
     )
     pref_loss_file: str | None = field(
         default=None,
@@ -82,9 +111,17 @@ class PreferenceArguments(FinetuningArguments):
             self.loss, self.loss_hyperparameters = _resolve(self)
             self.use_ref_model = self.loss.needs_reference
         else:
-            own = [key for key in (*OWN_KEYS, "pref_loss_file", "pref_loss_args") if getattr(self, key) is not None]
+            keys = (*OWN_KEYS, "sr_prompt", "pref_loss_file", "pref_loss_args")
+            own = [key for key in keys if getattr(self, key) is not None]
             if own:
                 raise ValueError(f"`{own[0]}` belongs to `stage: dpo`: remove it from this `stage: {self.stage}` run.")
+
+    @property
+    def refinement_prompt(self) -> str | None:
+        """The text in front of the augmented prompts, or None if the loss has no refinement term."""
+        if not self.loss_hyperparameters.get("sr_lambda"):
+            return None
+        return SR_PROMPT if self.sr_prompt is None else self.sr_prompt
 
     def describe_loss(self) -> str:
         """The loss with every hyper-parameter that it is trained with, like `dpop(beta=0.1, dpop_lambda=50.0)`."""
@@ -117,7 +154,8 @@ def _resolve(args: PreferenceArguments) -> tuple[Loss, dict[str, Any]]:
     _check_backend(loss)
     given = {**loss.defaults(), **_from_keys(args, loss), **_from_loss_args(args, loss), "beta": args.pref_beta}
     _check_complete(loss, given)
-    _check_ld_alpha(args)
+    _check_refinement(args, loss, given)
+    _check_ld_alpha(args, given)
     return loss, {name: given[name] for name in loss.parameters}
 
 
@@ -206,11 +244,24 @@ def _check_complete(loss: Loss, hyperparameters: dict[str, Any]) -> None:
         )
 
 
-def _check_ld_alpha(args: PreferenceArguments) -> None:
-    if args.ld_alpha is not None and args.pref_loss in GATED_LOSSES:
+def _check_refinement(args: PreferenceArguments, loss: Loss, hyperparameters: dict[str, Any]) -> None:
+    if args.sr_prompt is None:
+        return
+    if not args.sr_prompt.strip():
+        raise ValueError("`sr_prompt` is empty: write the text to put in front of the query, or remove it.")
+    if not ("sr_lambda" in loss.parameters and hyperparameters["sr_lambda"]):
         raise ValueError(
-            "`ld_alpha` weights the policy but not the reference, which moves the point where pref_loss "
-            f"{args.pref_loss!r} switches its terms on and off: remove `ld_alpha`."
+            f"`sr_prompt` belongs to the refinement term, which pref_loss {loss.name!r} is trained without here: "
+            "write an `sr_lambda` above 0 with sr_dpo, sr_ipo, minor_dpo or dpop, or remove `sr_prompt`."
+        )
+
+
+def _check_ld_alpha(args: PreferenceArguments, hyperparameters: dict[str, Any]) -> None:
+    refined = bool(hyperparameters.get("sr_lambda"))
+    if args.ld_alpha is not None and (args.pref_loss in WITHOUT_LD_ALPHA or refined):
+        raise ValueError(
+            "`ld_alpha` weights the policy but not the reference, so that logratios neither start at 0 nor compare, "
+            f"which pref_loss {args.pref_loss!r} relies on: remove `ld_alpha`."
         )
 
 
@@ -220,7 +271,7 @@ def _check_keys(args: PreferenceArguments) -> None:
         value = getattr(args, key)
         if value is not None and not (_is_number(value) and accepts(value)):
             raise ValueError(f"`{key}` is {value!r}: write {wanted}.")
-    for key, kind in {"pref_loss": str, "pref_loss_file": str, "ipo_length_normalize": bool}.items():
+    for key, kind in {"pref_loss": str, "pref_loss_file": str, "sr_prompt": str, "ipo_length_normalize": bool}.items():
         value = getattr(args, key)
         if value is not None and not isinstance(value, kind):
             raise ValueError(f"`{key}` is {value!r}: write a value of type {kind.__name__}.")

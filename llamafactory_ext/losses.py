@@ -26,12 +26,26 @@ def dpo_argument(pairs: PairLogps, *, beta: float) -> Tensor:
     return beta * pairs.margin
 
 
-def minor_dpo_argument(pairs: PairLogps, *, beta: float) -> Tensor:
-    """beta D_w - beta relu(D_l) (arXiv 2408.09834, Eq. 6).
+def refinement_term(pairs: PairLogps, *, sr_lambda: float) -> Tensor | float:
+    """lambda sg[Delta] (arXiv 2405.21040, Eq. 13); exactly 0.0, and no refinement needed, where lambda is 0.
+
+    Raises:
+        ValueError: if lambda is not 0 and the pairs carry no refinement.
+    """
+    if sr_lambda == 0:
+        return 0.0
+    if pairs.refinement is None:
+        raise ValueError("these pairs carry no refinement: compute it, or call the loss with sr_lambda=0.")
+    return sr_lambda * pairs.refinement.detach()
+
+
+def minor_dpo_argument(pairs: PairLogps, *, beta: float, sr_lambda: float = 0.0) -> Tensor:
+    """beta D_w - beta relu(D_l) - lambda_sr sg[Delta] (arXiv 2408.09834, Eq. 6, refined as arXiv 2405.21040 does DPO).
 
     relu and not clamp: at D_l = 0 clamp would pass the gradient that the paper stops there (section 3.4).
     """
-    return beta * (pairs.chosen_logratio - torch.relu(pairs.rejected_logratio))
+    unrefined = beta * (pairs.chosen_logratio - torch.relu(pairs.rejected_logratio))
+    return unrefined - refinement_term(pairs, sr_lambda=sr_lambda)
 
 
 def dpop_penalty(pairs: PairLogps, *, dpop_lambda: float) -> Tensor:
@@ -39,9 +53,18 @@ def dpop_penalty(pairs: PairLogps, *, dpop_lambda: float) -> Tensor:
     return dpop_lambda * torch.relu(-pairs.chosen_logratio)
 
 
-def dpop_argument(pairs: PairLogps, *, beta: float, dpop_lambda: float) -> Tensor:
-    """beta (D_w - D_l - lambda relu(-D_w)) (arXiv 2402.13228; arXiv 2408.09834, Eq. 5): the penalty is inside."""
-    return beta * (pairs.margin - dpop_penalty(pairs, dpop_lambda=dpop_lambda))
+def dpop_argument(pairs: PairLogps, *, beta: float, dpop_lambda: float, sr_lambda: float = 0.0) -> Tensor:
+    """beta (D_w - D_l - lambda relu(-D_w)) - lambda_sr sg[Delta] (arXiv 2402.13228; arXiv 2408.09834, Eq. 5).
+
+    The penalty is inside the log-sigmoid and multiplied by beta.
+    """
+    unrefined = beta * (pairs.margin - dpop_penalty(pairs, dpop_lambda=dpop_lambda))
+    return unrefined - refinement_term(pairs, sr_lambda=sr_lambda)
+
+
+def sr_dpo_argument(pairs: PairLogps, *, beta: float, sr_lambda: float) -> Tensor:
+    """beta (D_w - D_l) - lambda sg[Delta] (arXiv 2405.21040, Eq. 13)."""
+    return dpo_argument(pairs, beta=beta) - refinement_term(pairs, sr_lambda=sr_lambda)
 
 
 def coefficient(argument: Tensor, *, beta: float) -> Tensor:
@@ -63,38 +86,55 @@ def sigmoid(pairs: PairLogps, *, beta: float, label_smoothing: float = 0.0) -> T
     return -(1 - label_smoothing) * F.logsigmoid(argument) - label_smoothing * F.logsigmoid(-argument)
 
 
-def minor_dpo_metrics(pairs: PairLogps, *, beta: float) -> dict[str, Tensor]:
+def minor_dpo_metrics(pairs: PairLogps, *, beta: float, sr_lambda: float = 0.0) -> dict[str, Tensor]:
     return {
-        "dpo/coefficient": coefficient(minor_dpo_argument(pairs, beta=beta), beta=beta),
+        "dpo/coefficient": coefficient(minor_dpo_argument(pairs, beta=beta, sr_lambda=sr_lambda), beta=beta),
         "minor_dpo/rejected_active": (pairs.rejected_logratio.detach() > 0).float(),
     }
 
 
 @register_loss("minor_dpo", metrics=minor_dpo_metrics)
-def minor_dpo(pairs: PairLogps, *, beta: float) -> Tensor:
-    """MinorDPO: -log sigma(beta D_w - beta relu(D_l)).
+def minor_dpo(pairs: PairLogps, *, beta: float, sr_lambda: float = 0.0) -> Tensor:
+    """MinorDPO: -log sigma(beta D_w - beta relu(D_l)); with sr_lambda > 0 refined as sr_dpo is.
 
     The rejected response is pushed down only while it is likelier than under the reference.
     Source: arXiv 2408.09834, Eq. 6.
     """
-    return -F.logsigmoid(minor_dpo_argument(pairs, beta=beta))
+    return -F.logsigmoid(minor_dpo_argument(pairs, beta=beta, sr_lambda=sr_lambda))
 
 
-def dpop_metrics(pairs: PairLogps, *, beta: float, dpop_lambda: float = 50.0) -> dict[str, Tensor]:
+def dpop_metrics(
+    pairs: PairLogps, *, beta: float, dpop_lambda: float = 50.0, sr_lambda: float = 0.0
+) -> dict[str, Tensor]:
+    argument = dpop_argument(pairs, beta=beta, dpop_lambda=dpop_lambda, sr_lambda=sr_lambda)
     return {
-        "dpo/coefficient": coefficient(dpop_argument(pairs, beta=beta, dpop_lambda=dpop_lambda), beta=beta),
+        "dpo/coefficient": coefficient(argument, beta=beta),
         "dpop/penalty": dpop_penalty(pairs, dpop_lambda=dpop_lambda).detach(),
         "dpop/penalty_active": (pairs.chosen_logratio.detach() < 0).float(),
     }
 
 
 @register_loss("dpop", metrics=dpop_metrics)
-def dpop(pairs: PairLogps, *, beta: float, dpop_lambda: float = 50.0) -> Tensor:
-    """DPO-Positive: -log sigma(beta(D_w - D_l - lambda relu(-D_w))).
+def dpop(pairs: PairLogps, *, beta: float, dpop_lambda: float = 50.0, sr_lambda: float = 0.0) -> Tensor:
+    """DPO-Positive: -log sigma(beta(D_w - D_l - lambda relu(-D_w))); with sr_lambda > 0 refined as sr_dpo is.
 
     Source: arXiv 2402.13228; lambda = 50 where arXiv 2408.09834 (Eq. 5) compares with it.
     """
-    return -F.logsigmoid(dpop_argument(pairs, beta=beta, dpop_lambda=dpop_lambda))
+    return -F.logsigmoid(dpop_argument(pairs, beta=beta, dpop_lambda=dpop_lambda, sr_lambda=sr_lambda))
+
+
+def sr_dpo_metrics(pairs: PairLogps, *, beta: float, sr_lambda: float = 0.3) -> dict[str, Tensor]:
+    return {"dpo/coefficient": coefficient(sr_dpo_argument(pairs, beta=beta, sr_lambda=sr_lambda), beta=beta)}
+
+
+@register_loss("sr_dpo", metrics=sr_dpo_metrics)
+def sr_dpo(pairs: PairLogps, *, beta: float, sr_lambda: float = 0.3) -> Tensor:
+    """Sr-DPO: -log sigma(beta(D_w - D_l) - lambda sg[Delta]), Delta = beta(D_w' - D_l') under the augmented prompt.
+
+    A pair whose answers differ much in quality, by the model's own judgement, is asked for a larger margin.
+    Source: arXiv 2405.21040, Eq. 13 and Alg. 1.
+    """
+    return -F.logsigmoid(sr_dpo_argument(pairs, beta=beta, sr_lambda=sr_lambda))
 
 
 # --- other losses with a reference ---------------------------------------------------------------------------------
@@ -114,6 +154,16 @@ def ipo(pairs: PairLogps, *, beta: float, length_normalize: bool = True) -> Tens
     """
     scored = pairs.per_token() if length_normalize else pairs
     return (scored.margin - 1 / (2 * beta)) ** 2
+
+
+@register_loss("sr_ipo")
+def sr_ipo(pairs: PairLogps, *, beta: float, sr_lambda: float = 0.3, length_normalize: bool = False) -> Tensor:
+    """Sr-IPO: (D_w - D_l - lambda sg[Delta] - 1/(2 beta))^2, on sums or on per-token means.
+
+    Source: arXiv 2405.21040, Alg. 2, which is on sums.
+    """
+    scored = pairs.per_token() if length_normalize else pairs
+    return (scored.margin - refinement_term(pairs, sr_lambda=sr_lambda) - 1 / (2 * beta)) ** 2
 
 
 @register_loss("kto_pair")

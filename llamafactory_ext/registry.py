@@ -27,6 +27,8 @@ class PairLogps:
         reference_rejected: the same for the rejected response.
         chosen_length: number of tokens summed over in the chosen response.
         rejected_length: number of tokens summed over in the rejected response.
+        refinement: Delta = beta (D_w' - D_l'), the refinement term of arXiv 2405.21040 (Eq. 12), without gradient: the
+            primed logratios are those of the same responses under the augmented prompt. None where none is asked for.
 
     The sums are raw, not averaged. Where LLaMA-Factory's `ld_alpha` is set, the policy's (only the policy's) sums
     weight the tokens beyond the length of the shorter response by it.
@@ -38,6 +40,7 @@ class PairLogps:
     reference_rejected: Tensor | None
     chosen_length: Tensor
     rejected_length: Tensor
+    refinement: Tensor | None = None
 
     @property
     def chosen_logratio(self) -> Tensor:
@@ -71,6 +74,7 @@ class PairLogps:
             mean(self.reference_rejected, self.rejected_length),
             self.chosen_length.new_ones(self.chosen_length.shape),
             self.rejected_length.new_ones(self.rejected_length.shape),
+            self.refinement,
         )
 
 

@@ -7,6 +7,7 @@ fails and says what to do. There is no half-patched state to train in.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import inspect
@@ -98,8 +99,46 @@ def _run_dpo(stock: Callable[..., None], instance: Any, args: tuple[Any, ...], k
 
     callbacks = arguments.get("callbacks") or []
     arguments["callbacks"] = [TrainerCheck(), *_metrics_in_trainer_log(callbacks), *callbacks]
-    with _replaced(upstream, "CustomDPOTrainer", PreferenceTrainer):
+    with contextlib.ExitStack() as replacements:
+        replacements.enter_context(_replaced(upstream, "CustomDPOTrainer", PreferenceTrainer))
+        sr_prompt = arguments["finetuning_args"].refinement_prompt
+        if sr_prompt is not None:
+            for module, name, value in _augmenting(sr_prompt, arguments["model_args"]):
+                replacements.enter_context(_replaced(module, name, value))
         stock(**arguments)
+
+
+def _augmenting(sr_prompt: str, model_args: Any) -> list[tuple[ModuleType, str, object]]:
+    """What the workflow must find in place of its own, so that batches hold the augmented pairs too."""
+    from llamafactory.data import loader
+    from llamafactory.train.dpo import workflow
+
+    from .refinement import AugmentingCollator, AugmentingProcessor, check_augmented
+
+    @functools.wraps(workflow.get_dataset)
+    def get_dataset(*args: Any, **kwargs: Any) -> Any:
+        module = stock_get_dataset(*args, **kwargs)
+        for dataset in module.values():
+            for part in dataset.values() if isinstance(dataset, dict) else [dataset]:
+                check_augmented(part, sr_prompt)
+        return module
+
+    stock_get_dataset = workflow.get_dataset
+    processor = functools.partial(AugmentingProcessor, sr_prompt=sr_prompt, context=_context(model_args))
+    return [
+        (loader, "PairwiseDatasetProcessor", processor),
+        (workflow, "PairwiseDataCollatorWithPadding", AugmentingCollator),
+        (workflow, "get_dataset", get_dataset),
+    ]
+
+
+def _context(model_args: Any) -> int | None:
+    """The most tokens that the model takes; unknown where the recipe stretches it."""
+    from llamafactory.model import load_config
+
+    if model_args.rope_scaling is not None:
+        return None
+    return getattr(load_config(model_args).get_text_config(), "max_position_embeddings", None)
 
 
 class _replaced:  # noqa: N801  (reads as a verb)
@@ -175,7 +214,11 @@ PATCHES = (
     Patch(
         "llamafactory.train.dpo.workflow",
         "Stage dpo trains the loss that the YAML names, and says which.",
-        {"run_dpo": ("model_args", "data_args", "training_args", "finetuning_args", "callbacks")},
+        {
+            "run_dpo": ("model_args", "data_args", "training_args", "finetuning_args", "callbacks"),
+            "get_dataset": (),
+            "PairwiseDataCollatorWithPadding": (),
+        },
         _train_ours,
     ),
     Patch(
@@ -186,6 +229,11 @@ PATCHES = (
             "CustomDPOTrainer.get_batch_loss_metrics": ("model", "batch", "train_eval"),
             "CustomDPOTrainer.log": ("logs",),
         },
+    ),
+    Patch(
+        "llamafactory.data.loader",
+        "The refinement term puts a processor of ours in the place of this one, for the time of a run.",
+        {"PairwiseDatasetProcessor": ("template", "tokenizer", "processor", "data_args")},
     ),
     Patch(
         "llamafactory.train.trainer_utils",

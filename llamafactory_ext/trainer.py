@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from llamafactory.train.dpo.trainer import CustomDPOTrainer
 from transformers import Trainer, TrainerCallback
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.utils import RunningMoments
 
@@ -16,6 +18,7 @@ from .logps import ResponseLogps, response_logps
 from .losses import bco
 from .monitors import RewardPlot
 from .reference import match_precision
+from .refinement import split_batch, without_dropout
 from .registry import PairLogps
 
 if TYPE_CHECKING:
@@ -56,8 +59,8 @@ class PreferenceTrainer(CustomDPOTrainer):
         self.is_own_reference = ref_model is model
         self._metric_sums: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
         args = kwargs["args"]
-        # DeepSpeed converts both models to the precision of its own configuration.
-        if ref_model is not None and not self.is_own_reference and not args.deepspeed:
+        # ZeRO-3 has loaded both models in the precision of its configuration, and in pieces.
+        if ref_model is not None and not self.is_own_reference and not is_deepspeed_zero3_enabled():
             autocast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
             match_precision(ref_model, model, autocast)
 
@@ -71,8 +74,13 @@ class PreferenceTrainer(CustomDPOTrainer):
         self, model: Any, batch: dict[str, Tensor], train_eval: str = "train"
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean loss of the batch (a scalar), and its metrics: tensors of shape `(batch,)`, one value per pair."""
+        batch, augmented_batch = split_batch(batch)
+        # First, so that its activations are gone before those of the policy are kept.
+        augmented = self._augmented_logps(model, augmented_batch) if augmented_batch else None
         policy = response_logps(model, batch, ld_alpha=self.ld_alpha)
         pairs = self._pair_logps(model, batch, policy)
+        if augmented is not None:
+            pairs = replace(pairs, refinement=self._refinement(augmented))
         losses = self.finetuning_args.loss(pairs, **self.finetuning_args.loss_hyperparameters)
 
         if self.bco_gemma > 1e-6 and pairs.reference_chosen is not None:
@@ -82,6 +90,8 @@ class PreferenceTrainer(CustomDPOTrainer):
             losses = losses + self.ftx_gamma * sft_losses
 
         metrics = self._metrics(pairs, policy)
+        if augmented is not None and not self.is_own_reference:
+            metrics |= _refinement_metrics(pairs, augmented)
         if self.loss_type == "orpo":
             metrics["sft_loss"] = sft_losses
             metrics["odds_ratio_loss"] = (losses - sft_losses) / self.beta
@@ -115,6 +125,16 @@ class PreferenceTrainer(CustomDPOTrainer):
         with torch.no_grad(), context:
             reference = response_logps(reference_model, batch)
         return reference.chosen, reference.rejected
+
+    def _augmented_logps(self, model: Any, batch: dict[str, Tensor]) -> PairLogps:
+        """The same responses under the augmented prompts: adapters on for the policy, no gradient, no dropout."""
+        with torch.no_grad(), without_dropout(model):
+            return self._pair_logps(model, batch, response_logps(model, batch))
+
+    def _refinement(self, augmented: PairLogps) -> Tensor:
+        """Delta = beta (D_w' - D_l') (arXiv 2405.21040, Eq. 12), on the scale of the loss: sums or means per token."""
+        means = self.finetuning_args.loss_hyperparameters.get("length_normalize", False)
+        return self.beta * (augmented.per_token() if means else augmented).margin
 
     def _reported(self, pairs: PairLogps) -> PairLogps:
         """The pairs on the scale that LLaMA-Factory reports: means per token for the losses that work on those."""
@@ -197,3 +217,14 @@ class PreferenceTrainer(CustomDPOTrainer):
                     "setting that the run was started with."
                 )
             self.running = RunningMoments.load_from_json(self.accelerator, path)
+
+
+def _refinement_metrics(pairs: PairLogps, augmented: PairLogps) -> dict[str, Tensor]:
+    """What the Sr paper watches under the augmented prompts (arXiv 2405.21040): per pair, margins in nats."""
+    margin = augmented.margin
+    assert pairs.refinement is not None
+    return {
+        "sr/refinement": pairs.refinement,
+        "sr/augmented_margins": margin,
+        "sr/augmented_accuracies": (margin > 0).float(),
+    }

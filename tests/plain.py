@@ -42,10 +42,17 @@ def plain_loss(name: str, pairs: PairLogps, **hyper: Any) -> Tensor:
     if name == "kto_pair":
         kl_w, kl_l = relu(d_w.mean()), relu(d_l.mean())
         return ((1 - 1 / (1 + torch.exp(-beta * (d_w - kl_l)))) + (1 - 1 / (1 + torch.exp(-beta * (kl_w - d_l))))) / 2
+    # A constant: a number without a history, whatever was given.
+    refined = hyper["sr_lambda"] * torch.tensor(pairs.refinement.tolist(), dtype=torch.float64)
     if name == "minor_dpo":
-        return -log_sigma(beta * d_w - beta * relu(d_l))
+        return -log_sigma(beta * d_w - beta * relu(d_l) - refined)
     if name == "dpop":
-        return -log_sigma(beta * (d_w - d_l - hyper["dpop_lambda"] * relu(-d_w)))
+        return -log_sigma(beta * (d_w - d_l - hyper["dpop_lambda"] * relu(-d_w)) - refined)
+    if name == "sr_dpo":
+        return -log_sigma(beta * (d_w - d_l) - refined)
+    if name == "sr_ipo":
+        scale_w, scale_l = (n_w, n_l) if hyper["length_normalize"] else (1, 1)
+        return (d_w / scale_w - d_l / scale_l - refined - 1 / (2 * beta)) ** 2
     raise KeyError(name)
 
 

@@ -9,6 +9,7 @@ from llamafactory.hparams import FinetuningArguments
 from transformers import HfArgumentParser
 
 from llamafactory_ext import registry
+from llamafactory_ext.arguments import SR_PROMPT
 
 MINE = """
 from __future__ import annotations
@@ -44,19 +45,23 @@ def parse(**settings):
     [
         ({}, "sigmoid(beta=0.1, label_smoothing=0.0)", True),
         ({"dpo_label_smoothing": 0.2}, "sigmoid(beta=0.1, label_smoothing=0.2)", True),
-        ({"pref_loss": "minor_dpo", "pref_beta": 0.05}, "minor_dpo(beta=0.05)", True),
-        ({"pref_loss": "dpop"}, "dpop(beta=0.1, dpop_lambda=50.0)", True),
-        ({"pref_loss": "dpop", "dpop_lambda": 0}, "dpop(beta=0.1, dpop_lambda=0)", True),
+        ({"pref_loss": "minor_dpo", "pref_beta": 0.05}, "minor_dpo(beta=0.05, sr_lambda=0.0)", True),
+        ({"pref_loss": "dpop"}, "dpop(beta=0.1, dpop_lambda=50.0, sr_lambda=0.0)", True),
+        ({"pref_loss": "dpop", "dpop_lambda": 0}, "dpop(beta=0.1, dpop_lambda=0, sr_lambda=0.0)", True),
         ({"pref_loss": "ipo"}, "ipo(beta=0.1, length_normalize=True)", True),
         ({"pref_loss": "ipo", "ipo_length_normalize": False}, "ipo(beta=0.1, length_normalize=False)", True),
         ({"pref_loss": "hinge", "ld_alpha": 0.5}, "hinge(beta=0.1)", True),
         ({"pref_loss": "simpo", "simpo_gamma": 1.5}, "simpo(beta=0.1, simpo_gamma=1.5)", False),
         ({"pref_loss": "orpo"}, "orpo(beta=0.1)", False),
+        ({"pref_loss": "sr_dpo"}, "sr_dpo(beta=0.1, sr_lambda=0.3)", True),
+        ({"pref_loss": "sr_ipo", "sr_lambda": 1}, "sr_ipo(beta=0.1, sr_lambda=1, length_normalize=False)", True),
+        ({"pref_loss": "sr_ipo", "ipo_length_normalize": True, "sr_lambda": 0.1}, "sr_lambda=0.1, length_norm", True),
+        ({"pref_loss": "minor_dpo", "sr_lambda": 0.5}, "minor_dpo(beta=0.1, sr_lambda=0.5)", True),
     ],
 )
 def test_resolved_loss(settings, described, needs_reference):
     args = parse(**settings)
-    assert args.describe_loss() == described
+    assert described in args.describe_loss()
     assert args.use_ref_model is needs_reference
 
 
@@ -86,6 +91,17 @@ def test_resolved_loss(settings, described, needs_reference):
         ({"pref_bco_weight": "1"}, "`pref_bco_weight` is '1'"),
         ({"pref_loss": "minor_dpo", "ld_alpha": 0.5}, "remove `ld_alpha`"),
         ({"pref_loss": "dpop", "ld_alpha": 0.5}, "remove `ld_alpha`"),
+        ({"pref_loss": "sr_dpo", "ld_alpha": 0.5}, "remove `ld_alpha`"),
+        ({"pref_loss": "sr_dpo", "sr_lambda": -0.1}, "`sr_lambda` is -0.1: write a finite number of at least 0"),
+        ({"pref_loss": "sr_dpo", "sr_lambda": "0.1"}, "`sr_lambda` is '0.1'"),
+        ({"sr_lambda": 0.3}, "`sr_lambda` is not a hyper-parameter of pref_loss 'sigmoid'"),
+        ({"pref_loss": "orpo", "sr_lambda": 0.3}, "`sr_lambda` is not a hyper-parameter of pref_loss 'orpo'"),
+        ({"pref_loss": "sr_dpo", "sr_prompt": " "}, "`sr_prompt` is empty"),
+        ({"pref_loss": "sr_dpo", "sr_prompt": 5}, "`sr_prompt` is 5: write a value of type str"),
+        ({"pref_loss": "sr_dpo", "sr_lambda": 0, "sr_prompt": "Be good. "}, "write an `sr_lambda` above 0"),
+        ({"pref_loss": "minor_dpo", "sr_prompt": "Be good. "}, "write an `sr_lambda` above 0"),
+        ({"pref_loss": "orpo", "sr_prompt": "Be good. "}, "or remove `sr_prompt`"),
+        ({"stage": "sft", "sr_prompt": "Be good. "}, "belongs to `stage: dpo`"),
         ({"pref_loss_args": {"tau": 1}}, "for a loss of your own: name its file"),
         ({"pref_loss_file": "nowhere.py"}, "is not a file"),
         ({"stage": "sft", "dpop_lambda": 50}, "belongs to `stage: dpo`"),
@@ -94,6 +110,21 @@ def test_resolved_loss(settings, described, needs_reference):
 def test_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         parse(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "prompt"),
+    [
+        ({"pref_loss": "sr_dpo"}, SR_PROMPT),
+        ({"pref_loss": "sr_ipo", "sr_prompt": "Be good. "}, "Be good. "),
+        ({"pref_loss": "dpop", "sr_lambda": 0.1}, SR_PROMPT),
+        ({"pref_loss": "sr_dpo", "sr_lambda": 0}, None),
+        ({"pref_loss": "minor_dpo"}, None),
+        ({"pref_loss": "sigmoid"}, None),
+    ],
+)
+def test_refinement_prompt(settings, prompt):
+    assert parse(**settings).refinement_prompt == prompt
 
 
 @pytest.mark.parametrize("given", [{"tau": 0.5}, '{"tau": 0.5}'])
@@ -148,7 +179,7 @@ def test_command_line_help_and_values():
         assert key in parser.format_help()
     words = ["--stage", "dpo", "--pref_loss", "dpop", "--dpop_lambda", "5"]
     (args,) = parser.parse_args_into_dataclasses(words)
-    assert args.describe_loss() == "dpop(beta=0.1, dpop_lambda=5.0)"
+    assert args.describe_loss() == "dpop(beta=0.1, dpop_lambda=5.0, sr_lambda=0.0)"
 
 
 def test_arguments_go_by_llamafactorys_name():

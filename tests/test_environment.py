@@ -88,7 +88,7 @@ def test_command_line_with_and_without_the_plugin():
 
 
 def test_keys_are_those_of_the_recipe():
-    assert keys_of(get_loss("dpop")) == {"pref_beta": 0.1, "dpop_lambda": 50.0}
+    assert keys_of(get_loss("dpop")) == {"pref_beta": 0.1, "dpop_lambda": 50.0, "sr_lambda": 0.0}
     assert keys_of(get_loss("ipo")) == {"pref_beta": 0.1, "ipo_length_normalize": True}
     assert FinetuningArguments.__dataclass_fields__["pref_beta"].default == PREF_BETA
     for name in loss_names():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from types import SimpleNamespace
 
@@ -19,18 +20,21 @@ HYPER = {
     "hinge": {"beta": 0.5},
     "ipo": {"beta": 0.5, "length_normalize": True},
     "kto_pair": {"beta": 0.5},
-    "minor_dpo": {"beta": 0.5},
-    "dpop": {"beta": 0.5, "dpop_lambda": 5.0},
+    "minor_dpo": {"beta": 0.5, "sr_lambda": 0.4},
+    "dpop": {"beta": 0.5, "dpop_lambda": 5.0, "sr_lambda": 0.4},
+    "sr_dpo": {"beta": 0.5, "sr_lambda": 0.4},
+    "sr_ipo": {"beta": 0.5, "sr_lambda": 0.4, "length_normalize": False},
     "orpo": {"beta": 0.5},
     "simpo": {"beta": 0.5, "simpo_gamma": 0.3},
 }
-WITH_REFERENCE = ["sigmoid", "hinge", "ipo", "kto_pair", "minor_dpo", "dpop"]
+WITH_REFERENCE = ["sigmoid", "hinge", "ipo", "kto_pair", "minor_dpo", "dpop", "sr_dpo", "sr_ipo"]
+REFINED = ["minor_dpo", "dpop", "sr_dpo", "sr_ipo"]
 
 
 def pairs_of(
     d_w: list[float], d_l: list[float], n_w: int = 4, n_l: int = 2, dtype: torch.dtype = torch.float64
 ) -> PairLogps:
-    """Pairs with the given logratios over a reference of -20 (chosen) and -30 (rejected) nats."""
+    """Pairs with the given logratios over a reference of -20 (chosen) and -30 (rejected) nats; Delta = D_w / 2 + 1."""
     reference_w = torch.full((len(d_w),), -20.0, dtype=dtype)
     reference_l = torch.full((len(d_l),), -30.0, dtype=dtype)
     return PairLogps(
@@ -40,6 +44,7 @@ def pairs_of(
         reference_l,
         torch.full((len(d_w),), n_w),
         torch.full((len(d_l),), n_l),
+        torch.tensor(d_w, dtype=dtype) / 2 + 1,
     )
 
 
@@ -65,6 +70,13 @@ GOLDEN = [
     ("dpop", {"beta": 0.5, "dpop_lambda": 5.0}, 2.0, -1.0, softplus(-1.5)),  # no penalty above the reference
     ("dpop", {"beta": 0.5, "dpop_lambda": 5.0}, -0.4, -1.0, softplus(0.7)),  # 0.5 * (-0.4 + 1 - 5 * 0.4) = -0.7
     ("dpop", {"beta": 0.1}, -0.4, -1.0, softplus(1.94)),  # lambda 50: 0.1 * (0.6 - 20) = -1.94
+    # Delta = 2 / 2 + 1 = 2
+    ("sr_dpo", {"beta": 0.5}, 2.0, -1.0, softplus(-0.9)),  # lambda 0.3: 1.5 - 0.3 * 2
+    ("sr_dpo", {"beta": 0.5, "sr_lambda": 1.0}, 2.0, -1.0, softplus(0.5)),  # 1.5 - 2
+    ("sr_ipo", {"beta": 0.5, "sr_lambda": 0.5}, 2.0, -1.0, 1.0),  # (3 - 0.5 * 2 - 1)^2
+    ("sr_ipo", {"beta": 0.5, "sr_lambda": 0.5, "length_normalize": True}, 2.0, -1.0, 1.0),  # means: (1 - 1 - 1)^2
+    ("minor_dpo", {"beta": 0.5, "sr_lambda": 0.5}, 2.0, -1.0, softplus(0.0)),  # 1 - 0.5 * 2
+    ("dpop", {"beta": 0.5, "dpop_lambda": 5.0, "sr_lambda": 0.5}, 2.0, -1.0, softplus(-0.5)),  # 1.5 - 1
     # means of the policy: (-20 + 2) / 4 = -4.5 and (-30 - 1) / 2 = -15.5; 0.5 * 11 - 0.3
     ("simpo", {"beta": 0.5, "simpo_gamma": 0.3}, 2.0, -1.0, softplus(-5.2)),
     # log odds(l) = l - log(1 - e^l)
@@ -120,6 +132,7 @@ def test_parity_with_plain_formula(name, dtype, tolerance, batch, lengths):
         ours.reference_rejected.double(),
         ours.chosen_length,
         ours.rejected_length,
+        ours.refinement.double(),
     )
     actual = get_loss(name)(ours, **HYPER[name])
     expected = plain_loss(name, exact, **HYPER[name])
@@ -171,6 +184,50 @@ def test_minor_dpo_is_sigmoid_above_the_reference_and_blind_below(batch, beta):
     below = pairs_of(d_w, [-abs(d) for d in d_l], dtype=torch.float32)
     far_below = pairs_of(d_w, [-abs(d) - 5 for d in d_l], dtype=torch.float32)
     assert torch.equal(get_loss("minor_dpo")(below, beta=beta), get_loss("minor_dpo")(far_below, beta=beta))
+
+
+@pytest.mark.parametrize(
+    ("name", "base", "hyper"),
+    [
+        ("sr_dpo", "sigmoid", {}),
+        ("sr_ipo", "ipo", {"length_normalize": False}),
+        ("sr_ipo", "ipo", {"length_normalize": True}),
+        ("minor_dpo", "minor_dpo", {}),
+        ("dpop", "dpop", {"dpop_lambda": 5.0}),
+    ],
+)
+@given(batch=batches, beta=st.floats(0.01, 1))
+@settings(max_examples=30, deadline=None)
+def test_without_lambda_a_refined_loss_is_its_base(name, base, hyper, batch, beta):
+    """Bit for bit, gradients too, and without a refinement to be had."""
+    pairs = pairs_of(*batch, dtype=torch.float32)
+    alone = dataclasses.replace(pairs, refinement=None)
+    refined, plain = get_loss(name)(alone, beta=beta, sr_lambda=0.0, **hyper), get_loss(base)(alone, beta=beta, **hyper)
+    assert torch.equal(refined, plain)
+    sides = [pairs.policy_chosen, pairs.policy_rejected]
+    for ours, theirs in zip(*(torch.autograd.grad(loss.sum(), sides) for loss in (refined, plain)), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("name", REFINED)
+def test_no_gradient_flows_through_the_refinement(name):
+    """A refinement that hangs on the policy gives the gradients of the same refinement as a constant."""
+    pairs = pairs_of([-0.5, 2.0], [1.0, -1.0])
+    sides = [pairs.policy_chosen, pairs.policy_rejected]
+    hanging = dataclasses.replace(pairs, refinement=0.5 * (pairs.policy_chosen * 2 - pairs.policy_rejected))
+    constant = dataclasses.replace(pairs, refinement=torch.tensor(hanging.refinement.tolist(), dtype=torch.float64))
+    for ours, theirs in zip(
+        *(torch.autograd.grad(get_loss(name)(p, **HYPER[name]).sum(), sides) for p in (hanging, constant)), strict=True
+    ):
+        assert torch.equal(ours, theirs)
+        assert ours.abs().max() > 0
+
+
+@pytest.mark.parametrize("name", REFINED)
+def test_missing_refinement_is_named(name):
+    pairs = dataclasses.replace(pairs_of([1.0], [0.5]), refinement=None)
+    with pytest.raises(ValueError, match="carry no refinement"):
+        get_loss(name)(pairs, **HYPER[name])
 
 
 @pytest.mark.parametrize("d_l", [-7.0, -1e-6, 0.0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,19 @@ LOSSES = {
     "hinge": {"beta": 0.1},
     "ipo": {"beta": 0.1, "length_normalize": True},
     "kto_pair": {"beta": 0.1},
-    "minor_dpo": {"beta": 0.1},
-    "dpop": {"beta": 0.1, "dpop_lambda": 50.0},
+    "minor_dpo": {"beta": 0.1, "sr_lambda": 0.0},
+    "dpop": {"beta": 0.1, "dpop_lambda": 50.0, "sr_lambda": 0.0},
+    "sr_dpo": {"beta": 0.1, "sr_lambda": 0.3},
+    "sr_ipo": {"beta": 0.1, "sr_lambda": 0.3, "length_normalize": False},
     "orpo": {"beta": 0.1},
     "simpo": {"beta": 0.1, "simpo_gamma": 0.5},
 }
 WITH_REFERENCE = [name for name in LOSSES if name not in ("orpo", "simpo")]
 NORMALIZED = [f"normalized_rewards/{curve}" for curve in ("chosen", "rejected", "margins")]
+
+
+# The Sr paper's prompt is too long for the tiny model, whose tokens are bytes.
+SR_PROMPT = "Rate 9 of 9: "
 
 
 def history(output: Path) -> list[dict[str, Any]]:
@@ -44,6 +51,8 @@ def train(model, data, tmp_path):
     count = iter(range(1000))
 
     def run(**changes: Any) -> Path:
+        if changes.get("pref_loss") in ("sr_dpo", "sr_ipo"):
+            changes = {"sr_prompt": SR_PROMPT, **changes}
         output = tmp_path / f"run{next(count)}"
         tuner.run_exp(recipe(model, data, output, **changes))
         return output
@@ -54,13 +63,18 @@ def train(model, data, tmp_path):
 @pytest.fixture(scope="module")
 def first_pairs(model, other_model, data) -> PairLogps:
     """The log-probabilities of the first two pairs, one sequence at a time; `other_model` is the reference."""
+    pairs, augmented = (plain_pairs(model, other_model, data, sr_prompt) for sr_prompt in ("", SR_PROMPT))
+    return dataclasses.replace(pairs, refinement=0.1 * augmented.margin)
+
+
+def plain_pairs(model: Path, other_model: Path, data: Path, sr_prompt: str) -> PairLogps:
     tokenizer = AutoTokenizer.from_pretrained(model)
     policy, reference = (AutoModelForCausalLM.from_pretrained(m, dtype=torch.float32) for m in (model, other_model))
     rows = [json.loads(line) for line in (data / "pairs.jsonl").read_text().splitlines()[:2]]
     columns: dict[str, list[float]] = {}
     for row in rows:
         prompt = (
-            f"<|im_start|>system\nAdd.<|im_end|>\n<|im_start|>user\n{row['instruction']}<|im_end|>\n"
+            f"<|im_start|>system\nAdd.<|im_end|>\n<|im_start|>user\n{sr_prompt}{row['instruction']}<|im_end|>\n"
             "<|im_start|>assistant\n"
         )
         for side in ("chosen", "rejected"):
@@ -87,6 +101,11 @@ def test_trained_loss_is_the_formula(name, train, other_model, first_pairs):
         assert log["rewards/rejected"] == pytest.approx(0.1 * scored.rejected_logratio.mean().item(), rel=1e-3)
         assert log["normalized_rewards/chosen"] == pytest.approx(first_pairs.chosen_logratio.mean().item(), rel=1e-3)
         assert log["normalized_rewards/margins"] == pytest.approx(first_pairs.margin.mean().item(), rel=1e-3)
+    assert ("sr/refinement" in log) == (name in ("sr_dpo", "sr_ipo"))
+    if name in ("sr_dpo", "sr_ipo"):
+        assert log["sr/refinement"] == pytest.approx(first_pairs.refinement.mean().item(), rel=1e-3)
+        assert log["sr/augmented_margins"] == pytest.approx(10 * first_pairs.refinement.mean().item(), rel=1e-3)
+        assert log["sr/augmented_accuracies"] == (first_pairs.refinement > 0).double().mean().item()
 
 
 def test_stock_dispatch_bug_is_not_back(train, other_model):

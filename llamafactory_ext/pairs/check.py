@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -62,6 +63,8 @@ def check_pairs(settings: Settings, test_set: TestSet | None = None) -> Report:
     Raises:
         UserError: if the recipe is wrong, or the tokenizer or the data cannot be loaded.
     """
+    import datasets
+
     if settings.get("stage", "dpo") not in ("dpo", "rm"):
         raise UserError(f"stage {settings['stage']!r} does not train on pairs: check a recipe with `stage: dpo`.")
     model_args, data_args, _ = parse_recipe({"stage": "dpo", **settings})
@@ -72,6 +75,8 @@ def check_pairs(settings: Settings, test_set: TestSet | None = None) -> Report:
     tokenizer, template, own_template = _tokenizer_and_template(model_args, data_args)
     pairs = _load(model_args, data_args)
     difference = _template_difference(pairs, template, tokenizer, own_template)
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     measures = pairs.map(
         _Measure(template, tokenizer, data_args, test_set),
         remove_columns=pairs.column_names,

@@ -33,7 +33,7 @@ def test_train(model, data, tmp_path):
     file = write_recipe(tmp_path, recipe(model, data, tmp_path / "out", pref_loss="dpop", plot_loss=True))
     run = command_line(tmp_path, "train", file, "dpop_lambda=7")
     assert run.returncode == 0, run.stderr[-4000:]
-    assert "is active and trains dpop(beta=0.1, dpop_lambda=7)" in run.stdout + run.stderr
+    assert "is active and trains dpop(beta=0.1, dpop_lambda=7, sr_lambda=0.0)" in run.stdout + run.stderr
     assert "normalized_rewards/chosen" in run.stdout + run.stderr
     assert (tmp_path / "out" / "normalized_rewards.png").is_file()
 
