@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -13,6 +14,9 @@ from rich.table import Table
 from . import __version__
 from .errors import UserError
 from .pairs.commands import app as data
+
+if TYPE_CHECKING:
+    from .correlation import Summary
 
 app = typer.Typer(
     help="Preference data, plans and checks for trainings with `llamafactory-cli train`.",
@@ -76,6 +80,80 @@ def losses(
     console.print(
         "D_w, D_l: log pi/pi_ref of the chosen and the rejected answer; sigma: the logistic function.", markup=False
     )
+
+
+@app.command()
+def plan(
+    recipe: Annotated[list[str], typer.Argument(help="A recipe and key=value words, as for llamafactory-cli train.")],
+    gpus: Annotated[int, typer.Option(min=1, help="Of all nodes together.")] = 1,
+    gpu_memory: Annotated[float, typer.Option(min=0.1, help="GiB of one GPU.")] = 80.0,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="That share a host's memory.")] = 8,
+    tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Typical length of a sequence, as `data check` shows [default: cutoff_len]."),
+    ] = None,
+) -> None:
+    """Steps, tokens and memory per GPU by part, from the model's config alone; what to change if it does not fit.
+
+    Ends with 0 if it fits, 1 if not, 2 if it cannot be planned. Memory is planned for sequences of cutoff_len.
+
+    llamafactory-ext plan recipe.yaml --gpus 8 --gpu-memory 80
+
+    llamafactory-ext plan recipe.yaml finetuning_type=lora per_device_train_batch_size=1 --gpu-memory 24
+    """
+    from .planning.plan import alternatives, make_plan, render
+    from .recipe import read_recipe
+
+    settings = read_recipe(recipe)
+    planned = make_plan(settings, gpus, gpu_memory, gpus_per_node=gpus_per_node, tokens=tokens)
+    if planned.fits:
+        render(planned, console)
+        return
+    render(planned, console, alternatives(settings, gpus, gpu_memory, gpus_per_node=gpus_per_node, tokens=tokens))
+    raise typer.Exit(1)
+
+
+@app.command()
+def score(
+    recipe: Annotated[list[str], typer.Argument(help="A recipe and key=value words, as for llamafactory-cli train.")],
+    output: Annotated[Path, typer.Option(help="A .jsonl or .parquet file; appears when all pairs are scored.")],
+    batch_size: Annotated[int, typer.Option(min=1, help="Pairs at a time.")] = 4,
+) -> None:
+    """Score pairs offline: logratios, margins and what the recipe's loss makes of them, pair by pair.
+
+    The reference is `ref_model`, or with an adapter the model without it. Interrupted, the same command goes on. If the
+    data has scores of both answers (score_chosen, score_rejected), their difference is correlated with the margins.
+
+    llamafactory-ext score recipe.yaml model_name_or_path=outputs/dpo ref_model=Qwen/Qwen1.5-7B-Chat --output dpo.jsonl
+
+    llamafactory-ext score recipe.yaml adapter_name_or_path=outputs/lora dataset=test_pairs --output lora.parquet
+    """
+    from tqdm import tqdm
+
+    from .correlation import summarize
+    from .recipe import read_recipe
+    from .score import read_scores, score_pairs
+
+    with tqdm(desc="scoring", unit=" pairs", disable=None) as bar:
+        for done, total in score_pairs(read_recipe(recipe), output, batch_size):
+            bar.total = total
+            bar.update(done - bar.n)
+    _show(summarize(read_scores(output)), output)
+
+
+def _show(summary: Summary, output: Path) -> None:
+    table = Table("number", "mean", title=f"{output}: {summary.pairs:,} pairs", title_justify="left")
+    for name, value in summary.means.items():
+        table.add_row(escape(name), f"{value:.4g}")
+    table.add_row("accuracy (margin > 0)", f"{summary.accuracy:.1%}")
+    if summary.augmented_accuracy is not None:
+        table.add_row("accuracy under the augmented prompt", f"{summary.augmented_accuracy:.1%}")
+    console.print(table)
+    if summary.skipped:
+        console.print(f"[yellow]{summary.skipped} rows are no pairs that LLaMA-Factory trains on: see `skipped`.")
+    for margin, methods in summary.correlations.items():
+        values = ", ".join(f"{name} {value:.3f} (p = {p:.2g})" for name, (value, p) in methods.items())
+        console.print(f"{margin} against the difference of the data's scores: {values}")
 
 
 def main() -> None:

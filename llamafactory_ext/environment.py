@@ -109,9 +109,7 @@ def _devices() -> Iterator[Finding]:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
         yield Finding("CPU", f"{os.cpu_count()} cores, {memory:.0f} GiB; no GPU that torch can use")
         if shutil.which("nvidia-smi") and torch.version.cuda is None:
-            yield Finding(
-                "torch", "built without CUDA", "there is an NVIDIA driver: install torch's CUDA build"
-            )
+            yield Finding("torch", "built without CUDA", "there is an NVIDIA driver: install torch's CUDA build")
 
 
 def _deepspeed() -> Iterator[Finding]:

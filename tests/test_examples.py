@@ -16,7 +16,10 @@ import yaml
 from llamafactory.data import get_template_and_fix_tokenizer
 from llamafactory.hparams import DataArguments, FinetuningArguments, ModelArguments, TrainingArguments
 from omegaconf import OmegaConf
-from transformers import AutoTokenizer, HfArgumentParser
+from transformers import AutoTokenizer, HfArgumentParser, Qwen2Config
+
+from llamafactory_ext.planning.plan import make_plan
+from llamafactory_ext.recipe import read_recipe
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "examples").rglob("*.yaml"))
@@ -117,6 +120,30 @@ def test_settings_of_the_papers(path):
     sources = [read(other)["output_dir"] for other in PAPER]
     if recipe["model_name_or_path"].startswith("outputs/"):
         assert recipe["model_name_or_path"] in sources
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory):
+    """Qwen1.5-7B's config, which is all that a plan needs."""
+    shape = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
+    config = Qwen2Config(vocab_size=151936, num_key_value_heads=32, tie_word_embeddings=False, **shape)
+    config.dtype = "bfloat16"
+    folder = tmp_path_factory.mktemp("qwen")
+    config.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("path", [path for path in PAPER if "qwen" in path.stem], ids=lambda path: path.stem)
+def test_every_launch_line_fits_the_gpus_that_the_recipe_names(path, qwen, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    memory = float(re.search(r"--gpu-memory (\d+)", path.read_text(encoding="utf-8")).group(1))
+    assert memory == (24 if "lora" in path.stem else 80)
+    for environment, words in launch_lines(path):
+        nodes, per_node = (int(environment.get(name, 1)) for name in ("NNODES", "NPROC_PER_NODE"))
+        settings = read_recipe([*words, f"model_name_or_path={qwen}"])
+        plan = make_plan(settings, nodes * per_node, memory, gpus_per_node=per_node)
+        assert plan.fits, (words, plan.memory)
+        assert plan.parameters == 7_721_324_544
 
 
 @pytest.mark.parametrize("name", ["zero2", "zero3", "zero3_offload"])

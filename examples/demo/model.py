@@ -56,3 +56,7 @@ def _convert(gguf: Path, folder: Path) -> None:
 
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    print(default_model(Path(sys.argv[1])))

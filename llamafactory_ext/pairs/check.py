@@ -72,8 +72,8 @@ def check_pairs(settings: Settings, test_set: TestSet | None = None) -> Report:
         raise UserError("the recipe names no data set: write `dataset:` and `dataset_dir:`.")
     data_args.streaming = False
 
-    tokenizer, template, own_template = _tokenizer_and_template(model_args, data_args)
-    pairs = _load(model_args, data_args)
+    tokenizer, template, own_template = tokenizer_and_template(model_args, data_args)
+    pairs = load_pairs(model_args, data_args)
     difference = _template_difference(pairs, template, tokenizer, own_template)
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
@@ -90,8 +90,12 @@ def check_pairs(settings: Settings, test_set: TestSet | None = None) -> Report:
 # --- loading, by LLaMA-Factory's own functions -----------------------------------------------------------------------
 
 
-def _tokenizer_and_template(model_args: Any, data_args: Any) -> tuple[Any, Any, str | None]:
-    """The tokenizer, LLaMA-Factory's template, and the chat template that the tokenizer came with."""
+def tokenizer_and_template(model_args: Any, data_args: Any) -> tuple[Any, Any, str | None]:
+    """The tokenizer, LLaMA-Factory's template, and the chat template that the tokenizer came with.
+
+    Raises:
+        UserError: if the tokenizer cannot be loaded, or there is no such template.
+    """
     from llamafactory.data import get_template_and_fix_tokenizer
     from llamafactory.model import load_tokenizer
 
@@ -106,7 +110,12 @@ def _tokenizer_and_template(model_args: Any, data_args: Any) -> tuple[Any, Any, 
     return tokenizer, template, own_template
 
 
-def _load(model_args: Any, data_args: Any) -> Any:
+def load_pairs(model_args: Any, data_args: Any) -> Any:
+    """The pairs of the recipe's data sets in LLaMA-Factory's standard format, none skipped yet.
+
+    Raises:
+        UserError: if they cannot be loaded.
+    """
     from llamafactory.data.loader import _get_merged_dataset
     from transformers import TrainingArguments
 

@@ -1,0 +1,1 @@
+"""What a recipe will take on given GPUs: steps, tokens, and memory by part."""

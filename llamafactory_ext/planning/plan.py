@@ -1,0 +1,358 @@
+"""What a recipe will take on given GPUs, before it is run: its steps, its memory by part, and settings that fit."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UserError
+from ..recipe import Settings, parse_recipe
+from .engine import FLOAT16, FLOAT32, read_engine
+from .memory import ADAM, GIB, INT8, NF4, NF4_DOUBLE, OPTIMIZERS, Optimizer, Training, memory_parts, model_states
+from .model_shape import lora_adapter, read_model
+from .schedule import Schedule, count_pairs, make_schedule, padded
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+OTHER_OPTIMIZERS = ("use_galore", "use_apollo", "use_badam", "use_adam_mini", "use_muon")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe on given GPUs.
+
+    Args:
+        engine: how the training is distributed, for the reader.
+        parameters, trained: elements of the model, and of what is trained.
+        gpus: of all nodes.
+        gpu_memory: bytes of one GPU.
+        schedule: its length.
+        cutoff_len: the longest sequence in tokens, for which memory is planned.
+        memory: bytes per GPU by part.
+        host_memory: bytes per node of what is offloaded to it.
+        deepspeed_estimate: what DeepSpeed's own estimator says of weights, gradients and optimizer states: bytes per
+            GPU, and per node on the host; None where it says nothing.
+        notes: what was assumed, or could not be found out.
+    """
+
+    engine: str
+    parameters: int
+    trained: int
+    gpus: int
+    gpu_memory: float
+    schedule: Schedule
+    cutoff_len: int
+    memory: dict[str, float]
+    host_memory: float
+    deepspeed_estimate: tuple[int, int] | None
+    notes: tuple[str, ...]
+
+    @property
+    def total(self) -> float:
+        """Bytes per GPU. A little too much rather than too little: the parts do not all peak at the same moment."""
+        return sum(self.memory.values())
+
+    @property
+    def fits(self) -> bool:
+        return self.total <= self.gpu_memory
+
+
+def make_plan(
+    settings: Settings, gpus: int, gpu_memory_gib: float, *, gpus_per_node: int = 8, tokens: int | None = None
+) -> Plan:
+    """Plan a recipe of stage dpo.
+
+    Args:
+        settings: LLaMA-Factory's and the plugin's keys.
+        gpus: of all nodes together.
+        gpu_memory_gib: GiB of one GPU.
+        gpus_per_node: GPUs that share a host.
+        tokens: typical length of one sequence, prompt and answer; `cutoff_len` if unknown. Memory is always planned
+            for `cutoff_len`.
+
+    Raises:
+        UserError: (a ValueError) if something is missing or not supported; one sentence says what to write instead.
+    """
+    for name, value in {"gpus": gpus, "gpu_memory": gpu_memory_gib, "gpus_per_node": gpus_per_node}.items():
+        if value <= 0:
+            raise UserError(f"{name} is {value}: write a number above 0.")
+    if tokens is not None and tokens < 1:
+        raise UserError(f"tokens is {tokens}: write the typical length of one sequence, at least 1.")
+
+    model_args, data_args, finetuning_args = parse_recipe(settings)
+    training_args = _training_args(settings)
+    _check_supported(model_args, finetuning_args, training_args)
+
+    notes: list[str] = []
+    training = _training(model_args, data_args, finetuning_args, training_args, gpus, notes)
+    parts = memory_parts(training)
+    nodes = math.ceil(gpus / gpus_per_node)
+    length = min(tokens or data_args.cutoff_len, data_args.cutoff_len)
+    return Plan(
+        engine=training.engine.name,
+        parameters=training.model.parameters,
+        trained=training.trained,
+        gpus=gpus,
+        gpu_memory=gpu_memory_gib * GIB,
+        schedule=make_schedule(training_args, count_pairs(data_args, notes), gpus, length),
+        cutoff_len=data_args.cutoff_len,
+        memory=parts,
+        host_memory=min(gpus, gpus_per_node) * _offloaded(training),
+        deepspeed_estimate=_deepspeed_estimate(training, math.ceil(gpus / nodes), nodes, notes),
+        notes=tuple(notes),
+    )
+
+
+# --- the recipe -------------------------------------------------------------------------------------------------------
+
+
+def _training_args(settings: Settings) -> SimpleNamespace:
+    """The training arguments of the recipe over their defaults, without the set-up that building them would start."""
+    from llamafactory.hparams import TrainingArguments
+
+    defaults = {field.name: field.default for field in fields(TrainingArguments) if field.default is not MISSING}
+    args = SimpleNamespace(**{**defaults, **settings})
+    for key in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+        value = getattr(args, key)
+        if type(value) is not int or value < 1:
+            raise UserError(f"{key} is {value!r}: write a whole number of at least 1.")
+    return args
+
+
+def _check_supported(model_args: Any, finetuning_args: Any, training_args: Any) -> None:
+    if finetuning_args.stage != "dpo":
+        raise UserError(f"stage {finetuning_args.stage!r} cannot be planned: write `stage: dpo`.")
+    if finetuning_args.finetuning_type not in ("full", "lora"):
+        raise UserError(
+            f"finetuning_type {finetuning_args.finetuning_type!r} cannot be planned: write full, or lora (with "
+            "quantization_bit for QLoRA)."
+        )
+    if model_args.quantization_bit not in (None, 4, 8):
+        raise UserError(f"quantization_bit {model_args.quantization_bit!r} cannot be planned: write 4 or 8.")
+    if model_args.quantization_bit and finetuning_args.finetuning_type != "lora":
+        raise UserError("quantized weights cannot be trained: write `finetuning_type: lora` with quantization_bit.")
+
+
+def _training(
+    model_args: Any, data_args: Any, finetuning_args: Any, training_args: Any, gpus: int, notes: list[str]
+) -> Training:
+    trust = bool(getattr(model_args, "trust_remote_code", False))
+    model = read_model(model_args.model_name_or_path, trust)
+    if not model.dense:
+        notes.append("A mixture of experts: its activations are counted as those of a dense model.")
+    lora = finetuning_args.finetuning_type == "lora"
+    own_reference = lora and finetuning_args.ref_model is None
+    reference = None
+    if finetuning_args.use_ref_model and not own_reference:
+        reference = read_model(finetuning_args.ref_model or model_args.model_name_or_path, trust)
+    if reference is not None and finetuning_args.ref_model_quantization_bit is not None:
+        notes.append("The reference is counted without ref_model_quantization_bit.")
+    if finetuning_args.additional_target:
+        notes.append("additional_target is not counted.")
+
+    targets, rank = finetuning_args.lora_target, finetuning_args.lora_rank
+    half = bool(training_args.bf16 or training_args.fp16)
+    return Training(
+        model=model,
+        reference=reference,
+        scores_reference=finetuning_args.use_ref_model,
+        adapter=lora_adapter(model, targets, rank, finetuning_args.use_dora) if lora else None,
+        engine=read_engine(training_args, model, gpus),
+        optimizer=_optimizer(finetuning_args, training_args, notes),
+        half=half,
+        pure=finetuning_args.pure_bf16,
+        linear_bytes={None: None, 4: NF4_DOUBLE if model_args.double_quantization else NF4, 8: INT8}[
+            model_args.quantization_bit
+        ],
+        checkpointing=not model_args.disable_gradient_checkpointing,
+        attention={"disabled": "eager", "fa2": "fa2"}.get(str(model_args.flash_attn), "sdpa"),
+        sequences=2 * training_args.per_device_train_batch_size,
+        length=padded(data_args.cutoff_len),
+    )
+
+
+def _optimizer(finetuning_args: Any, training_args: Any, notes: list[str]) -> Optimizer:
+    name = str(getattr(training_args.optim, "value", training_args.optim))
+    name = next((key for key in OTHER_OPTIMIZERS if getattr(finetuning_args, key, False)), name)
+    if name not in OPTIMIZERS:
+        notes.append(f"The states of the optimizer {name!r} are not known: counted as Adam's.")
+    return OPTIMIZERS.get(name, ADAM)
+
+
+def _offloaded(training: Training) -> float:
+    """Bytes per GPU that lie in the host's memory."""
+    states, engine = model_states(training), training.engine
+    total = 0.0
+    if engine.offload_optimizer:
+        # DeepSpeed collects the gradients of its part in float32 there.
+        total += states["gradients"] + states["optimizer states"]
+        total += FLOAT32 * training.trained / engine.optimizer_shards if engine.zero_stage is not None else 0
+    if engine.offload_parameters:
+        total += states["weights"] + states["reference model"]
+    return total
+
+
+def _deepspeed_estimate(training: Training, gpus: int, nodes: int, notes: list[str]) -> tuple[int, int] | None:
+    """DeepSpeed's own estimate, which is for full mixed-precision training with Adam under ZeRO-2 and 3."""
+    engine = training.engine
+    if engine.zero_stage not in (2, 3) or training.adapter or engine.compute_bytes != FLOAT16:
+        return None
+    if importlib.util.find_spec("deepspeed") is None:
+        notes.append("DeepSpeed is not installed here, so its own estimate is left out.")
+        return None
+    from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
+    from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
+
+    model, offload = training.model, engine.offload_optimizer
+    if engine.zero_stage == 2:
+        host, gpu = estimate_zero2_model_states_mem_needs(model.parameters, gpus, nodes, cpu_offload=offload)
+    else:
+        host, gpu, _ = estimate_zero3_model_states_mem_needs(
+            model.parameters,
+            model.largest_layer,
+            gpus,
+            nodes,
+            cpu_offload=offload,
+            cpu_offload_params=engine.offload_parameters,
+        )
+    return gpu, host
+
+
+# --- settings that fit ------------------------------------------------------------------------------------------------
+
+
+def alternatives(
+    settings: Settings, gpus: int, gpu_memory_gib: float, *, gpus_per_node: int = 8, tokens: int | None = None
+) -> list[tuple[Settings, Plan]]:
+    """Settings with the same global batch that fit the GPUs, the gentlest change first.
+
+    Takes what `make_plan` takes. Returns pairs of the changed YAML keys (None: remove the key) and the plan with them;
+    of every way to save memory, the one with the largest micro-batch.
+    """
+    found: list[tuple[Settings, Plan]] = []
+    for method in _methods(settings, gpus):
+        for split in _batch_splits(settings):
+            changes = {key: value for key, value in {**method, **split}.items() if settings.get(key) != value}
+            if not changes:
+                continue
+            if any(changes == seen for seen, _ in found):
+                break
+            changed = {key: value for key, value in {**settings, **changes}.items() if value is not None}
+            plan = make_plan(changed, gpus, gpu_memory_gib, gpus_per_node=gpus_per_node, tokens=tokens)
+            if plan.fits:
+                found.append((changes, plan))
+                break
+    return found
+
+
+def _batch_splits(settings: Settings) -> Iterator[Settings]:
+    """Micro-batches from the recipe's own downwards, with the accumulation that keeps the global batch."""
+    args = _training_args(settings)
+    micro = args.per_device_train_batch_size
+    product = micro * args.gradient_accumulation_steps
+    for size in range(micro, 0, -1):
+        if product % size == 0:
+            yield {"per_device_train_batch_size": size, "gradient_accumulation_steps": product // size}
+
+
+def _methods(settings: Settings, gpus: int) -> Iterator[Settings]:
+    """Ways to save memory, from those that change nothing about the result to those that change what is trained."""
+    yield {}
+    checkpointing = {"disable_gradient_checkpointing": False} if settings.get("disable_gradient_checkpointing") else {}
+    if checkpointing:
+        yield checkpointing
+    quantized, lora = settings.get("quantization_bit"), settings.get("finetuning_type", "lora") == "lora"
+    if not (quantized or settings.get("pure_bf16")):  # LLaMA-Factory refuses pure_bf16 with ZeRO-3
+        for name in ("zero2", "zero3", "zero3_offload") if gpus > 1 else ("zero3_offload",):
+            file = _deepspeed_file(settings, name)
+            if file is not None:
+                yield {**checkpointing, "deepspeed": file, "fsdp": None}
+    if not lora:
+        yield {**checkpointing, "finetuning_type": "lora"}
+    if quantized != 4:
+        yield {**checkpointing, "finetuning_type": "lora", "quantization_bit": 4}
+
+
+def _deepspeed_file(settings: Settings, name: str) -> str | None:
+    """The example configuration of that name: beside the recipe's own, in the working directory, or in a checkout."""
+    own = settings.get("deepspeed")
+    folders = [Path(own).parent] if isinstance(own, str) else []
+    folders += [Path("examples/deepspeed"), Path(__file__).parents[2] / "examples" / "deepspeed"]
+    return next((str(folder / f"{name}.json") for folder in folders if (folder / f"{name}.json").is_file()), None)
+
+
+# --- for the reader ---------------------------------------------------------------------------------------------------
+
+
+def render(plan: Plan, console: Console, found: Sequence[tuple[Settings, Plan]] | None = None) -> None:
+    """Print a plan.
+
+    Args:
+        plan: of the recipe as it is.
+        console: where to.
+        found: what `alternatives` returned, or None if it was not asked.
+    """
+    import yaml
+
+    console.print(_schedule_table(plan))
+    console.print(_memory_table(plan))
+    for note in plan.notes:
+        console.print(f"Note: {note}", markup=False)
+    if found is None:
+        return
+    if not found:
+        console.print(
+            "No change of batch size, checkpointing, ZeRO, LoRA or QLoRA makes it fit: take more or larger GPUs."
+        )
+        return
+    console.print("Settings with the same global batch that fit, the gentlest change first:")
+    for changes, other in found:
+        host = f", and {other.host_memory / GIB:.0f} GiB of the host" if other.host_memory else ""
+        console.print(f"\n{other.total / GIB:.1f} GiB per GPU{host} ({other.engine}):", markup=False)
+        console.print(yaml.safe_dump(changes, sort_keys=False).rstrip(), markup=False)
+
+
+def _schedule_table(plan: Plan) -> Any:
+    from rich.table import Table
+
+    schedule = plan.schedule
+    table = Table(title="Steps", show_header=False)
+    rows = {
+        "GPUs": f"{plan.gpus} ({plan.engine})",
+        "parameters (trained)": f"{plan.parameters:,} ({plan.trained:,})",
+        "pairs": schedule.pairs,
+        "global batch, in pairs": schedule.global_batch,
+        "steps per epoch": schedule.steps_per_epoch,
+        "steps": schedule.steps,
+        "warm-up steps": schedule.warmup_steps,
+        "tokens per step": schedule.tokens_per_step,
+        "tokens": schedule.tokens,
+    }
+    for name, value in rows.items():
+        table.add_row(name, "not known" if value is None else value if isinstance(value, str) else f"{value:,}")
+    return table
+
+
+def _memory_table(plan: Plan) -> Any:
+    from rich.table import Table
+
+    table = Table("memory per GPU", "GiB", title=f"Memory for sequences of {plan.cutoff_len} tokens")
+    table.columns[1].justify = "right"
+    for name, size in plan.memory.items():
+        table.add_row(name, f"{size / GIB:.2f}")
+    table.add_section()
+    verdict = "[green]fits[/green]" if plan.fits else "[red]does not fit[/red]"
+    table.add_row(f"sum: {verdict} in {plan.gpu_memory / GIB:g} GiB", f"{plan.total / GIB:.2f}")
+    if plan.host_memory:
+        table.add_row("on the host, per node", f"{plan.host_memory / GIB:.2f}")
+    if plan.deepspeed_estimate is not None:
+        gpu, host = plan.deepspeed_estimate
+        table.add_row("DeepSpeed's estimate of weights, gradients, optimizer", f"{gpu / GIB:.2f}")
+        table.add_row("DeepSpeed's estimate for the host, per node", f"{host / GIB:.2f}")
+    return table

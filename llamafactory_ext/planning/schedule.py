@@ -1,0 +1,160 @@
+"""How long a training is: pairs, steps and tokens, counted as LLaMA-Factory and transformers count them."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+
+PAD_TO = 8  # LLaMA-Factory's collator pads to a multiple of it
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The length of a training. What depends on an unknown number of pairs is None.
+
+    Args:
+        pairs: rows of the training set.
+        global_batch: pairs per step on all GPUs.
+        steps_per_epoch, steps, warmup_steps: optimizer steps.
+        tokens_per_step: token positions of one step, padding included: two sequences per pair, each with its prompt.
+    """
+
+    pairs: int | None
+    global_batch: int
+    steps_per_epoch: int | None
+    steps: int | None
+    warmup_steps: int | None
+    tokens_per_step: int
+
+    @property
+    def tokens(self) -> int | None:
+        return None if self.steps is None else self.steps * self.tokens_per_step
+
+
+def padded(tokens: int) -> int:
+    return math.ceil(tokens / PAD_TO) * PAD_TO
+
+
+def make_schedule(training_args: Any, pairs: int | None, gpus: int, tokens: int) -> Schedule:
+    """The schedule of a training.
+
+    Args:
+        training_args: transformers' training arguments.
+        pairs: rows of the training set, None if unknown.
+        gpus: of all nodes together.
+        tokens: length of one sequence, prompt and answer.
+    """
+    micro, accumulation = training_args.per_device_train_batch_size, training_args.gradient_accumulation_steps
+    per_epoch = None if pairs is None else steps_per_epoch(pairs, micro, accumulation, gpus)
+    steps: int | None = None
+    if training_args.max_steps > 0:
+        steps = training_args.max_steps
+    elif per_epoch is not None:
+        steps = math.ceil(training_args.num_train_epochs * per_epoch)
+    global_batch = micro * accumulation * gpus
+    return Schedule(
+        pairs=pairs,
+        global_batch=global_batch,
+        steps_per_epoch=per_epoch,
+        steps=steps,
+        warmup_steps=None if steps is None else _warmup_steps(training_args, steps),
+        tokens_per_step=2 * global_batch * padded(tokens),
+    )
+
+
+def steps_per_epoch(pairs: int, micro_batch: int, accumulation: int, gpus: int) -> int:
+    """Optimizer steps of an epoch: the last micro-batch, the last round over the GPUs and the last accumulation all
+    count, however small (accelerate fills the last round up, transformers steps after the last micro-batch)."""
+    micro_batches = math.ceil(math.ceil(pairs / micro_batch) / gpus)
+    return max(1, math.ceil(micro_batches / accumulation))
+
+
+def _warmup_steps(training_args: Any, steps: int) -> int:
+    """`warmup_steps` is a number of steps, or below 1 a share of all; `warmup_ratio` is its older name."""
+    if str(training_args.lr_scheduler_type) == "constant":
+        return 0
+    warmup = training_args.warmup_ratio if training_args.warmup_ratio is not None else training_args.warmup_steps
+    return int(warmup) if warmup >= 1 else math.ceil(warmup * steps)
+
+
+def count_pairs(data_args: Any, notes: list[str]) -> int | None:
+    """Rows of the training set as far as the local files tell, before LLaMA-Factory drops faulty ones.
+
+    Args:
+        data_args: LLaMA-Factory's data arguments.
+        notes: is told why the number is not known, if it is None.
+
+    Raises:
+        UserError: if dataset_info.json is missing, or does not know the data set.
+    """
+    from llamafactory.data.parser import get_dataset_list
+
+    if data_args.streaming or data_args.mix_strategy != "concat" or data_args.tokenized_path:
+        notes.append("The number of pairs is not known with streaming, mix_strategy or tokenized_path.")
+        return None
+    if not data_args.dataset:
+        notes.append("The number of pairs is not known, because the recipe names no dataset.")
+        return None
+    try:
+        sets = get_dataset_list(data_args.dataset, data_args.dataset_dir)
+    except ValueError as error:
+        raise UserError(f"{error} Write a `dataset` of it, and its folder as `dataset_dir`.") from error
+
+    total = 0
+    for attributes in sets:
+        rows = attributes.num_samples
+        if rows is None and attributes.load_from == "file":
+            rows = _rows_of(Path(data_args.dataset_dir) / attributes.dataset_name)
+        if rows is None:
+            notes.append(
+                f"The number of pairs is not known: {attributes.dataset_name!r} is no local file that can be counted. "
+                "Make the data first, or set max_steps."
+            )
+            return None
+        total += min(rows, data_args.max_samples or rows)
+    held_out = int(data_args.val_size) if data_args.val_size > 1 else math.ceil(data_args.val_size * total)
+    return total - held_out
+
+
+def _rows_of(path: Path) -> int | None:
+    """Rows of a file, or of all files of a folder; None where there is none yet, or no cheap way to count."""
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    if not all(file.is_file() for file in files):
+        return None
+    counts = [COUNTERS[file.suffix](file) for file in files if file.suffix in COUNTERS]
+    return sum(counts) if len(counts) == len(files) else None
+
+
+def _json_rows(file: Path) -> int:
+    with file.open(encoding="utf-8") as lines:
+        if file.suffix == ".json" and lines.read(1) == "[":
+            lines.seek(0)
+            return len(json.load(lines))
+        lines.seek(0)
+        return sum(1 for line in lines if line.strip())
+
+
+def _csv_rows(file: Path) -> int:
+    with file.open(encoding="utf-8", newline="") as lines:
+        return sum(1 for _ in csv.reader(lines)) - 1
+
+
+def _parquet_rows(file: Path) -> int:
+    from pyarrow import parquet
+
+    return int(parquet.read_metadata(file).num_rows)
+
+
+COUNTERS: dict[str, Callable[[Path], int]] = {
+    ".json": _json_rows,
+    ".jsonl": _json_rows,
+    ".csv": _csv_rows,
+    ".parquet": _parquet_rows,
+}

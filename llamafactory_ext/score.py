@@ -1,0 +1,296 @@
+"""Scores pairs offline: any model against any reference, with the numbers that a training would log, pair by pair.
+
+The implicit reward of DPO (arXiv 2305.18290, section 4) is beta times the logratio: what is written are logratios and
+margins in nats, free of beta, and what the recipe's loss makes of them. What is done is on disk: interrupted at any
+moment, the same command goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import UserError
+from .recipe import Settings, parse_recipe
+
+if TYPE_CHECKING:
+    import torch
+
+    from .registry import Loss, PairLogps
+
+# Columns of a data set that hold what somebody else thinks of the two answers.
+DATA_SCORES = ("score_chosen", "score_rejected")
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Policy, reference and data of a recipe, ready to score."""
+
+    policy: torch.nn.Module
+    reference: torch.nn.Module
+    loss: Loss
+    hyperparameters: dict[str, Any]
+    beta: float
+    rows: Any  # pairs in LLaMA-Factory's standard format, in the order of the file
+    processor: Any
+    collator: Any
+    data_scores: list[Row]  # per row, those of `DATA_SCORES` that the data has
+
+
+def score_pairs(settings: Settings, output: Path, batch_size: int = 4) -> Iterator[tuple[int, int]]:
+    """Score every pair of a recipe's data set into a file; yields (pairs done, pairs in all) as it goes.
+
+    Args:
+        settings: a recipe for stage dpo with one data set; `ref_model` is the reference, or with an adapter the model
+            without it.
+        output: a .jsonl or .parquet file, which appears when all pairs are scored.
+        batch_size: pairs at a time.
+
+    Raises:
+        UserError: if the recipe is wrong, or an unfinished file was begun with other settings.
+    """
+    check_output(output)
+    reference_settings = reference_of(settings)
+    unfinished = output.with_name(f".{output.name}.unfinished")
+    manifest = {"settings": settings, "reference": reference_settings}
+    done = _begin(unfinished, manifest)
+
+    scorer = load_scorer(settings, reference_settings)
+    total = len(scorer.rows)
+    yield len(done), total
+    with unfinished.open("a", encoding="utf-8") as file:
+        missing = [index for index in range(total) if index not in done]
+        for start in range(0, len(missing), batch_size):
+            batch = missing[start : start + batch_size]
+            file.writelines(json.dumps(row) + "\n" for row in _score(scorer, batch))
+            file.flush()
+            yield len(done) + start + len(batch), total
+        os.fsync(file.fileno())
+    _finish(unfinished, output)
+
+
+def check_output(output: Path) -> None:
+    """Refuse a file that is there already, or of another kind, before anything is loaded."""
+    if output.suffix not in (".jsonl", ".parquet"):
+        raise UserError(f"the output {str(output)!r} must end in .jsonl or .parquet.")
+    if output.exists():
+        raise UserError(f"{str(output)!r} is there already: it is complete; remove it, or give another --output.")
+
+
+def reference_of(settings: Settings) -> Settings:
+    """The settings that load the reference: those of `ref_model`, or of the model without its adapter.
+
+    Raises:
+        UserError: if the recipe names none of the two: every logratio would be 0.
+    """
+    plain = {key: value for key, value in settings.items() if key not in ("adapter_name_or_path", "quantization_bit")}
+    if settings.get("ref_model") is not None:
+        named = {
+            "model_name_or_path": settings["ref_model"],
+            "adapter_name_or_path": settings.get("ref_model_adapters"),
+            "quantization_bit": settings.get("ref_model_quantization_bit"),
+        }
+        return plain | {key: value for key, value in named.items() if value is not None}
+    if settings.get("adapter_name_or_path") is not None:
+        return {key: value for key, value in settings.items() if key != "adapter_name_or_path"}
+    raise UserError("the model has no reference but itself: name one with ref_model=, or adapter_name_or_path=.")
+
+
+# --- loading ---------------------------------------------------------------------------------------------------------
+
+
+def load_scorer(settings: Settings, reference_settings: Settings) -> Scorer:
+    """Load tokenizer, data and both models, by LLaMA-Factory's own functions.
+
+    Raises:
+        UserError: for a wrong recipe, and where a model or the data cannot be loaded.
+    """
+    from llamafactory.data.processor import PairwiseDatasetProcessor
+
+    from .pairs.check import load_pairs, tokenizer_and_template
+    from .reference import match_precision
+    from .refinement import AugmentingCollator, AugmentingProcessor, PairwiseDataCollatorWithPadding
+
+    model_args, data_args, finetuning_args = parse_recipe({"stage": "dpo", **settings})
+    if len(data_args.dataset or []) != 1:
+        raise UserError("score takes one data set: name it with dataset=.")
+    loss, sr_prompt = finetuning_args.loss, finetuning_args.refinement_prompt
+    if not loss.needs_reference:
+        raise UserError(f"pref_loss {loss.name!r} has no reference to score against: write another pref_loss.")
+
+    tokenizer, template, _ = tokenizer_and_template(model_args, data_args)
+    about = {"template": template, "tokenizer": tokenizer, "processor": None, "data_args": data_args}
+    if sr_prompt is None:
+        processor, collator_class = PairwiseDatasetProcessor(**about), PairwiseDataCollatorWithPadding
+    else:
+        processor, collator_class = AugmentingProcessor(**about, sr_prompt=sr_prompt), AugmentingCollator
+    rows = load_pairs(model_args, data_args)
+    policy, reference = (_load_model(each, tokenizer) for each in (settings, reference_settings))
+    match_precision(reference, policy, autocast=None)
+    return Scorer(
+        policy=policy,
+        reference=reference,
+        loss=loss,
+        hyperparameters=finetuning_args.loss_hyperparameters,
+        beta=finetuning_args.pref_beta,
+        rows=rows,
+        processor=processor,
+        collator=collator_class(
+            template=template, model=policy, tokenizer=tokenizer, pad_to_multiple_of=8, label_pad_token_id=-100
+        ),
+        data_scores=_data_scores(data_args, len(rows)),
+    )
+
+
+def _load_model(settings: Settings, tokenizer: Any) -> torch.nn.Module:
+    from llamafactory.model import load_model
+
+    model_args, _, finetuning_args = parse_recipe({"stage": "dpo", **settings})
+    model_args.device_map = "auto"
+    try:
+        model = load_model(tokenizer, model_args, finetuning_args, is_trainable=False).eval()
+    except OSError as error:
+        name = model_args.model_name_or_path
+        raise UserError(f"the model {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+    if model_args.infer_dtype != "auto" and getattr(model, "quantization_method", None) is None:
+        model.to(model_args.compute_dtype)  # LLaMA-Factory leaves a half-precision checkpoint as it is
+    return model
+
+
+def _data_scores(data_args: Any, count: int) -> list[Row]:
+    """What the data says of its answers; LLaMA-Factory drops the columns that it does not know, but keeps the order."""
+    from llamafactory.data.parser import get_dataset_list
+
+    from .pairs.files import BadRow, read_rows
+
+    (about,) = get_dataset_list(data_args.dataset, data_args.dataset_dir)
+    if about.num_samples is not None:
+        return [{}] * count  # a random choice, whose order is not the file's
+    subset = f":{about.subset}" if about.subset else ""
+    is_file = about.load_from == "file"
+    source = os.path.join(data_args.dataset_dir, about.dataset_name) if is_file else about.dataset_name + subset
+    scores = []
+    for row, _ in zip(read_rows(source, about.split), range(count), strict=False):
+        fields = {} if isinstance(row.fields, BadRow) else row.fields
+        scores.append({name: fields[name] for name in DATA_SCORES if name in fields})
+    return scores if len(scores) == count else [{}] * count
+
+
+# --- scoring ---------------------------------------------------------------------------------------------------------
+
+
+def _score(scorer: Scorer, indices: list[int]) -> list[Row]:
+    """The results of some pairs; one that LLaMA-Factory skips has only its index and says so."""
+    features, scored, results = [], [], []
+    for index in indices:
+        encoded = scorer.processor.preprocess_dataset({name: [value] for name, value in scorer.rows[index].items()})
+        if encoded.get("chosen_input_ids"):
+            features.append({name: values[0] for name, values in encoded.items()})
+            scored.append(index)
+        else:
+            results.append({"index": index, "skipped": True})
+    if not features:
+        return results
+
+    columns = _columns(scorer, scorer.collator(features))
+    for position, index in enumerate(scored):
+        values = {name: values[position] for name, values in columns.items()}
+        results.append({"index": index, "skipped": False, **values, **scorer.data_scores[index]})
+    return results
+
+
+def _columns(scorer: Scorer, batch: Any) -> dict[str, list[Any]]:
+    import torch
+
+    from .refinement import split_batch
+
+    base, augmented_batch = split_batch(dict(batch))
+    with torch.inference_mode():
+        pairs = _pair_logps(scorer, base)
+        columns = {
+            "chosen_logp": pairs.policy_chosen,
+            "rejected_logp": pairs.policy_rejected,
+            "chosen_tokens": pairs.chosen_length,
+            "rejected_tokens": pairs.rejected_length,
+            "chosen_logratio": pairs.chosen_logratio,
+            "rejected_logratio": pairs.rejected_logratio,
+            "margin": pairs.margin,
+        }
+        if augmented_batch:
+            augmented = _pair_logps(scorer, augmented_batch)
+            means = scorer.hyperparameters.get("length_normalize", False)
+            refinement = scorer.beta * (augmented.per_token() if means else augmented).margin
+            pairs = replace(pairs, refinement=refinement)
+            columns |= {"augmented_margin": augmented.margin, "refinement": refinement}
+        columns["loss"] = scorer.loss(pairs, **scorer.hyperparameters)
+        if scorer.loss.metrics is not None:
+            columns |= scorer.loss.metrics(pairs, **scorer.hyperparameters)
+    return {name: values.tolist() for name, values in columns.items()}
+
+
+def _pair_logps(scorer: Scorer, batch: Any) -> PairLogps:
+    from .logps import response_logps
+    from .registry import PairLogps
+
+    policy, reference = (
+        response_logps(model, {name: values.to(next(model.parameters()).device) for name, values in batch.items()})
+        for model in (scorer.policy, scorer.reference)
+    )
+    return PairLogps(
+        policy.chosen,
+        policy.rejected,
+        reference.chosen.to(policy.chosen.device),
+        reference.rejected.to(policy.chosen.device),
+        policy.chosen_length,
+        policy.rejected_length,
+    )
+
+
+# --- the file --------------------------------------------------------------------------------------------------------
+
+
+def _begin(unfinished: Path, manifest: Row) -> set[int]:
+    """Start the file, or go on with it: the rows that are done. A line that was cut off is cut away.
+
+    Raises:
+        UserError: if it was begun with other settings.
+    """
+    head = json.dumps({"manifest": hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()}) + "\n"
+    unfinished.parent.mkdir(parents=True, exist_ok=True)
+    text = unfinished.read_text(encoding="utf-8") if unfinished.exists() else ""
+    text = text[: text.rfind("\n") + 1]
+    if text and not text.startswith(head):
+        raise UserError(f"{str(unfinished)!r} was begun with other settings: remove it, or give another --output.")
+    unfinished.write_text(text or head, encoding="utf-8")
+    return {json.loads(line)["index"] for line in text.splitlines()[1:]}
+
+
+def _finish(unfinished: Path, output: Path) -> None:
+    rows = read_scores(unfinished)
+    whole = output.with_name(f".{output.name}.whole")
+    if output.suffix == ".parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        names = list(dict.fromkeys(name for row in rows for name in row))  # a skipped row has few
+        pyarrow.parquet.write_table(pyarrow.table({name: [row.get(name) for row in rows] for name in names}), whole)
+    else:
+        whole.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    whole.replace(output)
+    unfinished.unlink()
+
+
+def read_scores(path: Path) -> list[Row]:
+    """The scored pairs of a file, finished or not, in the order of the data."""
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        return pyarrow.parquet.read_table(path).to_pylist()
+    rows = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
+    return sorted((row for row in rows if "index" in row), key=lambda row: row["index"])

@@ -1,0 +1,497 @@
+"""Plans: worked out by hand, and held against the bytes that real trainings hold."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import count_bytes
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from llamafactory.extras.misc import find_available_port
+from llamafactory.train.tuner import run_exp
+from rich.console import Console
+from tiny import make_model, recipe
+
+from llamafactory_ext.planning.memory import GIB, INT8, NF4, NF4_DOUBLE, OPTIMIZERS
+from llamafactory_ext.planning.model_shape import read_model
+from llamafactory_ext.planning.plan import alternatives, make_plan, render
+from llamafactory_ext.planning.schedule import steps_per_epoch
+
+EXAMPLES = Path(__file__).parents[2] / "examples" / "deepspeed"
+COLUMNS = {"prompt": "instruction", "query": "input", "chosen": "chosen", "rejected": "rejected"}
+
+# --- a model of 7.7 billion parameters, from its configuration alone -------------------------------------------------
+
+HIDDEN, INTERMEDIATE, LAYERS, VOCABULARY = 4096, 11008, 32, 151936
+MATRICES = LAYERS * (4 * HIDDEN**2 + 3 * HIDDEN * INTERMEDIATE)
+BIASES_AND_NORMS = LAYERS * (3 * HIDDEN + 2 * HIDDEN) + HIDDEN  # Qwen2 has biases on query, key and value
+PARAMETERS = 2 * VOCABULARY * HIDDEN + MATRICES + BIASES_AND_NORMS
+
+
+def write_config(folder, **changes):
+    config = {
+        "model_type": "qwen2",
+        "vocab_size": VOCABULARY,
+        "hidden_size": HIDDEN,
+        "intermediate_size": INTERMEDIATE,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "tie_word_embeddings": False,
+        "dtype": "bfloat16",
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config | changes), encoding="utf-8")
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory):
+    path = write_config(tmp_path_factory.mktemp("qwen") / "model")
+
+    def recipe_of(**changes):
+        recipe = {
+            "model_name_or_path": path,
+            "stage": "dpo",
+            "finetuning_type": "full",
+            "pref_loss": "minor_dpo",
+            "bf16": True,
+            "cutoff_len": 512,
+            "per_device_train_batch_size": 4,
+            "gradient_accumulation_steps": 4,
+        }
+        if "zero" in changes:
+            changes["deepspeed"] = str(EXAMPLES / f"zero{changes.pop('zero')}.json")
+        return {key: value for key, value in {**recipe, **changes}.items() if value is not None}
+
+    return recipe_of
+
+
+def test_parameters_are_counted_exactly(qwen, tmp_path):
+    assert PARAMETERS == 7_721_324_544
+    plan = make_plan(qwen(), 1, 80)
+    assert plan.parameters == plan.trained == PARAMETERS
+    tied = read_model(write_config(tmp_path / "tied", tie_word_embeddings=True))
+    assert tied.parameters == PARAMETERS - VOCABULARY * HIDDEN
+
+
+def test_lora_is_counted_matrix_by_matrix(qwen):
+    attention, mlp = 4 * 8 * 2 * HIDDEN, 3 * 8 * (HIDDEN + INTERMEDIATE)
+    assert make_plan(qwen(finetuning_type="lora"), 1, 80).trained == LAYERS * (attention + mlp)
+    some = qwen(finetuning_type="lora", lora_target="q_proj,down_proj", lora_rank=16)
+    assert make_plan(some, 1, 80).trained == LAYERS * 16 * (2 * HIDDEN + HIDDEN + INTERMEDIATE)
+
+
+# Bytes per parameter of weights, gradients, optimizer states (with DeepSpeed's float32 copy) and reference, 8 GPUs.
+ZERO = {2: (2, 2 / 8, 12 / 8, 2), 3: (2 / 8, 2 / 8, 12 / 8, 2 / 8)}
+STATES = ("weights", "gradients", "optimizer states", "reference model")
+
+
+@pytest.mark.parametrize("stage", ZERO)
+def test_model_states_under_zero(stage, qwen):
+    plan = make_plan(qwen(zero=stage), 8, 80)
+    assert [plan.memory[name] / PARAMETERS for name in STATES] == pytest.approx(ZERO[stage])
+    assert make_plan(qwen(zero=stage, pref_loss="simpo"), 8, 80).memory["reference model"] == 0
+
+
+def test_model_states_without_zero(qwen):
+    """LLaMA-Factory trains float32 weights; the reference follows, but for the matrices that autocast rounds anyway."""
+    memory = make_plan(qwen(), 1, 80).memory
+    assert [memory[name] / PARAMETERS for name in STATES[:3]] == pytest.approx([4, 4, 8])
+    linear = MATRICES + VOCABULARY * HIDDEN
+    assert memory["reference model"] == 2 * linear + 4 * (PARAMETERS - linear)
+    pure = make_plan(qwen(bf16=None, pure_bf16=True), 1, 80).memory
+    assert [pure[name] / PARAMETERS for name in STATES] == pytest.approx([2, 2, 4, 2])
+
+
+def test_offload_moves_the_model_states_to_the_host(qwen):
+    plan = make_plan(qwen(zero="3_offload"), 8, 80)
+    assert [plan.memory[name] for name in STATES] == [0, 0, 0, 0]
+    # Weights, gradients (16 bits, then 32), float32 copy, two moments, reference; all eight parts on the one host.
+    assert plan.host_memory == pytest.approx((2 + 2 + 4 + 12 + 2) * PARAMETERS)
+    assert make_plan(qwen(zero="3_offload"), 16, 80).host_memory == pytest.approx(plan.host_memory / 2)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+@pytest.mark.parametrize("stage", ZERO)
+def test_what_deepspeed_estimates_beyond_the_model_states(stage, qwen):
+    plan = make_plan(qwen(zero=stage), 8, 80)
+    gpu, _ = plan.deepspeed_estimate
+    largest_layer = VOCABULARY * HIDDEN
+    # ZeRO-2: the gradients once more in float32; ZeRO-3: that less 2 bytes, and the largest layer gathered in float32.
+    beyond = {2: 4 * PARAMETERS / 8, 3: 2 * PARAMETERS / 8 + 4 * largest_layer}[stage]
+    assert gpu - sum(plan.memory[name] for name in STATES[:3]) == pytest.approx(beyond)
+
+
+def test_quantized_weights_by_hand(qwen):
+    weights = {
+        name: make_plan(qwen(finetuning_type="lora", lora_rank=8, **keys), 1, 80).memory["weights"]
+        for name, keys in {
+            "double": {"quantization_bit": 4},
+            "single": {"quantization_bit": 4, "double_quantization": False},
+            "int8": {"quantization_bit": 8},
+        }.items()
+    }
+    adapter = 4 * LAYERS * 8 * (8 * HIDDEN + 3 * (HIDDEN + INTERMEDIATE))
+    rest = 2 * (PARAMETERS - MATRICES) + adapter
+    # A byte per two weights; per 64 weights a float32, or a byte and per 256 of those a float32.
+    assert weights["double"] == pytest.approx(rest + MATRICES * (0.5 + 1 / 64 + 1 / 4096))
+    assert weights["single"] == pytest.approx(rest + MATRICES * (0.5 + 1 / 16))
+    assert weights["int8"] == pytest.approx(rest + MATRICES)
+
+
+def test_bytes_that_bitsandbytes_takes():
+    functional = pytest.importorskip("bitsandbytes.functional")
+    weights = torch.randn(512, 512)
+    for per_weight, double in ((NF4_DOUBLE, True), (NF4, False)):
+        packed, state = functional.quantize_4bit(weights, quant_type="nf4", compress_statistics=double)
+        scales = [state.absmax, *([state.state2.absmax] if double else [])]
+        assert packed.nbytes + sum(s.nbytes for s in scales) == pytest.approx(per_weight * weights.numel(), rel=1e-3)
+    assert torch.int8.itemsize == INT8
+
+
+@pytest.mark.parametrize("name", ["adamw_torch", "rmsprop", "adagrad", "sgd", "adafactor", "adamw_8bit", "lion_32bit"])
+def test_bytes_of_optimizer_states(name, tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    if name in ("adamw_8bit", "lion_32bit"):
+        pytest.importorskip("bitsandbytes")
+    kind, keywords = Trainer.get_optimizer_cls_and_kwargs(TrainingArguments(str(tmp_path), optim=name, use_cpu=True))
+    layer = torch.nn.Linear(512, 1024, bias=False)
+    layer.weight.grad = torch.randn_like(layer.weight)
+    optimizer = kind(layer.parameters(), **keywords)
+    optimizer.step()
+    # torch counts the steps in a tensor; bitsandbytes keeps tables of 256 values, of no account in a real model.
+    real = sum(
+        v.nbytes for s in optimizer.state.values() for k, v in s.items() if torch.is_tensor(v) and "qmap" not in k
+    )
+    assert OPTIMIZERS[name].bytes({"weight": (1024, 512)}, 0, 4) == pytest.approx(real, abs=64)
+
+
+def test_an_unknown_optimizer_is_counted_as_adam_and_said_to_be(qwen):
+    plan, adam = make_plan(qwen(optim="ademamix"), 1, 80), make_plan(qwen(optim="adamw_torch_fused"), 1, 80)
+    assert plan.memory == adam.memory
+    assert any("'ademamix'" in note for note in plan.notes)
+    assert not any("optimizer" in note for note in adam.notes)
+
+
+def test_plans_of_seven_billion_parameters(qwen):
+    assert make_plan(qwen(zero=3), 8, 80).fits
+    assert not make_plan(qwen(zero=2), 8, 24).fits
+    card = qwen(gradient_accumulation_steps=8)
+    assert not make_plan(card, 1, 24).fits
+
+    found = alternatives(card, 1, 24)
+    tunings = [(changes.get("finetuning_type"), changes.get("quantization_bit")) for changes, _ in found]
+    assert ("lora", None) in tunings
+    assert ("lora", 4) in tunings
+    for changes, plan in found:
+        assert plan.fits
+        assert plan.schedule.global_batch == 32
+        assert plan == make_plan({**card, **changes}, 1, 24)
+
+
+def test_alternatives_change_as_little_as_possible(qwen):
+    changes, _ = alternatives(qwen(zero=3, per_device_train_batch_size=32, gradient_accumulation_steps=1), 8, 80)[0]
+    assert changes == {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 2}
+    eager = qwen(zero=3, cutoff_len=4096, disable_gradient_checkpointing=True, per_device_train_batch_size=1)
+    assert alternatives(eager, 8, 80)[0][0] == {"disable_gradient_checkpointing": False}
+    zero_2 = qwen(zero=2, per_device_train_batch_size=1)
+    assert alternatives(zero_2, 8, 40)[0][0] == {"deepspeed": str(EXAMPLES / "zero3.json")}
+
+
+def test_nothing_fits(qwen):
+    card = qwen(per_device_train_batch_size=1)
+    assert alternatives(card, 1, 2) == []
+    assert "take more or larger GPUs" in printed(make_plan(card, 1, 2), [])
+
+
+# --- what must hold whatever the recipe ------------------------------------------------------------------------------
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    few=st.integers(1, 64),
+    more=st.integers(0, 64),
+    tuning=st.sampled_from(["full", "lora"]),
+    precision=st.sampled_from(["bf16", "fp16", "pure_bf16"]),
+)
+def test_more_gpus_never_need_more_memory_each_under_zero_3(few, more, tuning, precision, qwen):
+    recipe = qwen(bf16=None, zero=3, finetuning_type=tuning) | {precision: True}
+    assert make_plan(recipe, few + more, 80).total <= make_plan(recipe, few, 80).total
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    micro=st.integers(1, 16),
+    length=st.integers(1, 4096),
+    checkpointing=st.booleans(),
+    zero=st.sampled_from(["2", "3", "3_offload", None]),
+    tuning=st.sampled_from(["full", "lora"]),
+)
+def test_longer_sequences_and_larger_batches_never_need_less(micro, length, checkpointing, zero, tuning, qwen):
+    def planned(**changes):
+        keys = {"per_device_train_batch_size": micro, "cutoff_len": length, **changes}
+        keys |= {"disable_gradient_checkpointing": not checkpointing, "finetuning_type": tuning}
+        return make_plan(qwen(**keys, **({"zero": zero} if zero else {})), 8, 80)
+
+    plan = planned()
+    for larger in (planned(per_device_train_batch_size=micro + 1), planned(cutoff_len=length + 8)):
+        assert plan.total <= larger.total  # the same while the optimizer's step is what needs most
+        for part in ("activations", "logits and log-softmax"):
+            assert plan.memory[part] < larger.memory[part]
+
+
+# --- steps and pairs -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("pairs", "micro_batch", "accumulation", "gpus", "steps"),
+    [
+        (393_999, 4, 4, 8, 3079),  # 393,999 / 128 = 3,078.1
+        (393_999, 16, 1, 8, 3079),
+        (12, 1, 5, 1, 3),  # 5 + 5 + 2 micro-batches
+        (10, 4, 1, 2, 2),  # micro-batches of 4, 4 | 2 and one to fill up
+        (1, 8, 4, 8, 1),
+    ],
+)
+def test_steps_per_epoch(pairs, micro_batch, accumulation, gpus, steps):
+    assert steps_per_epoch(pairs, micro_batch, accumulation, gpus) == steps
+
+
+@pytest.fixture(scope="module")
+def long_pairs(tmp_path_factory):
+    """16 pairs whose longer answers are cut at `cutoff_len`, and whose shorter ones are padded to it."""
+    folder = tmp_path_factory.mktemp("long_pairs")
+    row = {"instruction": "Say it.", "input": "", "chosen": "a" * 400, "rejected": "b" * 20}
+    (folder / "pairs.jsonl").write_text((json.dumps(row) + "\n") * 16, encoding="utf-8")
+    (folder / "pairs.json").write_text(json.dumps([row] * 16, indent=1), encoding="utf-8")
+    with (folder / "pairs.csv").open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([list(row), *[["two\nlines", *list(row.values())[1:]]] * 16])
+    from pyarrow import Table, parquet
+
+    parquet.write_table(Table.from_pylist([row] * 16), folder / "pairs.parquet")
+    info = {name: {"file_name": name, "ranking": True, "columns": COLUMNS} for name in map(str, folder.glob("pairs.*"))}
+    info = {Path(name).name: {**entry, "file_name": Path(name).name} for name, entry in info.items()}
+    info |= {"pairs": info["pairs.jsonl"], "hub": {"hf_hub_url": "someone/pairs", "ranking": True}}
+    info |= {"sampled": {**info["hub"], "num_samples": 100}, "gone": {"file_name": "gone.jsonl"}}
+    (folder / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "pairs"),
+    [
+        ({"dataset": "pairs.jsonl"}, 16),
+        ({"dataset": "pairs.json"}, 16),
+        ({"dataset": "pairs.csv"}, 16),
+        ({"dataset": "pairs.parquet"}, 16),
+        ({"dataset": "pairs,sampled"}, 116),
+        ({"dataset": "pairs,sampled", "max_samples": 20}, 36),
+        ({"dataset": "pairs", "val_size": 0.1}, 14),
+        ({"dataset": "pairs", "val_size": 5}, 11),
+        ({"dataset": "pairs,hub"}, None),
+        ({"dataset": "gone"}, None),
+        ({"dataset": "pairs,sampled", "mix_strategy": "interleave_over"}, None),
+    ],
+)
+def test_pairs_are_counted_where_files_are_local(changes, pairs, qwen, long_pairs):
+    plan = make_plan(qwen(dataset_dir=str(long_pairs), **changes), 8, 80)
+    assert plan.schedule.pairs == pairs
+    assert any("number of pairs is not known" in note for note in plan.notes) is (pairs is None)
+    assert (plan.schedule.steps is None) is (pairs is None)
+
+
+def test_tokens_of_a_step(qwen):
+    recipe = qwen(cutoff_len=510, max_steps=100)
+    schedule = make_plan(recipe, 8, 80).schedule
+    assert schedule.tokens_per_step == 2 * 128 * 512  # LLaMA-Factory pads to a multiple of 8
+    assert schedule.tokens == 100 * schedule.tokens_per_step
+    typical = make_plan(recipe, 8, 80, tokens=200)
+    assert typical.schedule.tokens_per_step == 2 * 128 * 200
+    assert typical.memory == make_plan(recipe, 8, 80).memory
+    assert make_plan(recipe, 8, 80, tokens=9000).schedule == schedule
+
+
+@pytest.mark.parametrize("warmup", [{"warmup_ratio": 0.3}, {"warmup_steps": 0.3}, {"warmup_steps": 2}, {}])
+def test_warmup_steps_are_those_of_the_trainer(warmup, qwen, long_pairs, tmp_path):
+    from transformers import TrainingArguments
+
+    keys = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2, "num_train_epochs": 1.5}
+    plan = make_plan(qwen(dataset="pairs", dataset_dir=str(long_pairs), **keys, **warmup), 1, 80)
+    assert (plan.schedule.steps_per_epoch, plan.schedule.steps) == (3, 5)
+    assert plan.schedule.warmup_steps == TrainingArguments(str(tmp_path), use_cpu=True, **warmup).get_warmup_steps(5)
+
+
+def test_steps_are_those_of_a_run(model, data, tmp_path):
+    """Twelve pairs in micro-batches of five: three, so two steps per epoch, the second after one micro-batch."""
+    keys = {"per_device_train_batch_size": 5, "gradient_accumulation_steps": 2, "num_train_epochs": 1.5}
+    settings = recipe(model, data, tmp_path, max_steps=None, **keys)
+    run_exp(settings)
+    state = json.loads((tmp_path / "trainer_state.json").read_text(encoding="utf-8"))
+    schedule = make_plan(settings, 1, 1).schedule
+    assert (schedule.pairs, schedule.steps_per_epoch) == (12, 2)
+    assert schedule.steps == state["max_steps"] == state["global_step"] == 3
+
+
+# --- input that cannot be planned ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_name_or_path": None}, "model_name_or_path"),
+        ({"model_name_or_path": "someone/nowhere"}, "download its config.json"),
+        ({"stage": "sft"}, "write `stage: dpo`"),
+        ({"finetuning_type": "freeze"}, "write full, or lora"),
+        ({"quantization_bit": 4}, "write `finetuning_type: lora`"),
+        ({"finetuning_type": "lora", "quantization_bit": 3}, "write 4 or 8"),
+        ({"finetuning_type": "lora", "lora_target": "query"}, "q_proj"),
+        ({"deepspeed": "nowhere.json"}, "write the path of a JSON file"),
+        ({"fsdp": "no_shard"}, "write `fsdp: full_shard auto_wrap`"),
+        ({"fsdp": "full_shard auto_wrap", "zero": 3}, "exclude each other"),
+        ({"per_device_train_batch_size": 1.5}, "whole number"),
+        ({"gradient_accumulation_steps": 0}, "whole number"),
+        ({"pref_loss": "nonsense"}, "pref_loss 'nonsense' is unknown"),
+        ({"dataset": "nothing"}, "Write a `dataset` of it"),
+    ],
+)
+def test_wrong_recipes_are_refused_in_a_sentence(changes, message, qwen, long_pairs):
+    with pytest.raises(ValueError, match=message) as raised:
+        make_plan(qwen(**{"dataset_dir": str(long_pairs), **changes}), 8, 80)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "memory", "keywords", "message"),
+    [
+        (0, 80, {}, "gpus is 0"),
+        (8, 0, {}, "gpu_memory is 0"),
+        (8, 80, {"gpus_per_node": -1}, "gpus_per_node is -1"),
+        (8, 80, {"tokens": 0}, "tokens is 0"),
+    ],
+)
+def test_wrong_machines_are_refused_in_a_sentence(gpus, memory, keywords, message, qwen):
+    with pytest.raises(ValueError, match=message):
+        make_plan(qwen(), gpus, memory, **keywords)
+
+
+def printed(plan, found=None):
+    console = Console(width=120, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    render(plan, console, found)
+    return console.export_text()
+
+
+def test_what_is_printed(qwen):
+    text = printed(make_plan(qwen(zero=3, max_steps=3079), 8, 80))
+    for words in ("DeepSpeed ZeRO-3", "7,721,324,544", "3,079", "128", "weights", "fits in 80 GiB"):
+        assert words in text
+    card = qwen(gradient_accumulation_steps=8)
+    found = [alternatives(card, 1, 24)[-1]]
+    text = printed(make_plan(card, 1, 24), found)
+    assert "does not fit in 24 GiB" in text
+    assert f"{found[0][1].total / GIB:.1f} GiB" in text
+    assert "finetuning_type: lora\nquantization_bit: 4" in text
+
+
+# --- against real trainings ------------------------------------------------------------------------------------------
+
+# Large enough that rounding, masks and step counters are of no account; the vocabulary weighs as in a real model.
+SHAPE = {
+    "hidden_size": 256,
+    "intermediate_size": 704,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "vocab_size": 4096,
+}
+WITHIN = {"rel": 0.05}
+BF16 = {"bf16": True, "use_cpu": True}
+KEEP_ALL = {"disable_gradient_checkpointing": True}
+RUNS = {
+    "float32": KEEP_ALL,
+    "bfloat16, checkpointing": BF16,
+    "no reference, eager attention": BF16 | KEEP_ALL | {"pref_loss": "orpo", "flash_attn": "disabled"},
+    "lora": BF16 | KEEP_ALL | {"finetuning_type": "lora"},
+    "qlora": BF16 | {"finetuning_type": "lora", "quantization_bit": 4, "cutoff_len": 64},
+}
+
+
+@pytest.fixture(scope="module")
+def larger_model(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("larger") / "model", **SHAPE)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_parts_are_what_a_training_holds(name, larger_model, long_pairs, tmp_path, monkeypatch):
+    if name == "qlora":
+        pytest.importorskip("bitsandbytes")
+    settings = recipe(larger_model, long_pairs, tmp_path, max_steps=2, gradient_accumulation_steps=2, **RUNS[name])
+    monkeypatch.setattr("llamafactory_ext.trainer.PreferenceTrainer", count_bytes.CountingTrainer)
+    run_exp(settings)
+    real, plan = count_bytes.counts(tmp_path), make_plan(settings, 1, 1)
+
+    for part in STATES:
+        assert plan.memory[part] == pytest.approx(real[part], **WITHIN), part
+    assert plan.memory["activations"] == pytest.approx(real["kept"], **WITHIN)
+    # Beside weights, states and gradients of the micro-batches before: the most that a micro-batch takes.
+    peak = sum(
+        plan.memory[part]
+        for part in ("activations", "logits and log-softmax", "excess: optimizer step or recomputed layer")
+    )
+    assert peak == pytest.approx(real["peak"], **WITHIN)
+
+
+# 16 pairs are six micro-batches, three on each of two ranks.
+TWO_STEPS = {
+    "per_device_train_batch_size": 3,
+    "gradient_accumulation_steps": 2,
+    "num_train_epochs": 1,
+    "max_steps": None,
+}
+ZERO_RUNS = {
+    "zero2, float32": {"deepspeed": str(EXAMPLES / "zero2.json")},
+    "zero2, bfloat16": {"deepspeed": str(EXAMPLES / "zero2.json"), "bf16": True},
+    "zero3, bfloat16": {"deepspeed": str(EXAMPLES / "zero3.json"), "bf16": True},
+    "zero3, lora": {"deepspeed": str(EXAMPLES / "zero3.json"), "bf16": True, "finetuning_type": "lora"},
+}
+
+
+@pytest.fixture(scope="module")
+def two_ranks(larger_model, long_pairs, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two_ranks")
+    recipes = {
+        name: recipe(larger_model, long_pairs, folder / name, **TWO_STEPS, **changes)
+        for name, changes in ZERO_RUNS.items()
+    }
+    (folder / "recipes.json").write_text(json.dumps(list(recipes.values())), encoding="utf-8")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    torchrun.append(f"--master_port={find_available_port()}")
+    command = [*torchrun, count_bytes.__file__, str(folder / "recipes.json")]
+    # DeepSpeed compiles an operator with ninja, which lies beside this Python.
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    run = subprocess.run(command, env={**os.environ, "PATH": path}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-4000:]
+    return recipes
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "c++")) is None, reason="DeepSpeed compiles an operator")
+@pytest.mark.parametrize("name", ZERO_RUNS)
+def test_the_parts_are_what_each_of_two_ranks_holds(name, two_ranks):
+    output = Path(two_ranks[name]["output_dir"])
+    real, plan = count_bytes.counts(output), make_plan(two_ranks[name], 2, 1)
+    for part in STATES:
+        assert plan.memory[part] == pytest.approx(real[part], **WITHIN), part
+    state = json.loads((output / "trainer_state.json").read_text(encoding="utf-8"))
+    assert plan.schedule.steps == state["max_steps"] == state["global_step"] == 2

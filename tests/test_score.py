@@ -1,0 +1,176 @@
+"""Offline scores are the numbers of a training, survive an interruption, and correlate with the data's own scores."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+from llamafactory.train import tuner
+
+from llamafactory_ext.correlation import correlate, summarize
+from llamafactory_ext.errors import UserError
+from llamafactory_ext.score import check_output, read_scores, reference_of, score_pairs
+
+SCRIPT = Path(sys.executable).with_name("llamafactory-ext")
+
+
+@pytest.fixture
+def settings(model, other_model, tmp_path):
+    """Five pairs with scores, one of them no pair, in float32 and small batches."""
+    data = tiny.make_data(tmp_path / "data", train=5)
+    rows = [json.loads(line) for line in (data / "pairs.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [row | {"score_chosen": 9.0 - n, "score_rejected": 2.0 * n} for n, row in enumerate(rows)]
+    rows[3]["rejected"] = None
+    (data / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+    def make(**changes):
+        asked = {"stage": "dpo", "model_name_or_path": str(model), "ref_model": str(other_model), "template": "smollm2"}
+        asked |= {"dataset_dir": str(data), "dataset": "pairs", "default_system": "Add.", "infer_dtype": "float32"}
+        return {key: value for key, value in (asked | changes).items() if value is not None}
+
+    return make
+
+
+def run(settings, output, **options):
+    list(score_pairs(settings, output, **options))
+    return read_scores(output)
+
+
+def test_scores_are_the_numbers_of_a_training_step(settings, tmp_path):
+    """One step over the four pairs that can be trained on logs the means of what is written for each."""
+    asked = settings(pref_loss="sr_dpo", sr_prompt="Rate 9 of 9: ")
+    scored = [row for row in run(asked, tmp_path / "scores.jsonl", batch_size=3) if not row["skipped"]]
+    recipe = {key: value for key, value in asked.items() if key != "infer_dtype"}
+    changes = {"max_steps": 1, "per_device_train_batch_size": 4, "learning_rate": 0.0}
+    tuner.run_exp(tiny.recipe(asked["model_name_or_path"], "", tmp_path / "out", **recipe | changes))
+    log = json.loads((tmp_path / "out" / "trainer_state.json").read_text(encoding="utf-8"))["log_history"][0]
+    names = {
+        "loss": "loss",
+        "chosen_logp": "logps/chosen",
+        "chosen_logratio": "normalized_rewards/chosen",
+        "rejected_logratio": "normalized_rewards/rejected",
+        "margin": "normalized_rewards/margins",
+        "refinement": "sr/refinement",
+        "augmented_margin": "sr/augmented_margins",
+        "dpo/coefficient": "dpo/coefficient",
+    }
+    for ours, logged in names.items():
+        mean = sum(row[ours] for row in scored) / 4
+        assert mean == pytest.approx(log[logged], rel=1e-3, abs=1e-4), ours
+
+
+def test_rows_keep_their_order_and_the_datas_scores(settings, tmp_path):
+    rows = run(settings(), tmp_path / "scores.jsonl", batch_size=2)
+    assert [row["index"] for row in rows] == [0, 1, 2, 3, 4]
+    assert [row["skipped"] for row in rows] == [False, False, False, True, False]
+    assert [row.get("score_rejected") for row in rows] == [0.0, 2.0, 4.0, None, 8.0]
+    assert {file.name for file in tmp_path.iterdir()} == {"data", "scores.jsonl"}
+
+    assert run(settings(), tmp_path / "scores.parquet", batch_size=2)[4] == rows[4]
+    whole = run(settings(), tmp_path / "whole.jsonl", batch_size=5)
+    assert whole[1]["margin"] == pytest.approx(rows[1]["margin"], abs=1e-3)
+
+
+def test_an_adapter_is_scored_against_its_base(settings, model, tmp_path):
+    adapter = tiny.make_adapter(tmp_path / "adapter", model, seed=3)
+    asked = settings(ref_model=None, adapter_name_or_path=str(adapter))
+    assert reference_of(asked) == settings(ref_model=None)
+    rows = run(asked, tmp_path / "scores.jsonl")
+    assert all(abs(row["margin"]) > 1e-4 for row in rows if not row["skipped"])
+
+    both = settings(ref_model=str(model), adapter_name_or_path=str(adapter))
+    again = run(both, tmp_path / "again.jsonl")
+    assert [row.get("margin") for row in again] == [row.get("margin") for row in rows]
+
+
+def test_an_interrupted_run_goes_on(settings, tmp_path):
+    whole = run(settings(), tmp_path / "whole.jsonl", batch_size=1)
+    output, unfinished = tmp_path / "scores.jsonl", tmp_path / ".scores.jsonl.unfinished"
+    list(itertools.islice(score_pairs(settings(), output, batch_size=1), 3))  # two pairs, then no more
+    assert not output.exists()
+    unfinished.write_text(unfinished.read_text(encoding="utf-8") + '{"index": 2, "mar', encoding="utf-8")
+
+    with pytest.raises(UserError, match="was begun with other settings: remove it"):
+        run(settings(pref_beta=0.5), output)
+    (first, total), *_ = steps = list(score_pairs(settings(), output, batch_size=1))
+    assert (first, total, len(steps)) == (2, 5, 4)
+    assert read_scores(output) == whole
+    assert not unfinished.exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ref_model": None}, "no reference but itself"),
+        ({"dataset": "pairs,pairs_eval"}, "one data set"),
+        ({"pref_loss": "orpo"}, "'orpo' has no reference"),
+        ({"pref_loss": "nope"}, "unknown"),
+        ({"ref_model": "no/model"}, "the model 'no/model' cannot be loaded"),
+        ({"model_name_or_path": "no/model"}, "the tokenizer of 'no/model'"),
+    ],
+)
+def test_refused(settings, changes, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        run(settings(**changes), tmp_path / "scores.jsonl")
+
+
+def test_outputs_that_are_refused(tmp_path):
+    (tmp_path / "there.jsonl").touch()
+    for name, message in (("a.csv", "must end in .jsonl or .parquet"), ("there.jsonl", "is there already")):
+        with pytest.raises(UserError, match=message):
+            check_output(tmp_path / name)
+
+
+def test_golden_correlations():
+    # Ranks 1 2 3 4 against 1 3 2 4: Spearman 1 - 6 * 2 / (4 * 15); Kendall (5 - 1) / 6.
+    found = correlate([1.0, 2.0, 3.0, 10.0], [1.0, 3.0, 2.0, 4.0])
+    assert found["Spearman"][0] == pytest.approx(0.8)
+    assert found["Kendall"][0] == pytest.approx(2 / 3)
+    # Deviations -3 -2 -1 6 and -1.5 0.5 -0.5 1.5: 13 / sqrt(50 * 5).
+    assert found["Pearson"][0] == pytest.approx(13 / 250**0.5)
+    assert all(value != value for value, _ in correlate([1.0, 1.0], [1.0, 2.0]).values())
+
+
+def test_summary():
+    rows = [{"index": i, "skipped": False, "margin": m, "score_chosen": 2.0, "score_rejected": 2.0 - m} for i, m in
+            enumerate([1.0, 2.0, -3.0, 0.5])]  # fmt: skip
+    summary = summarize([*rows, {"index": 4, "skipped": True}])
+    assert (summary.pairs, summary.skipped, summary.accuracy) == (4, 1, 0.75)
+    assert summary.means["margin"] == pytest.approx(0.125)
+    assert summary.augmented_accuracy is None
+    assert summary.correlations["margin"]["Pearson"][0] == pytest.approx(1.0)
+    assert summarize([]).pairs == 0
+
+
+@pytest.mark.slow
+def test_command_line_survives_kill(settings, tmp_path):
+    words = [f"{key}={value}" for key, value in settings(max_samples=3).items()]
+    command = [str(SCRIPT), "score", *words, "--output", "scores.jsonl", "--batch-size", "1"]
+    environment = dict(os.environ)
+    killed = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL)
+    unfinished = tmp_path / ".scores.jsonl.unfinished"
+    while not (unfinished.exists() and unfinished.read_text(encoding="utf-8").count("\n") > 1) and not killed.poll():
+        time.sleep(0.001)
+        if (tmp_path / "scores.jsonl").exists():
+            break
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    (tmp_path / "scores.jsonl").unlink(missing_ok=True)  # had it been too quick for us
+
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "scores.jsonl: 3 pairs" in done.stdout
+    assert "margin against the difference of the data's scores: Pearson" in " ".join(done.stdout.split())
+    assert len(read_scores(tmp_path / "scores.jsonl")) == 3
+
+    again = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert again.returncode == 2
+    assert "is there already" in again.stderr
