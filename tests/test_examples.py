@@ -200,15 +200,21 @@ def test_the_shipped_sample_is_what_the_demo_makes():
     assert [json.loads(line) for line in lines] == [pair for pair in made if pair is not None]
 
 
+@pytest.fixture(scope="module")
+def roomy_model(tmp_path_factory):
+    """A tiny model whose context has room for the Sr paper's prompt, every byte of which is a token."""
+    return tiny.make_model(tmp_path_factory.mktemp("roomy") / "model", max_position_embeddings=1024)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", PAPER, ids=lambda path: path.stem)
-def test_a_step_with_a_tiny_model_and_the_sample(path, model, tmp_path, monkeypatch):
+def test_a_step_with_a_tiny_model_and_the_sample(path, roomy_model, tmp_path, monkeypatch):
     """As the recipes' comments say how to try them; without the launcher that DeepSpeed and FSDP need."""
     from llamafactory.train.tuner import run_exp
 
     monkeypatch.chdir(ROOT)
     recipe = {key: value for key, value in read(path).items() if key not in ("deepspeed", "fsdp", "fsdp_config")}
-    tried = {"model_name_or_path": str(model), "dataset": f"{recipe['dataset']}_sample", "bf16": False}
+    tried = {"model_name_or_path": str(roomy_model), "dataset": f"{recipe['dataset']}_sample", "bf16": False}
     small = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "max_steps": 1, "logging_steps": 1}
     quiet = {"preprocessing_num_workers": 1, "output_dir": str(tmp_path), "overwrite_cache": True}
     run_exp(recipe | tried | small | quiet)
@@ -216,6 +222,7 @@ def test_a_step_with_a_tiny_model_and_the_sample(path, model, tmp_path, monkeypa
     if recipe["stage"] == "dpo":
         assert first["normalized_rewards/margins"] == 0.0  # policy and reference start out equal
         names = {"sigmoid": "dpo/coefficient", "minor_dpo": "minor_dpo/rejected_active", "dpop": "dpop/penalty"}
+        names |= dict.fromkeys(("sr_dpo", "sr_ipo"), "sr/refinement")
         assert names.get(recipe["pref_loss"], "rewards/margins") in first
     else:
         assert first["loss"] > 0

@@ -79,6 +79,18 @@ def make_model(folder: Path, seed: int = 0, dtype: str = "bfloat16", **changes: 
     return folder
 
 
+def make_adapter(folder: Path, model: Path, seed: int = 0) -> Path:
+    """A LoRA adapter of random weights: unlike a new one, it has moved the policy off its reference, the base model."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(model), config).save_pretrained(folder)
+    return folder
+
+
 def recipe(model: Path, data: Path, output: Path, **changes: Any) -> dict[str, Any]:
     """A DPO recipe for `llamafactory-cli train` that takes well under a second to train; None drops a key."""
     settings: dict[str, Any] = {

@@ -1,19 +1,111 @@
-"""Run by torchrun on every rank: trains each recipe of a JSON file (a list) through LLaMA-Factory's own `run_exp`.
+"""Training on two ranks: a list of recipes in one launch, because a launch costs more than most trainings.
 
-One launch for the whole list, because a launch costs more than all the trainings together.
+A test imports it to launch; torchrun runs it on every rank, to train each recipe through LLaMA-Factory's `run_exp`.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
-import torch.distributed as dist
-from llamafactory.train.tuner import run_exp
+import pytest
 
-# LLaMA-Factory takes the process group down after a run; the next run of the list still needs it.
-end_process_group, dist.destroy_process_group = dist.destroy_process_group, lambda *args: None
-for settings in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
-    run_exp(settings)
-end_process_group()
+from llamafactory_ext.arguments import STOCK_LOSSES
+
+LOSSES = [*STOCK_LOSSES, "minor_dpo", "dpop", "sr_dpo", "sr_ipo"]
+# Console scripts of this environment (torchrun, ninja), whether it is activated or not.
+PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+
+
+def torchrun(script: Path, *words: str) -> None:
+    from llamafactory.extras.misc import find_available_port
+
+    port = f"--master_port={find_available_port()}"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", port, str(script), *words]
+    # Python's own view of the environment: the board's runner, tested in this process, leaves more in the C library's.
+    run = subprocess.run(command, env={**os.environ, "PATH": PATH}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-4000:]
+
+
+def train_on_two_ranks(recipes: list[dict[str, Any]], folder: Path) -> None:
+    file = folder / "recipes.json"
+    file.write_text(json.dumps(recipes), encoding="utf-8")
+    torchrun(Path(__file__), str(file))
+
+
+def logs(output: Path) -> list[dict[str, float]]:
+    """Loss, gradient norm and metrics of every step."""
+    history = json.loads((output / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    return [
+        {key: value for key, value in log.items() if key in ("loss", "grad_norm") or "/" in key}
+        for log in history
+        if "loss" in log
+    ]
+
+
+def models(output: Path) -> list[dict[str, Any]]:
+    """How each of the two ranks held its models before the first step: see `train` below."""
+    return [json.loads((output / f"models-{rank}.json").read_text(encoding="utf-8")) for rank in (0, 1)]
+
+
+def assert_same_training(one_process: list[dict[str, float]], two_ranks: list[dict[str, float]]) -> None:
+    assert one_process[0]["loss"] != one_process[-1]["loss"]
+    for one, two in zip(one_process, two_ranks, strict=True):
+        assert set(one) == set(two)
+        for key in one:
+            # A logratio near 0 is the difference of two large sums, whose rounding stays absolute.
+            near = {"rel": 1e-4} if key in ("loss", "grad_norm") else {"rel": 1e-3, "abs": 1e-3}
+            assert two[key] == pytest.approx(one[key], **near), key
+
+
+def train(recipes: list[dict[str, Any]]) -> None:
+    """On each rank: train the recipes, and write down how the rank holds policy and reference before the first step."""
+    import torch
+    import torch.distributed as dist
+    from llamafactory.train.tuner import run_exp
+    from transformers import training_args
+
+    from llamafactory_ext import trainer
+
+    def describe(model: torch.nn.Module) -> dict[str, Any]:
+        parameters = list(model.parameters())
+        parts = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+        return {
+            "class": type(model).__name__,
+            "zero_stage": model.zero_optimization_stage() if hasattr(model, "zero_optimization_stage") else None,
+            "dtypes": sorted({str(parameter.dtype) for parameter in parameters}),
+            "trainable": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+            "whole": sum(parameter.numel() for parameter in parameters),  # elements held outright
+            "partitioned": sum(parameter.ds_numel for parameter in parts),  # elements that ZeRO-3 cut up ...
+            "part": sum(parameter.ds_tensor.numel() for parameter in parts),  # ... and this rank's part of them
+        }
+
+    class Witness(trainer.PreferenceTrainer):
+        def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+            file = Path(self.args.output_dir) / f"models-{self.args.process_index}.json"
+            if not file.exists():
+                models = {"policy": self.model_wrapped, "reference": self.ref_model}
+                held = {name: describe(model) for name, model in models.items() if model is not None}
+                stepped = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+                held["policy"]["stepped"] = sum(parameter.numel() for parameter in stepped)
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_text(json.dumps(held), encoding="utf-8")
+            return super().training_step(*args, **kwargs)
+
+    trainer.PreferenceTrainer = Witness
+    # bf16 asks for a GPU or for use_cpu; but these runs are to go the way that runs on GPUs go.
+    training_args.is_torch_bf16_gpu_available = lambda: True
+    # LLaMA-Factory takes the process group down after a run; the next run of the list still needs it.
+    end_process_group, dist.destroy_process_group = dist.destroy_process_group, lambda *args: None
+
+    for settings in recipes:
+        run_exp(settings)
+    end_process_group()
+
+
+if __name__ == "__main__":
+    train(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))

@@ -1,0 +1,53 @@
+"""What the engines are compared with: every loss trained by one process."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+from llamafactory.train.tuner import run_exp
+from tiny import make_adapter, make_model, recipe
+from two_ranks import logs
+
+TWO_PAIRS_IN_MICRO_BATCHES_OF_ONE = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+
+
+@pytest.fixture(scope="session")
+def recipe_for(data, tmp_path_factory):
+    """The recipe of a loss: `full` with a reference model, `lora` with an adapter whose base is the reference.
+
+    SGD and float32, because Adam and bf16 would make rounding visible: Adam's first steps are signs.
+    """
+    folder = tmp_path_factory.mktemp("float32")
+    # Room for the prompt that the sr_ losses put in front.
+    shape = {"dtype": "float32", "max_position_embeddings": 512}
+    policy, other = (make_model(folder / str(seed), seed, **shape) for seed in (1, 0))
+    adapter = make_adapter(folder / "adapter", policy)
+
+    def recipe_of(name, tuning, output, **changes):
+        settings = {"pref_loss": name, "finetuning_type": tuning, "optim": "sgd", "learning_rate": 0.05}
+        settings |= {"per_device_train_batch_size": 1, "max_steps": 3}
+        if tuning == "lora":
+            settings |= {"adapter_name_or_path": str(adapter)}
+        elif name not in ("orpo", "simpo"):
+            settings |= {"ref_model": str(other)}
+        return recipe(policy, data, output, **settings | changes)
+
+    return recipe_of
+
+
+@pytest.fixture(scope="session")
+def one_process(recipe_for, tmp_path_factory):
+    """The steps of a loss in one process. It takes the micro-batches one after the other that two ranks share out."""
+    folder = tmp_path_factory.mktemp("one_process")
+
+    @functools.cache
+    def steps_of(name, tuning):
+        output = folder / f"{name}-{tuning}"
+        run_exp(recipe_for(name, tuning, output, **TWO_PAIRS_IN_MICRO_BATCHES_OF_ONE))
+        steps = logs(output)
+        # Away from ties, where the kinks of hinge, MinorDPO and DPOP would follow the rounding.
+        assert name in ("orpo", "simpo") or abs(steps[0]["normalized_rewards/margins"]) > 0.1
+        return steps
+
+    return steps_of
