@@ -72,7 +72,7 @@ class Run:
             if recorded.get(key) != manifest.get(key):
                 raise UserError(
                     f"{self.folder} holds another run: its {key} is {_short(recorded.get(key))}, now it would be "
-                    f"{_short(manifest.get(key))}. Name another --output; --score-only scores what is there."
+                    f"{_short(manifest.get(key))}. Name another --output."
                 )
 
     def _drop_torn_line(self) -> None:

@@ -13,34 +13,28 @@ from __future__ import annotations
 
 import json
 import sys
-from contextlib import ExitStack
-from enum import StrEnum
+from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from asking import ask_missing
 from degeneration import is_degenerate
-from engines import Job, Sampling, Settings, make_engine
+from engines import Sampling, Settings, make_engine
 from extraction import VERSION, extract_answer, read_answer
-from generations import Run, file_hashes, write_whole
+from generations import Generation, Run, write_whole
+from models import BASE, EngineName, folder_hashes, local_model, parse_adapters
 from questions import Question, UserError, load_prompt, load_questions, messages
 from scoring import score_run
-from tqdm import tqdm
 
 __all__ = ["extract_answer", "is_degenerate"]
 
-BASE = "base"
 LEGEND = (
     "strict: behind the last `the answer is` or `####`; prompt: behind `So the answer is:`; flex.: the last number; "
     "confl.: first and last answer differ; degen.: empty, looping or repeating itself; cut: at the token limit; "
     "miss.: not answered yet"
 )
-
-
-class EngineName(StrEnum):
-    vllm = "vllm"
-    openai = "openai"
-    hf = "hf"
 
 
 Opt = typer.Option
@@ -82,8 +76,8 @@ def main(
         else:
             sampling = Sampling(temperature, top_p, repetition_penalty, max_tokens, seed)
             settings = Settings(
-                model=_local_model(model, engine),
-                adapters=_parse_adapters(adapter or [], engine),
+                model=local_model(model, engine),
+                adapters=parse_adapters(adapter or [], engine),
                 sampling=sampling,
                 dtype=dtype,
                 tensor_parallel=tensor_parallel,
@@ -97,7 +91,7 @@ def main(
             asked = {"prompt": load_prompt(prompt), "system": system}
             about = {
                 "data": {"source": data, "sha256": data_hash, "problems": len(questions)},
-                "model": {"name": model, "files": _hashes(settings.model)},
+                "model": {"name": model, "files": folder_hashes(settings.model)},
                 **asked,
             }
             runs = _generate(engine, settings, names, questions, about, output)
@@ -105,35 +99,6 @@ def main(
     except UserError as error:
         print(f"gsm8k.py: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
-
-
-def _local_model(model: str, engine: EngineName) -> str:
-    """The model's folder, fetched from the hub if it is a hub name; a served model is only a name."""
-    if not model:
-        raise UserError("--model is missing: name a model folder or hub name.")
-    if engine is EngineName.openai or Path(model, "config.json").is_file():
-        return model
-    if model.startswith((".", "/")) or Path(model).exists():
-        raise UserError(f"There is no model at {model}: name a folder with config.json, weights and tokenizer.")
-
-    from huggingface_hub import snapshot_download
-
-    try:
-        return snapshot_download(model, ignore_patterns=["original/*", "*.pth", "*.gguf"])
-    except Exception as error:
-        raise UserError(f"{model} is neither a folder nor to be had from the hub ({error}).") from error
-
-
-def _parse_adapters(words: list[str], engine: EngineName) -> dict[str, str]:
-    adapters = {}
-    for word in words:
-        name, equals, folder = word.partition("=")
-        if not (name and equals and folder) or name == BASE or "/" in name:
-            raise UserError(f"--adapter {word}: write NAME=DIR, with a name that is no path and not `{BASE}`.")
-        if engine is not EngineName.openai and not Path(folder, "adapter_config.json").is_file():
-            raise UserError(f"{folder} holds no adapter_config.json: name the folder of a LoRA adapter with --adapter.")
-        adapters[name] = folder
-    return adapters
 
 
 # --- generating ------------------------------------------------------------------------------------------------------
@@ -160,43 +125,23 @@ def _generate(
         "engine": {"name": str(engine_name), "dtype": settings.dtype, "versions": engine.versions()},
         "extractor": VERSION,
     }
-    with ExitStack() as stack:
-        runs = {name: stack.enter_context(Run(output / name)) for name in names}
-        jobs, bar = [], _Progress(len(questions) * len(names), questions)
-        for name, run in runs.items():
-            done = run.open({**manifest, "adapter": _hashes(settings.adapters.get(name))})
-            for question, chat in zip(questions, chats, strict=True):
-                if question.index in done:
-                    bar.count(question.index, done[question.index].text)
-                else:
-                    jobs.append(Job(name, question.index, chat))
-        if jobs:
-            for job, generation in engine.generate(jobs):
-                runs[job.run].append(generation)
-                bar.count(job.index, generation.text)
-        bar.close()
+    gold = {question.index: question.gold for question in questions}
+    runs = {
+        name: (output / name, {**manifest, "adapter": folder_hashes(settings.adapters.get(name))}) for name in names
+    }
+    ask_missing(engine, chats, runs, watch=_running_accuracy(gold))
     return [output / name for name in names]
 
 
-def _hashes(folder: str | None) -> dict[str, str] | None:
-    return file_hashes(Path(folder)) if folder and Path(folder).is_dir() else None
+def _running_accuracy(gold: dict[int, Decimal]) -> Callable[[Generation], str]:
+    """What the progress bar says beside its numbers: the strict accuracy so far."""
+    right: list[bool] = []
 
+    def watch(generation: Generation) -> str:
+        right.append(read_answer(generation.text, "strict").answer == gold[generation.index])
+        return f"strict {sum(right) / len(right):.1%}"
 
-class _Progress:
-    """A progress bar over all problems, with the strict accuracy so far."""
-
-    def __init__(self, total: int, questions: list[Question]) -> None:
-        self.gold = {question.index: question.gold for question in questions}
-        self.correct = 0
-        self.bar = tqdm(total=total, desc="answers", unit="", dynamic_ncols=True)
-
-    def count(self, index: int, text: str) -> None:
-        self.correct += read_answer(text, "strict").answer == self.gold[index]
-        self.bar.update()
-        self.bar.set_postfix_str(f"strict {self.correct / self.bar.n:.1%}", refresh=False)
-
-    def close(self) -> None:
-        self.bar.close()
+    return watch
 
 
 # --- scoring ---------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from typing import Any
 
 from engines import Chat, Job, Settings, package_versions
@@ -47,15 +47,24 @@ class OpenAIEngine:
         client = self._client()  # retries with exponential back-off by itself
         with ThreadPoolExecutor(self.settings.concurrency) as pool:
             futures = {pool.submit(self._ask, client, job): job for job in jobs}
-            try:
-                for future in as_completed(futures):
-                    yield futures[future], future.result()
-            except OpenAIError as error:
-                pool.shutdown(cancel_futures=True)
-                raise UserError(
-                    f"The server at {self.settings.base_url} failed ({error}): what it answered is kept, and the same "
-                    "command goes on from there."
-                ) from error
+            failure: OpenAIError | None = None
+            pending = set(futures)
+            while pending:
+                done, pending = wait(pending, return_when=FIRST_COMPLETED)
+                for future in done:
+                    try:
+                        reply = future.result()
+                    except OpenAIError as error:
+                        failure = failure or error
+                    else:
+                        yield futures[future], reply
+                if failure is not None:  # ask no more, but keep what is under way
+                    pending = {future for future in pending if not future.cancel()}
+        if failure is not None:
+            raise UserError(
+                f"The server at {self.settings.base_url} failed ({failure}): what it answered is kept, and the same "
+                "command goes on from there."
+            ) from failure
 
     def _ask(self, client: Any, job: Job) -> Generation:
         sampling = self.settings.sampling

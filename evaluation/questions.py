@@ -37,7 +37,7 @@ def load_questions(source: str, split: str = "test", limit: int | None = None) -
     """
     path = Path(source)
     if path.is_file():
-        rows = _read_file(path)
+        rows = read_file(path)
     elif path.suffix in (".jsonl", ".json", ".parquet") or path.is_absolute() or source.startswith("."):
         raise UserError(f"There is no data file {source}: write the path of a jsonl or parquet file, or openai/gsm8k.")
     else:
@@ -52,7 +52,12 @@ def load_questions(source: str, split: str = "test", limit: int | None = None) -
     return questions, digest.hexdigest()
 
 
-def _read_file(path: Path) -> Iterable[tuple[str, dict[str, Any]]]:
+def read_file(path: Path) -> Iterable[tuple[str, dict[str, Any]]]:
+    """The rows of a jsonl or parquet file, each with where it is.
+
+    Raises:
+        UserError: for a line that is not JSON.
+    """
     if path.suffix == ".parquet":
         import pyarrow.parquet
 

@@ -1,0 +1,270 @@
+"""Let models answer open questions, such as MT-Bench's, for judge.py to compare.
+
+    python evaluation/answers.py --model /path/to/model --data questions.jsonl --output runs/dpo
+    python evaluation/answers.py --model /base --adapter dpo=/lora/dpo --adapter sr=/lora/sr --skip-base --data ...
+    python evaluation/answers.py --engine openai --base-url http://127.0.0.1:8000/v1 --model NAME --data ...
+
+A question is `question`, `instruction` (with `input`), `prompt` or the first of `turns`, after the row's `system` and
+`history`. The answers of a run are in OUTPUT/base/answers.jsonl or OUTPUT/ADAPTER/answers.jsonl.
+
+Every answer is kept as it arrives; interrupted, even by kill -9, the same command goes on. Imports neither llamafactory
+nor llamafactory_ext.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from asking import ask_missing
+from engines import Chat, Sampling, Settings, make_engine
+from generations import Generation, write_whole
+from models import BASE, EngineName, folder_hashes, local_model, parse_adapters
+from questions import UserError, read_file
+
+ANSWERS = "answers.jsonl"
+QUESTION_FIELDS = ("question", "instruction", "prompt", "turns")
+
+Opt = typer.Option
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command(help=__doc__.replace("\n    python", "\n\n    python"), no_args_is_help=True)
+def main(
+    data: Annotated[Path, Opt(help="A jsonl or parquet file with question, instruction, prompt or turns (the first).")],
+    output: Annotated[Path, Opt(help="A folder for the answers; one sub-folder per model or adapter.")],
+    model: Annotated[str, Opt(help="A model folder or hub name; with --engine openai, the name it is served by.")] = "",
+    engine: Annotated[EngineName, Opt(help="What generates.")] = EngineName.vllm,
+    adapter: Annotated[list[str] | None, Opt(help="NAME=DIR of a LoRA adapter; several in one load.")] = None,
+    skip_base: Annotated[bool, Opt("--skip-base", help="Let the adapters answer only.")] = False,
+    limit: Annotated[int | None, Opt(min=1, help="Only the first questions.")] = None,
+    system: Annotated[str | None, Opt(help="Text of the system turn where the data has none.")] = None,
+    temperature: Annotated[float, Opt(min=0, help="0: greedy.")] = 0.0,
+    top_p: Annotated[float, Opt(min=0, max=1)] = 1.0,
+    repetition_penalty: Annotated[float, Opt(min=0.01, help="1: none. Always sent.")] = 1.0,
+    max_tokens: Annotated[int, Opt(min=1, help="Of an answer.")] = 1024,
+    seed: Annotated[int, Opt()] = 0,
+    dtype: Annotated[str, Opt(help="auto, float32, bfloat16 or float16.")] = "auto",
+    tensor_parallel: Annotated[int, Opt(min=1, help="vllm: GPUs per copy of the model.")] = 1,
+    data_parallel: Annotated[int, Opt(min=1, help="vllm: copies of the model.")] = 1,
+    max_model_len: Annotated[int | None, Opt(min=1, help="vllm: context length.")] = None,
+    batch_size: Annotated[int, Opt(min=1, help="hf: questions at a time.")] = 16,
+    base_url: Annotated[str, Opt(help="openai: the server.")] = "http://127.0.0.1:8000/v1",
+    concurrency: Annotated[int, Opt(min=1, help="openai: requests at a time.")] = 64,
+) -> None:
+    try:
+        queries = load_queries(data, limit)
+        settings = Settings(
+            model=local_model(model, engine),
+            adapters=parse_adapters(adapter or [], engine),
+            sampling=Sampling(temperature, top_p, repetition_penalty, max_tokens, seed),
+            dtype=dtype,
+            tensor_parallel=tensor_parallel,
+            data_parallel=data_parallel,
+            max_model_len=max_model_len,
+            batch_size=batch_size,
+            base_url=base_url,
+            concurrency=concurrency,
+        )
+        names = [*([] if skip_base and settings.adapters else [BASE]), *settings.adapters]
+        about = {
+            "data": {"source": str(data), "sha256": content_hash(queries), "questions": len(queries)},
+            "model": {"name": model, "files": folder_hashes(settings.model)},
+            "system": system,
+        }
+        answers = _generate(engine, settings, names, queries, about, output)
+    except UserError as error:
+        print(f"answers.py: {error}", file=sys.stderr)
+        raise typer.Exit(2) from None
+    for name, generations in answers.items():
+        write_answers(output / name, queries, generations)
+        cut_off = sum(generation.finish_reason == "length" for generation in generations.values())
+        print(f"{output / name / ANSWERS}: {len(queries)} answers, {cut_off} cut off at {max_tokens} tokens")
+
+
+def _generate(
+    engine_name: EngineName,
+    settings: Settings,
+    names: list[str],
+    queries: list[Query],
+    about: dict[str, Any],
+    output: Path,
+) -> dict[str, dict[int, Generation]]:
+    """The answers of every run: what is missing is asked in one load of the engine."""
+    engine = make_engine(engine_name, settings)
+    chats = [query.chat(about["system"]) for query in queries]
+    engine.check(chats)
+    manifest = {
+        **about,
+        "sampling": vars(settings.sampling),
+        "engine": {"name": str(engine_name), "dtype": settings.dtype, "versions": engine.versions()},
+    }
+    adapters = {name: folder_hashes(settings.adapters.get(name)) for name in names}
+    runs = {name: (output / name, {**manifest, "adapter": adapters[name]}) for name in names}
+    return ask_missing(engine, chats, runs)
+
+
+# --- questions -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Query:
+    """An open question.
+
+    Args:
+        id: the row's `id` or `question_id`, else its number, from 1.
+        messages: the row's system turn and history, if it has them, and the question as the last user turn.
+    """
+
+    id: str
+    messages: Chat
+
+    @property
+    def text(self) -> str:
+        """What a judge reads: the question, or the dialogue that ends in it."""
+        if len(self.messages) == 1:
+            return self.messages[0]["content"]
+        return "\n\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in self.messages)
+
+    def chat(self, system: str | None) -> Chat:
+        """What a model is asked: with a system turn, also an empty one, if one is given and the row has none."""
+        if system is None or self.messages[0]["role"] == "system":
+            return self.messages
+        return [{"role": "system", "content": system}, *self.messages]
+
+
+def load_queries(path: Path, limit: int | None = None) -> list[Query]:
+    """The questions of a jsonl or parquet file: `question`, `instruction` (and `input`), `prompt`, or first of `turns`.
+
+    LLaMA-Factory's `system` and `history` (pairs of a user's and an assistant's turn) belong to the question.
+
+    Raises:
+        UserError: if there is no such file, a row has no question, or an id occurs twice.
+    """
+    queries = [_query(number, *located) for number, located in enumerate(_read(path), start=1)][:limit]
+    _by_key(path, [query.id for query in queries], queries)
+    return queries
+
+
+def _query(number: int, where: str, row: dict[str, Any]) -> Query:
+    found = next((row[field] for field in QUESTION_FIELDS if row.get(field)), None)
+    text = found[0] if isinstance(found, list) else found
+    if not isinstance(text, str):
+        raise UserError(f"{where} has no question: write it as `question`, `instruction`, `prompt` or `turns`.")
+    system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+    history = []
+    for turns in row.get("history") or []:
+        if not (isinstance(turns, list) and len(turns) == 2):
+            raise UserError(f"{where}: `history` must be a list of pairs, of a user's and an assistant's turn.")
+        user, assistant = turns
+        history += [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
+    question = "\n".join(filter(None, [text, row.get("input")]))
+    return Query(_id(row) or str(number), [*system, *history, {"role": "user", "content": question}])
+
+
+def write_answers(folder: Path, queries: list[Query], generations: dict[int, Generation]) -> None:
+    """Write `answers.jsonl` into a run's folder: one row of id, question, answer and finish_reason per question."""
+    answers = [generations[index] for index in range(len(queries))]
+    rows = [
+        {"id": query.id, "question": query.text, "answer": answer.text, "finish_reason": answer.finish_reason}
+        for query, answer in zip(queries, answers, strict=True)
+    ]
+    write_whole(folder / ANSWERS, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+# --- pairs -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A question with the answers of model A and model B; without ids in the data, `id` is its number, from 1."""
+
+    id: str
+    question: str
+    a: str
+    b: str
+
+
+def load_pairs(a: Path, b: Path, limit: int | None = None) -> list[Pair]:
+    """Two models' answers to the same questions, in the order of the first file.
+
+    Rows are matched by `id` (or `question_id`) if every row has one, else by the text of the question.
+
+    Args:
+        a: a jsonl or parquet file with `question` and `answer`, or a run's folder of this script.
+        b: likewise.
+        limit: only so many pairs.
+
+    Raises:
+        UserError: if a row lacks a field, a question occurs twice, or the files do not answer the same questions.
+    """
+    rows_a, rows_b = _answers(a), _answers(b)
+    by_id = all(_id(row) for row in [*rows_a, *rows_b])
+    keyed_a, keyed_b = (
+        _by_key(path, [_id(row) if by_id else row["question"] for row in rows], rows)
+        for path, rows in ((a, rows_a), (b, rows_b))
+    )
+    single = keyed_a.keys() ^ keyed_b.keys()
+    if single:
+        raise UserError(
+            f"{a} and {b} do not answer the same questions: {len(single)} are in one of them only, such as "
+            f"{min(single)[:80]!r}. Answer the same questions with both models."
+        )
+    for key, row in keyed_a.items():
+        if row["question"] != keyed_b[key]["question"]:
+            raise UserError(f"{a} and {b} have different questions under the id {key}: answer the same file with both.")
+    pairs = [
+        Pair(key if by_id else str(number), row["question"], row["answer"], keyed_b[key]["answer"])
+        for number, (key, row) in enumerate(keyed_a.items(), start=1)
+    ]
+    return pairs[:limit]
+
+
+def _answers(path: Path) -> list[dict[str, Any]]:
+    located = _read(path / ANSWERS if path.is_dir() else path)
+    for where, row in located:
+        if not all(isinstance(row.get(field), str) for field in ("question", "answer")):
+            raise UserError(f"{where} has no texts `question` and `answer`: name a file with both.")
+    return [row for _, row in located]
+
+
+# --- rows ------------------------------------------------------------------------------------------------------------
+
+
+def _read(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    if not path.is_file():
+        raise UserError(f"There is no data file {path}: write the path of a jsonl or parquet file.")
+    located = list(read_file(path))
+    if not located:
+        raise UserError(f"{path} holds no rows: write one object per line.")
+    for where, row in located:
+        if not isinstance(row, dict):
+            raise UserError(f"{where} is no object: write one object per line.")
+    return located
+
+
+def _id(row: dict[str, Any]) -> str | None:
+    found = next((row[field] for field in ("id", "question_id") if row.get(field) is not None), None)
+    return None if found is None else str(found)
+
+
+def _by_key(path: Path, keys: list[Any], values: list[Any]) -> dict[str, Any]:
+    found = dict(zip(keys, values, strict=True))
+    if len(found) < len(keys):
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise UserError(f"{path} has {twice[:80]!r} more than once: give every row an `id` of its own.")
+    return found
+
+
+def content_hash(rows: list[Query] | list[Pair]) -> str:
+    """sha256 of everything that the rows hold, in their order."""
+    return hashlib.sha256(json.dumps([astuple(row) for row in rows]).encode()).hexdigest()
+
+
+if __name__ == "__main__":  # vLLM's workers import this file again
+    app()

@@ -1,0 +1,496 @@
+"""Win rates by a judge, against a local server whose judgments are known; and the answers that are judged."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import answers
+import judge
+import pytest
+import tiny
+from answers import Pair, Query, load_pairs, load_queries
+from generations import GENERATIONS, Generation, Run
+from judge import JUDGE_PROMPT, both_orders, judge_rows, outcome, parse_verdict, summarize
+from questions import UserError
+from typer.testing import CliRunner
+
+PLACES = re.compile(
+    r"<request>\n(.*)\n</request>\n\n<answer_a>\n(.*)\n</answer_a>\n\n<answer_b>\n(.*)\n</answer_b>", re.DOTALL
+)
+
+
+def prefer_longer(question: str, first: str, second: str) -> str:
+    verdict = "C" if len(first) == len(second) else "A" if len(first) > len(second) else "B"
+    return f"I compared them.\n\n[[{verdict}]]"
+
+
+def prefer_first(question: str, first: str, second: str) -> str:
+    return "[[A]]"
+
+
+@pytest.fixture
+def server():
+    """A judge: `server.judge(question, first, second)` is what it replies; an exception is what it refuses."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            http.requests.append(request)
+            try:
+                text, status = http.judge(*PLACES.search(request["messages"][0]["content"]).groups()), 200
+            except ValueError as error:
+                text, status = str(error), 400
+            choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+            about = {"id": "1", "object": "chat.completion", "created": 0, "model": "m"}
+            body = {**about, "choices": [choice]} if status == 200 else {"error": {"message": text}}
+            content = json.dumps(body).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    http.requests, http.judge = [], prefer_longer
+    threading.Thread(target=http.serve_forever, args=(0.02,), daemon=True).start()
+    http.url = f"http://127.0.0.1:{http.server_port}/v1"
+    yield http
+    http.shutdown()
+
+
+def write(path: Path, rows: list) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def rows(*texts: str) -> list[dict]:
+    return [{"question": f"Question {number}?", "answer": text} for number, text in enumerate(texts, start=1)]
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Longer answers of A on questions 1 to 3, of B on 4; equally long ones on 5."""
+    a = write(tmp_path / "a.jsonl", rows("aaaa", "aaa", "aaa", "a", "aa"))
+    return a, write(tmp_path / "b.jsonl", rows("b", "b", "b", "bb", "bb"))
+
+
+def invoke(app, *words: object):
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def compare(files, server, output: Path, *words: object):
+    a, b = files
+    where = ("--judge", "gpt", "--base-url", server.url, "--output", output)
+    return invoke(judge.app, "--a", a, "--b", b, *where, *words)
+
+
+def summary_of(output: Path) -> dict:
+    return json.loads((output / "results.json").read_text())["summary"]
+
+
+# --- verdicts --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "verdict"),
+    [
+        ("[[A]]", "first"),
+        ("Both are fine.\n\n[[B]]\n", "second"),
+        ("Equal.\r\n  **[[C]]**  \r\n", "tie"),
+        ("The first answer quotes [[A]].\n[[A]]\nNo, on reflection:\n[[B]]", "second"),
+        ("", None),
+        ("I prefer A.", None),
+        ("[[A]]\nThat is my verdict.", None),  # not the last line
+        ("My verdict is [[A]]", None),  # not a line of its own
+        ("[[A]] [[B]]", None),
+        ("[[a]]", None),
+        ("[[D]]", None),
+        ("[A]", None),
+    ],
+)
+def test_a_verdict_is_a_last_line_of_its_own(text, verdict):
+    assert parse_verdict(Generation(0, text, None, "stop")) == verdict
+
+
+def test_a_reply_that_was_cut_off_has_no_verdict():
+    assert parse_verdict(Generation(0, "A writes\n[[B]]", None, "length")) is None
+
+
+@pytest.mark.parametrize(
+    ("a_first", "b_first", "result"),
+    [
+        ("first", "second", "win"),
+        ("second", "first", "lose"),
+        ("tie", "tie", "tie"),
+        ("first", "first", "tie"),
+        ("second", "second", "tie"),
+        ("first", "tie", "tie"),
+        ("tie", "first", "tie"),
+        (None, "second", None),
+        ("first", None, None),
+    ],
+)
+def test_both_orders_must_agree(a_first, b_first, result):
+    assert outcome(a_first, b_first) == result
+
+
+def test_summary_by_hand():
+    # A and B by question: 6 wins, 1 loss, contradictions for the first (1) and the second place (1), a tie, a half tie.
+    orders = ["AB"] * 6 + ["BA", "AA", "BB", "CC", "AC", "A?"]
+    pairs = [Pair(str(number), "Q?", "a", "b") for number in range(12)]
+    replies = {index: Generation(index, f"[[{letter}]]", None, "stop") for index, letter in enumerate("".join(orders))}
+    summary = summarize(judge_rows(pairs, replies))
+    assert (summary["questions"], summary["judged"]) == (12, 11)
+    assert summary["unparseable"] == {"replies": 1, "questions": ["11"]}
+    assert [summary[result]["count"] for result in ("win", "tie", "lose")] == [6, 4, 1]
+    assert summary["win"]["rate"] == pytest.approx(6 / 11)
+    # Wilson, n = 11, k = 1, z = 1.96: (k + z^2/2 -+ z sqrt(k(n-k)/n + z^2/4)) / (n + z^2)
+    assert summary["lose"]["wilson_95"] == pytest.approx([0.01623, 0.37736], abs=1e-4)
+    assert summary["sign_test_p"] == pytest.approx(2 * (1 + 7) / 2**7)  # 1 or fewer of 7, both tails
+    assert summary["contradictions"] == {"count": 2, "rate": pytest.approx(2 / 11)}
+    # first: 6 wins, 1 loss, both of AA, one of AC; second: 6 wins, 1 loss, both of BB; tie: both of CC, one of AC
+    assert summary["positions"] == {"first": 10, "second": 9, "tie": 3}
+
+
+# --- prompts ---------------------------------------------------------------------------------------------------------
+
+
+def test_braces_in_the_texts_are_never_filled_in():
+    pair = Pair("1", "Is {first} a set?", "{second} \\1 {0}", "{question} {{}}")
+    (there,), (back,) = both_orders("{question}|{first}|{second}|{other} {}", pair)
+    assert there["content"] == "Is {first} a set?|{second} \\1 {0}|{question} {{}}|{other} {}"
+    assert back["content"] == "Is {first} a set?|{question} {{}}|{second} \\1 {0}|{other} {}"
+
+
+def test_show_prompt_asks_and_writes_nothing(files, server, tmp_path):
+    template = tmp_path / "prompt.txt"
+    template.write_text("Q {question} 1 {first} 2 {second}\n")
+    shown = compare(files, server, tmp_path / "out", "--show-prompt", "--prompt", template, "--names", "sr,dpo")
+    assert shown.exit_code == 0
+    orders = ["--- question 1, sr first ---\nQ Question 1? 1 aaaa 2 b", "--- question 1, dpo first ---"]
+    assert shown.output == f"{orders[0]}\n\n{orders[1]}\nQ Question 1? 1 b 2 aaaa\n\n"
+    assert server.requests == []
+    assert not (tmp_path / "out").exists()
+    a, b = files
+    assert "[[C]] if they are equally good" in invoke(judge.app, "--a", a, "--b", b, "--show-prompt").output
+
+
+# --- from answers to rates -------------------------------------------------------------------------------------------
+
+
+def test_a_judge_of_length(files, server, tmp_path):
+    result = compare(files, server, tmp_path, "--names", "sr,dpo")
+    assert result.exit_code == 0, result.output
+    assert "sr against dpo: 5 questions, judged by gpt" in result.output
+    found = json.loads((tmp_path / "results.json").read_text())
+    summary = found["summary"]
+    assert [summary[key]["count"] for key in ("win", "tie", "lose", "contradictions")] == [3, 1, 1, 0]
+    assert summary["sign_test_p"] == pytest.approx(2 * (1 + 4) / 2**4)
+    assert [row["outcome"] for row in found["rows"]] == ["win", "win", "win", "lose", "tie"]
+    assert found["rows"][3] == {
+        **{"id": "4", "question": "Question 4?", "a": "a", "b": "bb", "outcome": "lose"},
+        "a_first": {"verdict": "second", "reply": "I compared them.\n\n[[B]]"},
+        "b_first": {"verdict": "first", "reply": "I compared them.\n\n[[A]]"},
+    }
+    assert len(server.requests) == 10
+    for request in server.requests:  # nothing that OpenAI's own server would refuse
+        assert set(request) == {"model", "messages", "temperature", "max_tokens"}
+        assert (request["model"], request["temperature"], request["max_tokens"]) == ("gpt", 0.0, 1024)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest["prompt"] == JUDGE_PROMPT
+
+
+def test_a_judge_of_position_gives_ties_only(files, server, tmp_path):
+    server.judge = prefer_first
+    assert "100.0%" in compare(files, server, tmp_path).output
+    summary = summary_of(tmp_path)
+    assert [summary[result]["rate"] for result in ("win", "tie", "lose")] == [0.0, 1.0, 0.0]
+    assert summary["contradictions"] == {"count": 5, "rate": 1.0}
+    assert summary["positions"] == {"first": 10, "second": 0, "tie": 0}
+    assert summary["sign_test_p"] == 1.0
+
+
+def test_verdicts_in_the_answers_do_not_count(server, tmp_path):
+    a = write(tmp_path / "a.jsonl", rows("{second}\n[[A]]\n[[A]]"))
+    b = write(tmp_path / "b.jsonl", rows("[[B]]"))
+    server.judge = lambda question, first, second: f"{first}\n{second}\n[[{'B' if '{' in first else 'A'}]]"
+    compare((a, b), server, tmp_path / "out")
+    assert summary_of(tmp_path / "out")["lose"]["count"] == 1
+
+
+def test_replies_without_a_verdict_are_left_out_and_asked_again(files, server, tmp_path):
+    def shy(question, first, second):
+        return "I cannot say." if question == "Question 2?" and first == "b" else prefer_longer(question, first, second)
+
+    server.judge = shy
+    result = compare(files, server, tmp_path)
+    assert result.exit_code == 0
+    assert "Replies without a verdict, asked again by the same command: 1, to questions 2" in result.output
+    summary = summary_of(tmp_path)
+    assert (summary["judged"], summary["unparseable"]) == (4, {"replies": 1, "questions": ["2"]})
+    assert [summary[result]["count"] for result in ("win", "tie", "lose")] == [2, 1, 1]
+
+    server.judge = prefer_longer
+    assert "Replies without" not in compare(files, server, tmp_path).output
+    assert len(server.requests) == 11
+    assert summary_of(tmp_path)["win"]["count"] == 3
+    server.judge = None
+    assert compare(files, server, tmp_path).exit_code == 0  # everything is there: no judge needed
+    assert len(server.requests) == 11
+
+
+def test_no_verdict_at_all(files, server, tmp_path):
+    server.judge = lambda *texts: "I am only a language model."
+    result = compare(files, server, tmp_path)
+    assert result.exit_code == 2
+    assert "None of 5 questions has a verdict" in result.output
+    assert len((tmp_path / GENERATIONS).read_text().splitlines()) == 10
+
+
+def test_the_order_of_rows_does_not_matter(files, server, tmp_path):
+    a, b = files
+    turned = write(tmp_path / "turned.jsonl", [json.loads(line) for line in b.read_text().splitlines()][::-1])
+    compare((a, b), server, tmp_path / "out")
+    compare((a, turned), server, tmp_path / "out2")
+    asked = [json.dumps(request) for request in server.requests]
+    assert sorted(asked[:10]) == sorted(asked[10:])
+    one, two = (json.loads((tmp_path / name / "results.json").read_text())["rows"] for name in ("out", "out2"))
+    assert one == two
+
+
+def test_limit(files, server, tmp_path):
+    assert compare(files, server, tmp_path, "--limit", 2).exit_code == 0
+    assert summary_of(tmp_path)["questions"] == 2
+    assert len(server.requests) == 4
+
+
+# --- interrupted -----------------------------------------------------------------------------------------------------
+
+
+def test_killed_and_resumed(files, server, tmp_path):
+    """The judge holds its sixth reply back until the asking process is dead: five replies are on disk by then."""
+    dead = threading.Event()
+
+    def patient(question, first, second):
+        if len(server.requests) == 6:
+            dead.wait(60)
+        return prefer_longer(question, first, second)
+
+    server.judge = patient
+    a, b = files
+    words = ["--a", a, "--b", b, "--judge", "gpt", "--base-url", server.url, "--output", tmp_path, "--concurrency", "1"]
+    process = subprocess.Popen([sys.executable, judge.__file__, *map(str, words)], env=os.environ)
+    while len(server.requests) < 6 or len(Run(tmp_path).read()) < 5:
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    dead.set()
+
+    server.judge = prefer_longer
+    assert compare(files, server, tmp_path).exit_code == 0
+    times = Counter(request["messages"][0]["content"] for request in server.requests)
+    assert len(times) == 10
+    assert [text for text, count in times.items() if count > 1] == [server.requests[5]["messages"][0]["content"]]
+    assert len(server.requests) == 11
+    assert summary_of(tmp_path)["win"]["count"] == 3
+
+
+def test_a_judge_that_fails_keeps_what_it_answered(files, server, tmp_path):
+    def failing(question, first, second):
+        if question != "Question 1?" and question != "Question 2?":
+            while len(Run(tmp_path).read()) < 4:
+                time.sleep(0.02)
+            raise ValueError("out of credit")
+        return prefer_longer(question, first, second)
+
+    server.judge = failing
+    failed = compare(files, server, tmp_path, "--concurrency", 1)
+    assert failed.exit_code == 2
+    assert "out of credit" in failed.output
+    assert "goes on from there" in failed.output
+    kept = [request["messages"] for request in server.requests[:4]]
+    server.judge = prefer_longer
+    assert compare(files, server, tmp_path).exit_code == 0
+    asked = [request["messages"] for request in server.requests]
+    assert [asked.count(chat) for chat in kept] == [1, 1, 1, 1]
+    assert summary_of(tmp_path)["win"]["count"] == 3
+
+
+def test_a_wrong_judge_name_can_be_corrected(files, server, tmp_path):
+    def unknown(*texts):
+        raise ValueError("no such model")
+
+    server.judge = unknown
+    assert "no such model" in compare(files, server, tmp_path, "--judge", "gqt").output
+    server.judge = prefer_longer
+    assert compare(files, server, tmp_path).exit_code == 0
+
+
+def test_another_judge_prompt_or_data_is_refused(files, server, tmp_path):
+    output, template = tmp_path / "out", tmp_path / "prompt.txt"
+    template.write_text(JUDGE_PROMPT + "!")
+    assert compare(files, server, output).exit_code == 0
+    changes = {
+        "judge": ("--judge", "other"),
+        "prompt": ("--prompt", template),
+        "data": ("--limit", 3),
+        "sampling": ("--temperature", 0.7),
+    }
+    for key, words in changes.items():
+        refused = compare(files, server, output, *words)
+        assert refused.exit_code == 2
+        assert f"holds another run: its {key} is" in refused.output
+    swapped = compare(files[::-1], server, output)
+    assert "holds another run: its data is" in swapped.output
+    assert len(server.requests) == 10
+
+
+# --- pairs and questions ---------------------------------------------------------------------------------------------
+
+
+def test_rows_match_by_id_or_else_by_question(tmp_path):
+    a = [{"id": n, "question": "Same?", "answer": f"a{n}"} for n in (2, 1)]
+    b = [{"question_id": str(n), "question": "Same?", "answer": f"b{n}"} for n in (1, 2)]
+    pairs = load_pairs(write(tmp_path / "a.jsonl", a), write(tmp_path / "b.jsonl", b))
+    assert pairs == [Pair("2", "Same?", "a2", "b2"), Pair("1", "Same?", "a1", "b1")]
+    mixed = write(tmp_path / "b.jsonl", [{"question": "Same?", "answer": "b"}])
+    assert load_pairs(write(tmp_path / "a.jsonl", a[:1]), mixed) == [Pair("1", "Same?", "a2", "b")]
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "message"),
+    [
+        (rows("a", "a"), rows("b", "b", "b", "b"), r"2 are in one of them only, such as 'Question 3\?'"),
+        (rows("a") + rows("a"), rows("b"), "more than once"),
+        (
+            [{"id": 1, **rows("a")[0]}],
+            [{"id": 1, "question": "Other?", "answer": "b"}],
+            "different questions under the",
+        ),
+        ([{"question": "Q?"}], rows("b"), r"a\.jsonl, line 1 has no texts"),
+        (rows("a"), [{"question": "Q?", "answer": None}], r"b\.jsonl, line 1 has no texts"),
+        (["Q?"], rows("b"), "is no object"),
+        ([], rows("b"), "holds no rows"),
+    ],
+)
+def test_files_that_are_no_pairs(tmp_path, a, b, message):
+    with pytest.raises(UserError, match=message):
+        load_pairs(write(tmp_path / "a.jsonl", a), write(tmp_path / "b.jsonl", b))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--judge", ""), "--judge is missing"),
+        (("--a", "nowhere.jsonl"), "There is no data file nowhere.jsonl"),
+        (("--names", "dpo"), "write two different names"),
+        (("--names", "dpo,dpo"), "write two different names"),
+        (("--prompt", "nowhere.txt"), "There is no prompt file"),
+    ],
+)
+def test_wrong_arguments(files, server, tmp_path, words, message):
+    result = compare(files, server, tmp_path / "out", *words)
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.split())
+    assert not (tmp_path / "out").exists()
+    assert server.requests == []
+
+
+def test_a_prompt_file_without_its_places(files, server, tmp_path):
+    template = tmp_path / "prompt.txt"
+    template.write_text("{question} {first}")
+    result = compare(files, server, tmp_path / "out", "--prompt", template)
+    assert result.exit_code == 2
+    assert "does not hold {second}" in result.output
+    assert server.requests == []
+
+
+def test_questions_in_every_layout(tmp_path):
+    data = [
+        {"question": "One?"},
+        {"instruction": "Two", "input": "of this", "output": "x", "history": [], "system": ""},
+        {"prompt": "Three?", "id": "third"},
+        {"question_id": 81, "category": "writing", "turns": ["Four?", "And then?"]},
+        {"instruction": "Why?", "history": [["Hi", "Hello"]], "system": "Be brief."},
+    ]
+    queries = load_queries(write(tmp_path / "q.jsonl", data))
+    assert [query.id for query in queries] == ["1", "2", "third", "81", "5"]
+    texts = [query.text for query in queries]
+    assert texts[:4] == ["One?", "Two\nof this", "Three?", "Four?"]
+    assert texts[4] == "System: Be brief.\n\nUser: Hi\n\nAssistant: Hello\n\nUser: Why?"
+    assert [turn["role"] for turn in queries[4].chat("Other.")] == ["system", "user", "assistant", "user"]
+    assert queries[4].chat("Other.")[0]["content"] == "Be brief."
+    assert queries[0].chat("") == [{"role": "system", "content": ""}, {"role": "user", "content": "One?"}]
+    assert queries[0].chat(None) == [{"role": "user", "content": "One?"}]
+    assert load_queries(tmp_path / "q.jsonl", 1) == [Query("1", [{"role": "user", "content": "One?"}])]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ([{"text": "Q?"}], "line 1 has no question"),
+        ([{"turns": []}], "line 1 has no question"),
+        ([{"question": "Q?", "history": [["Hi"]]}], "must be a list of pairs"),
+        ([{"id": 2, "question": "Q?"}, {"question": "R?"}], "'2' more than once"),
+    ],
+)
+def test_bad_questions_are_refused(tmp_path, data, message):
+    with pytest.raises(UserError, match=message):
+        load_queries(write(tmp_path / "q.jsonl", data))
+
+
+# --- making answers --------------------------------------------------------------------------------------------------
+
+
+def test_from_questions_to_win_rates(server, tmp_path):
+    model = tiny.make_model(tmp_path / "model", initializer_range=0.3)
+    adapter = tiny.make_adapter(tmp_path / "lora", model)
+    data = write(
+        tmp_path / "q.jsonl", [{"prompt": "Hi?"}, {"turns": ["A longer question?", "More?"]}, {"prompt": "Why?"}]
+    )
+    output = tmp_path / "runs"
+    words = ["--engine", "hf", "--model", model, "--adapter", f"sr={adapter}", "--data", data, "--output", output]
+    made = invoke(answers.app, *words, "--max-tokens", 6)
+    assert made.exit_code == 0, made.output
+    found = {name: [json.loads(line) for line in (output / name / "answers.jsonl").open()] for name in ("base", "sr")}
+    for name in ("base", "sr"):
+        assert [(row["id"], row["question"]) for row in found[name]] == [
+            ("1", "Hi?"),
+            ("2", "A longer question?"),
+            ("3", "Why?"),
+        ]
+        kept = Run(output / name).read()
+        assert [row["answer"] for row in found[name]] == [kept[index].text for index in range(3)]
+    assert [row["answer"] for row in found["base"]] != [row["answer"] for row in found["sr"]]
+
+    written = (output / "sr" / GENERATIONS).read_bytes()
+    assert invoke(answers.app, *words, "--max-tokens", 6).exit_code == 0
+    assert (output / "sr" / GENERATIONS).read_bytes() == written  # nothing is asked twice
+    changed = invoke(answers.app, *words, "--max-tokens", 7)
+    assert changed.exit_code == 2
+    assert "holds another run: its sampling is" in changed.output
+
+    assert compare((output / "sr", output / "base"), server, tmp_path / "judged").exit_code == 0
+    assert summary_of(tmp_path / "judged")["judged"] == 3
+
+
+def test_answers_without_a_model(tmp_path):
+    data = write(tmp_path / "q.jsonl", [{"prompt": "Hi?"}])
+    result = invoke(answers.app, "--engine", "hf", "--model", "/no/model", "--data", data, "--output", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "answers.py: There is no model at /no/model" in result.output
+    assert not (tmp_path / "out").exists()
