@@ -330,6 +330,26 @@ def test_a_judge_that_fails_keeps_what_it_answered(files, server, tmp_path):
     assert summary_of(tmp_path)["win"]["count"] == 3
 
 
+def test_replies_under_way_when_the_judge_fails_are_kept(files, server, tmp_path):
+    """Four requests are under way at once; three of them are answered only after the fourth has been refused."""
+    together, refused = threading.Barrier(4), threading.Event()
+
+    def reply(question: str, first: str, second: str) -> str:
+        if len(server.requests) <= 4:
+            together.wait(timeout=60)
+        if (question, first) == ("Question 2?", "aaa"):
+            refused.set()
+            raise ValueError("no")
+        refused.wait(timeout=60)
+        return prefer_longer(question, first, second)
+
+    server.judge = reply
+    output = tmp_path / "out"
+    assert compare(files, server, output, "--concurrency", 4).exit_code == 2
+    kept = {json.loads(line)["index"] for line in (output / "generations.jsonl").read_text().splitlines()}
+    assert kept >= {0, 1, 3}  # question 1 in both orders, question 2 in the other order
+
+
 def test_a_wrong_judge_name_can_be_corrected(files, server, tmp_path):
     def unknown(*texts):
         raise ValueError("no such model")
