@@ -18,6 +18,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any
 
+import options
 import typer
 from asking import ask_missing
 from degeneration import is_degenerate
@@ -45,26 +46,26 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def main(
     data: Annotated[str, Opt(help="A jsonl or parquet file with question and answer (`#### N`), or openai/gsm8k.")],
     output: Annotated[Path, Opt(help="A folder for the answers and scores; one sub-folder per model or adapter.")],
-    model: Annotated[str, Opt(help="A model folder or hub name; with --engine openai, the name it is served by.")] = "",
-    engine: Annotated[EngineName, Opt(help="What generates.")] = EngineName.vllm,
-    adapter: Annotated[list[str] | None, Opt(help="NAME=DIR of a LoRA adapter; several in one load.")] = None,
+    model: options.Model = "",
+    engine: options.Engine = EngineName.vllm,
+    adapter: options.Adapter = None,
     skip_base: Annotated[bool, Opt("--skip-base", help="Score the adapters only.")] = False,
     split: Annotated[str, Opt(help="Split of a hub data set.")] = "test",
-    limit: Annotated[int | None, Opt(min=1, help="Only the first problems.")] = None,
+    limit: options.Limit = None,
     prompt: Annotated[str, Opt(help="paper (MinorDPO's), plain, or a file that holds {question}.")] = "paper",
     system: Annotated[str | None, Opt(help="Text of the system turn, also ''; default: the template's own.")] = None,
-    temperature: Annotated[float, Opt(min=0, help="0: greedy.")] = 0.0,
-    top_p: Annotated[float, Opt(min=0, max=1)] = 1.0,
-    repetition_penalty: Annotated[float, Opt(min=0.01, help="1: none. Always sent.")] = 1.0,
-    max_tokens: Annotated[int, Opt(min=1, help="Of an answer.")] = 1024,
-    seed: Annotated[int, Opt()] = 0,
-    dtype: Annotated[str, Opt(help="auto, float32, bfloat16 or float16. Compare engines in float32.")] = "auto",
-    tensor_parallel: Annotated[int, Opt(min=1, help="vllm: GPUs per copy of the model.")] = 1,
-    data_parallel: Annotated[int, Opt(min=1, help="vllm: copies of the model.")] = 1,
-    max_model_len: Annotated[int | None, Opt(min=1, help="vllm: context length.")] = None,
-    batch_size: Annotated[int, Opt(min=1, help="hf: problems at a time.")] = 16,
-    base_url: Annotated[str, Opt(help="openai: the server.")] = "http://127.0.0.1:8000/v1",
-    concurrency: Annotated[int, Opt(min=1, help="openai: requests at a time.")] = 64,
+    temperature: options.Temperature = 0.0,
+    top_p: options.TopP = 1.0,
+    repetition_penalty: options.RepetitionPenalty = 1.0,
+    max_tokens: options.MaxTokens = 1024,
+    seed: int = 0,
+    dtype: options.Dtype = "auto",
+    tensor_parallel: options.TensorParallel = 1,
+    data_parallel: options.DataParallel = 1,
+    max_model_len: options.MaxModelLen = None,
+    batch_size: options.BatchSize = 16,
+    base_url: options.BaseUrl = "http://127.0.0.1:8000/v1",
+    concurrency: options.Concurrency = 64,
     score_only: Annotated[bool, Opt("--score-only", help="Score the answers that are there; no model needed.")] = False,
 ) -> None:
     try:

@@ -58,12 +58,14 @@ def score_pairs(settings: Settings, output: Path, batch_size: int = 4) -> Iterat
     check_output(output)
     reference_settings = reference_of(settings)
     unfinished = output.with_name(f".{output.name}.unfinished")
-    manifest = {"settings": settings, "reference": reference_settings}
-    done = _begin(unfinished, manifest)
-
+    written = _written(unfinished, _head({"settings": settings, "reference": reference_settings}))
     scorer = load_scorer(settings, reference_settings)
+
+    done = {json.loads(line)["index"] for line in written.splitlines()[1:]}
     total = len(scorer.rows)
     yield len(done), total
+    unfinished.parent.mkdir(parents=True, exist_ok=True)
+    unfinished.write_text(written, encoding="utf-8")  # without a line that was cut off
     with unfinished.open("a", encoding="utf-8") as file:
         missing = [index for index in range(total) if index not in done]
         for start in range(0, len(missing), batch_size):
@@ -255,20 +257,22 @@ def _pair_logps(scorer: Scorer, batch: Any) -> PairLogps:
 # --- the file --------------------------------------------------------------------------------------------------------
 
 
-def _begin(unfinished: Path, manifest: Row) -> set[int]:
-    """Start the file, or go on with it: the rows that are done. A line that was cut off is cut away.
+def _head(manifest: Row) -> str:
+    """The first line of an unfinished file: what it was begun with."""
+    return json.dumps({"manifest": hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()}) + "\n"
+
+
+def _written(unfinished: Path, head: str) -> str:
+    """The whole lines of an unfinished file, or only its head if it is not begun yet.
 
     Raises:
         UserError: if it was begun with other settings.
     """
-    head = json.dumps({"manifest": hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()}) + "\n"
-    unfinished.parent.mkdir(parents=True, exist_ok=True)
     text = unfinished.read_text(encoding="utf-8") if unfinished.exists() else ""
     text = text[: text.rfind("\n") + 1]
     if text and not text.startswith(head):
         raise UserError(f"{str(unfinished)!r} was begun with other settings: remove it, or give another --output.")
-    unfinished.write_text(text or head, encoding="utf-8")
-    return {json.loads(line)["index"] for line in text.splitlines()[1:]}
+    return text or head
 
 
 def _finish(unfinished: Path, output: Path) -> None:

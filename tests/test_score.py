@@ -120,6 +120,7 @@ def test_an_interrupted_run_goes_on(settings, tmp_path):
 def test_refused(settings, changes, message, tmp_path):
     with pytest.raises(UserError, match=message):
         run(settings(**changes), tmp_path / "scores.jsonl")
+    assert {file.name for file in tmp_path.iterdir()} == {"data"}
 
 
 def test_outputs_that_are_refused(tmp_path):
