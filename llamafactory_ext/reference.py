@@ -2,7 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+
+
+def autocast_dtype(args: Any) -> torch.dtype | None:
+    """What training autocasts linear layers to, where the reference may keep it for good.
+
+    None under FSDP: it flattens the parameters of a module together, which must have one dtype then.
+
+    Args:
+        args: transformers' training arguments.
+    """
+    from accelerate.utils import parse_flag_from_env
+
+    if parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        return None
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
 
 
 def match_precision(reference: torch.nn.Module, policy: torch.nn.Module, autocast: torch.dtype | None) -> None:

@@ -17,7 +17,7 @@ from trl.trainer.utils import RunningMoments
 from .logps import ResponseLogps, response_logps
 from .losses import bco
 from .monitors import RewardPlot
-from .reference import match_precision
+from .reference import autocast_dtype, match_precision
 from .refinement import split_batch, without_dropout
 from .registry import PairLogps
 
@@ -61,8 +61,7 @@ class PreferenceTrainer(CustomDPOTrainer):
         args = kwargs["args"]
         # ZeRO-3 has loaded both models in the precision of its configuration, and in pieces.
         if ref_model is not None and not self.is_own_reference and not is_deepspeed_zero3_enabled():
-            autocast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
-            match_precision(ref_model, model, autocast)
+            match_precision(ref_model, model, autocast_dtype(args))
 
         super().__init__(model=model, ref_model=ref_model, finetuning_args=finetuning_args, **kwargs)
         if finetuning_args.plot_loss:

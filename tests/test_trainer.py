@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -174,6 +175,17 @@ def test_logratios_start_at_zero_under_autocast(finetuning_type, train):
     assert [first[key] for key in NORMALIZED] == [0.0, 0.0, 0.0]
     assert first["minor_dpo/rejected_active"] == 0.0
     assert last["normalized_rewards/chosen"] != 0.0
+
+
+def test_fsdp_gets_a_reference_of_one_dtype(monkeypatch):
+    from llamafactory_ext.reference import autocast_dtype
+
+    half = SimpleNamespace(bf16=True, fp16=False)
+    assert autocast_dtype(half) == torch.bfloat16
+    assert autocast_dtype(SimpleNamespace(bf16=False, fp16=True)) == torch.float16
+    assert autocast_dtype(SimpleNamespace(bf16=False, fp16=False)) is None
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # what transformers sets where a recipe says `fsdp`
+    assert autocast_dtype(half) is None
 
 
 def test_match_precision_keeps_what_autocast_rounds_anyway():

@@ -220,7 +220,8 @@ def _reference_weights(training: Training) -> float:
     if training.adapter:
         return reference.parameters * reference.dtype_bytes
     spared = 0
-    if training.half and not training.pure and reference.dtype_bytes == FLOAT16:
+    sharded = training.engine.weight_shards > 1  # FSDP, which needs one dtype: none is spared
+    if training.half and not training.pure and not sharded and reference.dtype_bytes == FLOAT16:
         # A tied head is the embedding's parameter, which is converted.
         spared = reference.linear_parameters + (0 if reference.tied else reference.head)
     return spared * FLOAT16 + (reference.parameters - spared) * training.trained_bytes
