@@ -11,6 +11,8 @@ from .errors import UserError
 
 Settings = dict[str, Any]
 
+UNCUT = 2**31 - 1  # a cutoff_len that cuts nothing
+
 
 def read_recipe(words: list[str]) -> Settings:
     """The settings of a command line like `recipe.yaml key=value …`, or of `key=value …` alone.

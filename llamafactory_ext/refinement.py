@@ -19,14 +19,14 @@ from llamafactory.data import PairwiseDataCollatorWithPadding
 from llamafactory.data.processor import PairwiseDatasetProcessor
 from llamafactory.extras.constants import IGNORE_INDEX
 
+from .recipe import UNCUT
+
 if TYPE_CHECKING:
     from torch import Tensor
 
 PROMPT_IDS = "augmented_prompt_ids"  # column: the augmented prompt, without response
 MADE_WITH = "augmented_with"  # column: which text it was augmented with
 BATCH_PREFIX = "augmented_"
-
-_UNLIMITED = 2**31 - 1  # a cutoff_len that cuts nothing
 
 
 # --- tokenizing ------------------------------------------------------------------------------------------------------
@@ -51,7 +51,7 @@ class AugmentingProcessor(PairwiseDatasetProcessor):
             ValueError: if a pair with its augmented prompt exceeds the model's context.
         """
         whole = PairwiseDatasetProcessor(
-            self.template, self.tokenizer, self.processor, replace(self.data_args, cutoff_len=_UNLIMITED)
+            self.template, self.tokenizer, self.processor, replace(self.data_args, cutoff_len=UNCUT)
         )
         augmented = examples | {"_prompt": [augment(messages, self.sr_prompt) for messages in examples["_prompt"]]}
         inputs = super().preprocess_dataset(examples)

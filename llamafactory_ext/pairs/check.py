@@ -9,13 +9,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
-from ..recipe import Settings, parse_recipe
+from ..recipe import UNCUT, Settings, parse_recipe
 from .contamination import TestSet
 
 if TYPE_CHECKING:
     import numpy as np
 
-UNLIMITED = 2**31 - 1  # a cutoff_len that cuts nothing
 PERCENTILES = (0, 5, 25, 50, 75, 95, 99, 100)
 
 # What is measured of each pair.
@@ -131,6 +130,8 @@ def _template_difference(pairs: Any, template: Any, tokenizer: Any, own_template
     if own_template is None:
         return ""  # LLaMA-Factory saves its own with the model then
     for row in pairs.select(range(min(8, len(pairs)))):
+        if len(row["_prompt"]) % 2 == 0 or not row["_response"]:  # LLaMA-Factory skips it
+            continue
         system = [{"role": "system", "content": row["_system"]}] if row["_system"] else []
         own = tokenizer.apply_chat_template(
             system + row["_prompt"], chat_template=own_template, add_generation_prompt=True, return_dict=False
@@ -164,7 +165,7 @@ class _Measure:
         def processor(data_args: Any) -> Any:
             return PairwiseDatasetProcessor(template, tokenizer, processor=None, data_args=data_args)
 
-        self.cut, self.whole = processor(data_args), processor(replace(data_args, cutoff_len=UNLIMITED))
+        self.cut, self.whole = processor(data_args), processor(replace(data_args, cutoff_len=UNCUT))
         self.test_set = test_set
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:

@@ -72,6 +72,14 @@ def test_counts(settings):
     assert report.found_problems
 
 
+def test_rows_that_llamafactory_skips(settings):
+    report = check_pairs(settings(row("1 + 1?", "2", None), row("1 + 1?", "2", "3"), default_system=""))
+    assert report.pairs == 1
+    assert report.problems["rows that LLaMA-Factory skips"] == 1
+    assert report.found_problems
+    assert report.template == ""
+
+
 def test_tokens_by_hand(settings):
     report = check_pairs(settings(row("1 + 1?", "It is 2.", "It is 34."), cutoff_len=200))
     prompt = tokens("1 + 1?")
