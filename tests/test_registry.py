@@ -37,7 +37,7 @@ def test_public_names():
 
 
 def test_own_losses():
-    expected = {"sigmoid", "hinge", "ipo", "kto_pair", "orpo", "simpo", "minor_dpo", "dpop"}
+    expected = {"sigmoid", "hinge", "ipo", "kto_pair", "orpo", "simpo", "minor_dpo", "dpop", "sr_dpo", "sr_ipo"}
     own = {name for name in registry.loss_names() if registry.get_loss(name).function.__module__.endswith("ext.losses")}
     assert own == expected
     assert {name for name in expected if not registry.get_loss(name).needs_reference} == {"orpo", "simpo"}

@@ -331,7 +331,7 @@ def test_the_start_says_what_is_trained(train, caplog):
     logger.addHandler(caplog.handler)
     train(pref_loss="dpop", max_steps=1)
     logger.removeHandler(caplog.handler)
-    assert "is active and trains dpop(beta=0.1, dpop_lambda=50.0)." in caplog.text
+    assert "is active and trains dpop(beta=0.1, dpop_lambda=50.0, sr_lambda=0.0)." in caplog.text
 
 
 def test_continuing_an_adapter_warns_about_the_reference(train, caplog):

@@ -80,7 +80,7 @@ def _warmup_steps(training_args: Any, steps: int) -> int:
     """`warmup_steps` is a number of steps, or below 1 a share of all; `warmup_ratio` is its older name."""
     if str(training_args.lr_scheduler_type) == "constant":
         return 0
-    warmup = training_args.warmup_ratio if training_args.warmup_ratio is not None else training_args.warmup_steps
+    warmup = training_args.warmup_steps or training_args.warmup_ratio or 0
     return int(warmup) if warmup >= 1 else math.ceil(warmup * steps)
 
 
