@@ -89,6 +89,15 @@ class PreferenceArguments(FinetuningArguments):
             )
         },
     )
+    share_prefix: bool | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "Whether what both answers of a pair begin with is computed once. null: where that is exact; "
+                "true: an error where it is not; false: a row per answer, as in LLaMA-Factory."
+            )
+        },
+    )
     pref_loss_file: str | None = field(
         default=None,
         metadata={
@@ -111,7 +120,7 @@ class PreferenceArguments(FinetuningArguments):
             self.loss, self.loss_hyperparameters = _resolve(self)
             self.use_ref_model = self.loss.needs_reference
         else:
-            keys = (*OWN_KEYS, "sr_prompt", "pref_loss_file", "pref_loss_args")
+            keys = (*OWN_KEYS, "sr_prompt", "share_prefix", "pref_loss_file", "pref_loss_args")
             own = [key for key in keys if getattr(self, key) is not None]
             if own:
                 raise ValueError(f"`{own[0]}` belongs to `stage: dpo`: remove it from this `stage: {self.stage}` run.")
@@ -271,7 +280,9 @@ def _check_keys(args: PreferenceArguments) -> None:
         value = getattr(args, key)
         if value is not None and not (_is_number(value) and accepts(value)):
             raise ValueError(f"`{key}` is {value!r}: write {wanted}.")
-    for key, kind in {"pref_loss": str, "pref_loss_file": str, "sr_prompt": str, "ipo_length_normalize": bool}.items():
+    kinds: dict[str, type] = {"pref_loss": str, "pref_loss_file": str, "sr_prompt": str}
+    kinds |= {"ipo_length_normalize": bool, "share_prefix": bool}
+    for key, kind in kinds.items():
         value = getattr(args, key)
         if value is not None and not isinstance(value, kind):
             raise ValueError(f"`{key}` is {value!r}: write a value of type {kind.__name__}.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -92,6 +92,9 @@ def plan(
         int | None,
         typer.Option(min=1, help="Typical length of a sequence, as `data check` shows [default: cutoff_len]."),
     ] = None,
+    answer_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Of the longest answer [default: cutoff_len].")
+    ] = None,
 ) -> None:
     """Steps, tokens and memory per GPU by part, from the model's config alone; what to change if it does not fit.
 
@@ -105,11 +108,12 @@ def plan(
     from .recipe import read_recipe
 
     settings = read_recipe(recipe)
-    planned = make_plan(settings, gpus, gpu_memory, gpus_per_node=gpus_per_node, tokens=tokens)
+    asked: dict[str, Any] = {"gpus_per_node": gpus_per_node, "tokens": tokens, "answer_tokens": answer_tokens}
+    planned = make_plan(settings, gpus, gpu_memory, **asked)
     if planned.fits:
         render(planned, console)
         return
-    render(planned, console, alternatives(settings, gpus, gpu_memory, gpus_per_node=gpus_per_node, tokens=tokens))
+    render(planned, console, alternatives(settings, gpus, gpu_memory, **asked))
     raise typer.Exit(1)
 
 

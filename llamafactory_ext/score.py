@@ -240,11 +240,12 @@ def _columns(scorer: Scorer, batch: Any) -> dict[str, list[Any]]:
 
 
 def _pair_logps(scorer: Scorer, batch: Any) -> PairLogps:
+    from .layout import padded
     from .logps import response_logps
     from .registry import PairLogps
 
     policy, reference = (
-        response_logps(model, {name: values.to(next(model.parameters()).device) for name, values in batch.items()})
+        response_logps(model, padded({name: values.to(_device(model)) for name, values in batch.items()}))
         for model in (scorer.policy, scorer.reference)
     )
     return PairLogps(
@@ -255,6 +256,10 @@ def _pair_logps(scorer: Scorer, batch: Any) -> PairLogps:
         policy.chosen_length,
         policy.rejected_length,
     )
+
+
+def _device(model: torch.nn.Module) -> torch.device:
+    return next(model.parameters()).device
 
 
 # --- the file --------------------------------------------------------------------------------------------------------

@@ -8,12 +8,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from llamafactory.extras import logging
 from llamafactory.train.dpo.trainer import CustomDPOTrainer
 from transformers import Trainer, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.utils import RunningMoments
 
+from .layout import Batch, Layout, is_text, obstacle, padded, shared_prefix
 from .logps import ResponseLogps, response_logps
 from .losses import bco
 from .monitors import RewardPlot
@@ -23,6 +25,8 @@ from .registry import PairLogps
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+logger = logging.get_logger()  # LLaMA-Factory's own, whose lines reach the console and the web UI
 
 BCO_STATE = "bco_running.json"
 
@@ -64,6 +68,7 @@ class PreferenceTrainer(CustomDPOTrainer):
             match_precision(ref_model, model, autocast_dtype(args))
 
         super().__init__(model=model, ref_model=ref_model, finetuning_args=finetuning_args, **kwargs)
+        self.shares_prefix = self._may_share_prefix()
         if finetuning_args.plot_loss:
             self.add_callback(RewardPlot())
 
@@ -75,9 +80,10 @@ class PreferenceTrainer(CustomDPOTrainer):
         """The mean loss of the batch (a scalar), and its metrics: tensors of shape `(batch,)`, one value per pair."""
         batch, augmented_batch = split_batch(batch)
         # First, so that its activations are gone before those of the policy are kept.
-        augmented = self._augmented_logps(model, augmented_batch) if augmented_batch else None
-        policy = response_logps(model, batch, ld_alpha=self.ld_alpha)
-        pairs = self._pair_logps(model, batch, policy)
+        augmented = self._augmented_logps(model, self._lay_out(augmented_batch)) if augmented_batch else None
+        layout = self._lay_out(batch)
+        policy = response_logps(model, layout, ld_alpha=self.ld_alpha)
+        pairs = self._pair_logps(model, layout, policy)
         if augmented is not None:
             pairs = replace(pairs, refinement=self._refinement(augmented))
         losses = self.finetuning_args.loss(pairs, **self.finetuning_args.loss_hyperparameters)
@@ -98,8 +104,37 @@ class PreferenceTrainer(CustomDPOTrainer):
         prefix = "eval_" if train_eval == "eval" else ""
         return losses.mean(), {f"{prefix}{name}": values.detach() for name, values in metrics.items()}
 
-    def _pair_logps(self, model: Any, batch: dict[str, Tensor], policy: ResponseLogps) -> PairLogps:
-        reference_chosen, reference_rejected = self._reference_logps(model, batch, policy)
+    def _lay_out(self, batch: Batch) -> Layout:
+        """The batch with the pairs' prefixes shared, where that is exact and was not refused."""
+        if not self.shares_prefix:
+            return padded(batch)
+        if is_text(batch):
+            return shared_prefix(batch, self.model.config._attn_implementation)
+        if self.finetuning_args.share_prefix:
+            raise ValueError("share_prefix is for text only, and this batch holds more: remove `share_prefix: true`.")
+        logger.warning_rank0_once("A batch holds more than text: a row per answer is computed.")
+        return padded(batch)
+
+    def _may_share_prefix(self) -> bool:
+        wanted = self.finetuning_args.share_prefix
+        if wanted is False:
+            return False
+        models = [self.model, self.ref_model] if self.ref_model is not None else [self.model]
+        configs = [self.accelerator.unwrap_model(model).config for model in models]
+        reasons = (obstacle(model, config) for model, config in zip(models, configs, strict=True))
+        reason = next((reason for reason in reasons if reason is not None), None)
+        if len({config._attn_implementation for config in configs}) > 1:
+            reason = "policy and reference compute attention in different ways"
+        if self.args.neftune_noise_alpha is not None:
+            reason = "with neftune_noise_alpha, both answers would see the same noise"
+        if reason is not None and wanted:
+            raise ValueError(f"share_prefix is not exact here: {reason}. Remove `share_prefix: true`.")
+        if reason is not None:
+            logger.info_rank0(f"What both answers begin with is computed for each of them, because {reason}.")
+        return reason is None
+
+    def _pair_logps(self, model: Any, layout: Layout, policy: ResponseLogps) -> PairLogps:
+        reference_chosen, reference_rejected = self._reference_logps(model, layout, policy)
         return PairLogps(
             policy.chosen,
             policy.rejected,
@@ -110,7 +145,7 @@ class PreferenceTrainer(CustomDPOTrainer):
         )
 
     def _reference_logps(
-        self, model: Any, batch: dict[str, Tensor], policy: ResponseLogps
+        self, model: Any, layout: Layout, policy: ResponseLogps
     ) -> tuple[Tensor | None, Tensor | None]:
         if not self.finetuning_args.use_ref_model:
             return None, None
@@ -122,13 +157,13 @@ class PreferenceTrainer(CustomDPOTrainer):
         else:
             reference_model, context = self.ref_model, nullcontext()
         with torch.no_grad(), context:
-            reference = response_logps(reference_model, batch)
+            reference = response_logps(reference_model, layout)
         return reference.chosen, reference.rejected
 
-    def _augmented_logps(self, model: Any, batch: dict[str, Tensor]) -> PairLogps:
+    def _augmented_logps(self, model: Any, layout: Layout) -> PairLogps:
         """The same responses under the augmented prompts: adapters on for the policy, no gradient, no dropout."""
         with torch.no_grad(), without_dropout(model):
-            return self._pair_logps(model, batch, response_logps(model, batch))
+            return self._pair_logps(model, layout, response_logps(model, layout))
 
     def _refinement(self, augmented: PairLogps) -> Tensor:
         """Delta = beta (D_w' - D_l') (arXiv 2405.21040, Eq. 12), on the scale of the loss: sums or means per token."""

@@ -15,6 +15,7 @@ from llamafactory.train import tuner
 from tiny import recipe
 from transformers import AutoTokenizer
 
+from llamafactory_ext.layout import padded
 from llamafactory_ext.logps import response_logps
 from llamafactory_ext.refinement import (
     MADE_WITH,
@@ -143,7 +144,7 @@ def test_delta_of_hand_built_ids_is_that_of_independent_calls(model, other_model
             logps = torch.log_softmax(scorer(torch.tensor([prompt + answer])).logits[0].double(), dim=-1)
         return sum(logps[len(prompt) - 1 + i, token].item() for i, token in enumerate(answer))
 
-    ours = [response_logps(scorer, batch) for scorer in (policy, reference)]
+    ours = [response_logps(scorer, padded(batch)) for scorer in (policy, reference)]
     margins = (ours[0].chosen - ours[1].chosen) - (ours[0].rejected - ours[1].rejected)
     for margin, (_, augmented, chosen, rejected) in zip(margins.tolist(), pairs, strict=True):
         ratios = [

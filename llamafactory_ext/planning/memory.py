@@ -81,7 +81,6 @@ class Training:
     Args:
         model: the policy.
         reference: the reference model, or None where there is none to be held.
-        scores_reference: whether reference log-probabilities are computed at all (for LoRA, by the policy itself).
         adapter: LoRA's, or None for full fine-tuning.
         engine, optimizer: see there.
         half: whether training runs in bf16 or fp16.
@@ -91,11 +90,11 @@ class Training:
         attention: `sdpa`, `fa2` or `eager`.
         sequences: in a micro-batch: two per pair.
         length: tokens per sequence, padding included.
+        answer: tokens of an answer, which are those that the language-model head runs on.
     """
 
     model: ModelShape
     reference: ModelShape | None
-    scores_reference: bool
     adapter: Adapter | None
     engine: Engine
     optimizer: Optimizer
@@ -106,6 +105,12 @@ class Training:
     attention: str
     sequences: int
     length: int
+    answer: int
+
+    @property
+    def scored(self) -> int:
+        """Token positions of a micro-batch whose logits are computed."""
+        return self.sequences * self.answer
 
     @property
     def positions(self) -> int:
@@ -230,12 +235,11 @@ def _reference_weights(training: Training) -> float:
 def logits_bytes(training: Training) -> float:
     """The peak of logits and log-probabilities over the vocabulary in `logps.response_logps`.
 
-    A forward pass holds three float32 tensors of shape (positions, vocabulary) at once: the logits, the contiguous
-    copy that log_softmax makes of the shifted ones, and its output; so does its backward pass (output, gradient,
-    gradient of the input). The reference is scored while the policy's log-softmax waits for its backward pass: four.
+    Three float32 tensors of shape (scored tokens, vocabulary) at once: in the backward pass of the log-softmax its
+    output, its gradient and that of its input; or while the reference is scored, its logits and their log-softmax
+    beside the policy's log-softmax, which waits for its backward pass.
     """
-    tensors = 4 if training.scores_reference else 3
-    return float(tensors * FLOAT32 * training.positions * training.model.vocabulary)
+    return float(3 * FLOAT32 * training.scored * training.model.vocabulary)
 
 
 def activation_bytes(training: Training) -> float:
@@ -246,10 +250,11 @@ def activation_bytes(training: Training) -> float:
     model = training.model
     residual, compute, _ = _activation_dtypes(training)
     layer = model.hidden * residual if training.checkpointing else layer_activations(training)
-    last = model.hidden * (FLOAT32 if training.adapter else FLOAT32 + residual + compute)
+    last = model.hidden * (FLOAT32 if training.adapter else FLOAT32 + residual)
+    head = 0 if training.adapter else training.scored * model.hidden * compute
     rounded = _rounded_weights(training)
     kept = rounded["head"] + (0 if training.checkpointing else rounded["layers"])
-    return training.positions * (model.layers * layer + last) + kept
+    return training.positions * (model.layers * layer + last) + head + kept
 
 
 def other_moments(training: Training) -> dict[str, float]:
@@ -258,7 +263,7 @@ def other_moments(training: Training) -> dict[str, float]:
     moments = {"optimizer step": optimizer_step_bytes(training)}
     if training.checkpointing:
         # The model's logits in half precision and in float32, while autocast's copies of all weights are still there.
-        logits = (FLOAT16 + FLOAT32) * training.positions * training.model.vocabulary
+        logits = (FLOAT16 + FLOAT32) * training.scored * training.model.vocabulary
         cached = 0 if training.adapter else rounded["layers"]
         moments["end of the forward pass"] = activations + logits + cached
         layer = training.positions * layer_activations(training) + rounded["layers"] / training.model.layers

@@ -64,7 +64,13 @@ class Plan:
 
 
 def make_plan(
-    settings: Settings, gpus: int, gpu_memory_gib: float, *, gpus_per_node: int = 8, tokens: int | None = None
+    settings: Settings,
+    gpus: int,
+    gpu_memory_gib: float,
+    *,
+    gpus_per_node: int = 8,
+    tokens: int | None = None,
+    answer_tokens: int | None = None,
 ) -> Plan:
     """Plan a recipe of stage dpo.
 
@@ -75,6 +81,8 @@ def make_plan(
         gpus_per_node: GPUs that share a host.
         tokens: typical length of one sequence, prompt and answer; `cutoff_len` if unknown. Memory is always planned
             for `cutoff_len`.
+        answer_tokens: of the longest answer; `cutoff_len` if unknown. A prefix that both answers share is planned as if
+            it were computed for each.
 
     Raises:
         UserError: (a ValueError) if something is missing or not supported; one sentence says what to write instead.
@@ -90,7 +98,8 @@ def make_plan(
     _check_supported(model_args, finetuning_args, training_args)
 
     notes: list[str] = []
-    training = _training(model_args, data_args, finetuning_args, training_args, gpus, notes)
+    answer = min(answer_tokens or data_args.cutoff_len, data_args.cutoff_len)
+    training = _training(model_args, data_args, finetuning_args, training_args, gpus, answer, notes)
     parts = memory_parts(training)
     nodes = math.ceil(gpus / gpus_per_node)
     length = min(tokens or data_args.cutoff_len, data_args.cutoff_len)
@@ -140,7 +149,13 @@ def _check_supported(model_args: Any, finetuning_args: Any, training_args: Any) 
 
 
 def _training(
-    model_args: Any, data_args: Any, finetuning_args: Any, training_args: Any, gpus: int, notes: list[str]
+    model_args: Any,
+    data_args: Any,
+    finetuning_args: Any,
+    training_args: Any,
+    gpus: int,
+    answer: int,
+    notes: list[str],
 ) -> Training:
     trust = bool(getattr(model_args, "trust_remote_code", False))
     model = read_model(model_args.model_name_or_path, trust)
@@ -161,7 +176,6 @@ def _training(
     return Training(
         model=model,
         reference=reference,
-        scores_reference=finetuning_args.use_ref_model,
         adapter=lora_adapter(model, targets, rank, finetuning_args.use_dora) if lora else None,
         engine=read_engine(training_args, model, gpus),
         optimizer=_optimizer(finetuning_args, training_args, notes),
@@ -174,6 +188,7 @@ def _training(
         attention={"disabled": "eager", "fa2": "fa2"}.get(str(model_args.flash_attn), "sdpa"),
         sequences=2 * training_args.per_device_train_batch_size,
         length=padded(data_args.cutoff_len),
+        answer=answer,
     )
 
 
@@ -228,7 +243,13 @@ def _deepspeed_estimate(training: Training, gpus: int, nodes: int, notes: list[s
 
 
 def alternatives(
-    settings: Settings, gpus: int, gpu_memory_gib: float, *, gpus_per_node: int = 8, tokens: int | None = None
+    settings: Settings,
+    gpus: int,
+    gpu_memory_gib: float,
+    *,
+    gpus_per_node: int = 8,
+    tokens: int | None = None,
+    answer_tokens: int | None = None,
 ) -> list[tuple[Settings, Plan]]:
     """Settings with the same global batch that fit the GPUs, the gentlest change first.
 
@@ -244,7 +265,14 @@ def alternatives(
             if any(changes == seen for seen, _ in found):
                 break
             changed = {key: value for key, value in {**settings, **changes}.items() if value is not None}
-            plan = make_plan(changed, gpus, gpu_memory_gib, gpus_per_node=gpus_per_node, tokens=tokens)
+            plan = make_plan(
+                changed,
+                gpus,
+                gpu_memory_gib,
+                gpus_per_node=gpus_per_node,
+                tokens=tokens,
+                answer_tokens=answer_tokens,
+            )
             if plan.fits:
                 found.append((changes, plan))
                 break

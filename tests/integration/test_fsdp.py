@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from two_ranks import torchrun
 
+from llamafactory_ext.layout import padded
 from llamafactory_ext.logps import ResponseLogps, response_logps
 
 pytestmark = pytest.mark.slow
@@ -39,8 +40,8 @@ def compare(folder: str) -> None:
     for parameter in sharded.parameters():
         assert parameter.to_local().numel() * ranks == parameter.numel()
 
-    expected = [response_logps(whole, random_batch(seed)) for seed in range(ranks)]
-    actual = response_logps(sharded, random_batch(rank))
+    expected = [response_logps(whole, padded(random_batch(seed))) for seed in range(ranks)]
+    actual = response_logps(sharded, padded(random_batch(rank)))
     for side in ("chosen", "rejected"):
         torch.testing.assert_close(getattr(actual, side), getattr(expected[rank], side))
 

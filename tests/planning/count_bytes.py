@@ -105,9 +105,11 @@ class CountingTrainer(PreferenceTrainer):
 
         with saved_tensors_hooks(keep, lambda tensor: tensor):
             result = super().get_batch_loss_metrics(model, batch, train_eval)
+        scored = int((batch["labels"] != -100).sum())
+        self.counts["answer tokens"] = scored // len(batch["labels"])
         # The log-softmax, too, waits for the backward pass.
-        vocabulary = self.model.config.vocab_size
-        self.counts["kept"] = storage_bytes(t for t in kept if t.ndim < 3 or t.shape[-1] != vocabulary)
+        logits = (scored, self.model.config.vocab_size)
+        self.counts["kept"] = storage_bytes(t for t in kept if t.shape[-2:] != logits)
         return result
 
     def _write(self) -> None:
