@@ -152,9 +152,8 @@ def _attention_mask(branch: Tensor, attention: str) -> Tensor:
     # Padding sees the padding before it: a row of the softmax that saw nothing would be undefined.
     seen = before & ((keys == queries) | ((keys == SHARED) & (queries != PADDING)))
     if attention == "eager":  # adds the mask to the scores
-        return torch.zeros(seen.shape, device=branch.device).masked_fill_(~seen, torch.finfo(torch.float32).min)[
-            :, None
-        ]
+        lowest = torch.finfo(torch.float32).min
+        return torch.zeros(seen.shape, device=branch.device).masked_fill_(~seen, lowest)[:, None]
     return seen[:, None]
 
 

@@ -9,7 +9,7 @@ augmented prompt as many tokens are cut as from that of the prompt, so that it m
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,8 @@ from .recipe import UNCUT
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from .registry import PairLogps
 
 PROMPT_IDS = "augmented_prompt_ids"  # column: the augmented prompt, without response
 MADE_WITH = "augmented_with"  # column: which text it was augmented with
@@ -57,14 +59,14 @@ class AugmentingProcessor(PairwiseDatasetProcessor):
         inputs = super().preprocess_dataset(examples)
         uncut, uncut_augmented = whole.preprocess_dataset(examples), whole.preprocess_dataset(augmented)
 
+        kept = _prompts(inputs)
         inputs[PROMPT_IDS] = [
-            self._cut(*prompts)
-            for prompts in zip(_prompts(inputs), _prompts(uncut), _prompts(uncut_augmented), strict=True)
+            self._cut(*prompts) for prompts in zip(kept, _prompts(uncut), _prompts(uncut_augmented), strict=True)
         ]
         inputs[MADE_WITH] = [digest(self.sr_prompt)] * len(inputs[PROMPT_IDS])
         for side in ("chosen", "rejected"):
             for prompt, augmented_prompt, row in zip(
-                _prompts(inputs), inputs[PROMPT_IDS], inputs.get(f"{side}_input_ids", []), strict=True
+                kept, inputs[PROMPT_IDS], inputs.get(f"{side}_input_ids", []), strict=True
             ):
                 self._check_length(len(row) - len(prompt) + len(augmented_prompt))
         return inputs
@@ -141,6 +143,20 @@ def split_batch(batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, 
     """The pairs, and the augmented pairs under the same names (empty if there are none)."""
     augmented = {name.removeprefix(BATCH_PREFIX): v for name, v in batch.items() if name.startswith(BATCH_PREFIX)}
     return {name: values for name, values in batch.items() if not name.startswith(BATCH_PREFIX)}, augmented
+
+
+# --- the term --------------------------------------------------------------------------------------------------------
+
+
+def refinement(augmented: PairLogps, hyperparameters: Mapping[str, Any], beta: float) -> Tensor:
+    """Delta = beta (D_w' - D_l') (arXiv 2405.21040, Eq. 12), shape `(batch,)`, on the loss's scale: sums or means.
+
+    Args:
+        augmented: the responses under the augmented prompts.
+        hyperparameters: the loss's; `length_normalize` says whether it works on means per token.
+        beta: `pref_beta`.
+    """
+    return beta * (augmented.per_token() if hyperparameters.get("length_normalize", False) else augmented).margin
 
 
 @contextmanager

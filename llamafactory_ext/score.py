@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import UserError
+from .pairs.dialogues import SCORES
 from .recipe import Settings, parse_recipe
 
 if TYPE_CHECKING:
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
 
     from .registry import Loss, PairLogps
 
-# Columns of a data set that hold what somebody else thinks of the two answers.
-DATA_SCORES = ("score_chosen", "score_rejected")
 Row = dict[str, Any]
 
 
@@ -40,7 +39,7 @@ class Scorer:
     rows: Any  # pairs in LLaMA-Factory's standard format, in the order of the file
     processor: Any
     collator: Any
-    data_scores: list[Row]  # per row, those of `DATA_SCORES` that the data has
+    data_scores: list[Row]  # per row, those of `SCORES` that the data has
 
 
 def score_pairs(settings: Settings, output: Path, batch_size: int = 4) -> Iterator[tuple[int, int]]:
@@ -116,11 +115,12 @@ def load_scorer(settings: Settings, reference_settings: Settings) -> Scorer:
     Raises:
         UserError: for a wrong recipe, and where a model or the data cannot be loaded.
     """
+    from llamafactory.data import PairwiseDataCollatorWithPadding
     from llamafactory.data.processor import PairwiseDatasetProcessor
 
     from .pairs.check import load_pairs, tokenizer_and_template
     from .reference import match_precision
-    from .refinement import AugmentingCollator, AugmentingProcessor, PairwiseDataCollatorWithPadding
+    from .refinement import AugmentingCollator, AugmentingProcessor
 
     model_args, data_args, finetuning_args = parse_recipe({"stage": "dpo", **settings})
     if len(data_args.dataset or []) != 1:
@@ -183,7 +183,7 @@ def _data_scores(data_args: Any, count: int) -> list[Row]:
     scores = []
     for row, _ in zip(read_rows(source, about.split), range(count), strict=False):
         fields = {} if isinstance(row.fields, BadRow) else row.fields
-        scores.append({name: fields[name] for name in DATA_SCORES if name in fields})
+        scores.append({name: fields[name] for name in SCORES if name in fields})
     return scores if len(scores) == count else [{}] * count
 
 
@@ -213,7 +213,7 @@ def _score(scorer: Scorer, indices: list[int]) -> list[Row]:
 def _columns(scorer: Scorer, batch: Any) -> dict[str, list[Any]]:
     import torch
 
-    from .refinement import split_batch
+    from .refinement import refinement, split_batch
 
     base, augmented_batch = split_batch(dict(batch))
     with torch.inference_mode():
@@ -229,10 +229,9 @@ def _columns(scorer: Scorer, batch: Any) -> dict[str, list[Any]]:
         }
         if augmented_batch:
             augmented = _pair_logps(scorer, augmented_batch)
-            means = scorer.hyperparameters.get("length_normalize", False)
-            refinement = scorer.beta * (augmented.per_token() if means else augmented).margin
-            pairs = replace(pairs, refinement=refinement)
-            columns |= {"augmented_margin": augmented.margin, "refinement": refinement}
+            delta = refinement(augmented, scorer.hyperparameters, scorer.beta)
+            pairs = replace(pairs, refinement=delta)
+            columns |= {"augmented_margin": augmented.margin, "refinement": delta}
         columns["loss"] = scorer.loss(pairs, **scorer.hyperparameters)
         if scorer.loss.metrics is not None:
             columns |= scorer.loss.metrics(pairs, **scorer.hyperparameters)

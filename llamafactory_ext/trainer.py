@@ -20,7 +20,7 @@ from .logps import ResponseLogps, response_logps
 from .losses import bco
 from .monitors import RewardPlot
 from .reference import autocast_dtype, match_precision
-from .refinement import split_batch, without_dropout
+from .refinement import refinement, split_batch, without_dropout
 from .registry import PairLogps
 
 if TYPE_CHECKING:
@@ -85,7 +85,8 @@ class PreferenceTrainer(CustomDPOTrainer):
         policy = response_logps(model, layout, ld_alpha=self.ld_alpha)
         pairs = self._pair_logps(model, layout, policy)
         if augmented is not None:
-            pairs = replace(pairs, refinement=self._refinement(augmented))
+            delta = refinement(augmented, self.finetuning_args.loss_hyperparameters, self.beta)
+            pairs = replace(pairs, refinement=delta)
         losses = self.finetuning_args.loss(pairs, **self.finetuning_args.loss_hyperparameters)
 
         if self.bco_gemma > 1e-6 and pairs.reference_chosen is not None:
@@ -164,11 +165,6 @@ class PreferenceTrainer(CustomDPOTrainer):
         """The same responses under the augmented prompts: adapters on for the policy, no gradient, no dropout."""
         with torch.no_grad(), without_dropout(model):
             return self._pair_logps(model, layout, response_logps(model, layout))
-
-    def _refinement(self, augmented: PairLogps) -> Tensor:
-        """Delta = beta (D_w' - D_l') (arXiv 2405.21040, Eq. 12), on the scale of the loss: sums or means per token."""
-        means = self.finetuning_args.loss_hyperparameters.get("length_normalize", False)
-        return self.beta * (augmented.per_token() if means else augmented).margin
 
     def _reported(self, pairs: PairLogps) -> PairLogps:
         """The pairs on the scale that LLaMA-Factory reports: means per token for the losses that work on those."""

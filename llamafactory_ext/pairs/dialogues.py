@@ -9,6 +9,9 @@ from .files import BadRow, Fields, text
 
 Turn = tuple[str, str]  # role and text
 
+# Columns that hold what somebody else thinks of the two answers.
+SCORES = ("score_chosen", "score_rejected")
+
 _SPEAKER = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
 
@@ -39,7 +42,7 @@ def ultrafeedback_pair(fields: Fields) -> Fields:
     system = ""
     if chosen[:1] == rejected[:1] and chosen and chosen[0][0] == "system":
         system, chosen, rejected = chosen[0][1], chosen[1:], rejected[1:]
-    scores = {name: fields[name] for name in ("score_chosen", "score_rejected") if name in fields}
+    scores = {name: fields[name] for name in SCORES if name in fields}
     return {"system": system} | _pair(chosen, rejected) | scores
 
 
