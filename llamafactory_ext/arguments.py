@@ -22,6 +22,14 @@ STOCK_LOSSES = ("sigmoid", "hinge", "ipo", "kto_pair", "orpo", "simpo")
 # YAML key -> the keyword that a loss function takes it by. The plugin's own keys are null unless the user sets them;
 # LLaMA-Factory's have a default, and count as set where they differ from it.
 OWN_KEYS = {"dpop_lambda": "dpop_lambda", "sr_lambda": "sr_lambda", "ipo_length_normalize": "length_normalize"}
+OTHER_OWN_KEYS = (
+    "sr_prompt",
+    "share_prefix",
+    "precompute_ref_log_probs",
+    "ref_log_probs_cache_dir",
+    "pref_loss_file",
+    "pref_loss_args",
+)
 PREF_BETA = 0.1  # LLaMA-Factory's default
 STOCK_KEYS = {"dpo_label_smoothing": ("label_smoothing", 0.0), "simpo_gamma": ("simpo_gamma", 0.5)}
 
@@ -98,6 +106,19 @@ class PreferenceArguments(FinetuningArguments):
             )
         },
     )
+    precompute_ref_log_probs: bool | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "Whether the reference's log-probabilities are computed once, before training, and kept on disk for "
+                "later runs. null: where that is exact; true: an error where it is not; false: in every step."
+            )
+        },
+    )
+    ref_log_probs_cache_dir: str | None = field(
+        default=None,
+        metadata={"help": "Where they are kept (default: llamafactory_ext in the user's cache folder)."},
+    )
     pref_loss_file: str | None = field(
         default=None,
         metadata={
@@ -120,8 +141,7 @@ class PreferenceArguments(FinetuningArguments):
             self.loss, self.loss_hyperparameters = _resolve(self)
             self.use_ref_model = self.loss.needs_reference
         else:
-            keys = (*OWN_KEYS, "sr_prompt", "share_prefix", "pref_loss_file", "pref_loss_args")
-            own = [key for key in keys if getattr(self, key) is not None]
+            own = [key for key in (*OWN_KEYS, *OTHER_OWN_KEYS) if getattr(self, key) is not None]
             if own:
                 raise ValueError(f"`{own[0]}` belongs to `stage: dpo`: remove it from this `stage: {self.stage}` run.")
 
@@ -165,6 +185,8 @@ def _resolve(args: PreferenceArguments) -> tuple[Loss, dict[str, Any]]:
     _check_complete(loss, given)
     _check_refinement(args, loss, given)
     _check_ld_alpha(args, given)
+    if args.precompute_ref_log_probs and not loss.needs_reference:
+        raise ValueError(f"pref_loss {loss.name!r} has no reference: remove `precompute_ref_log_probs: true`.")
     return loss, {name: given[name] for name in loss.parameters}
 
 
@@ -281,6 +303,7 @@ def _check_keys(args: PreferenceArguments) -> None:
         if value is not None and not (_is_number(value) and accepts(value)):
             raise ValueError(f"`{key}` is {value!r}: write {wanted}.")
     kinds: dict[str, type] = {"pref_loss": str, "pref_loss_file": str, "sr_prompt": str}
+    kinds |= {"ref_log_probs_cache_dir": str, "precompute_ref_log_probs": bool}
     kinds |= {"ipo_length_normalize": bool, "share_prefix": bool}
     for key, kind in kinds.items():
         value = getattr(args, key)

@@ -1,8 +1,14 @@
-"""Sequence log-probabilities of responses: what a model makes of a batch of pairs."""
+"""Sequence log-probabilities of responses: what a model makes of a batch of pairs.
+
+The language-model head runs on the hidden states that predict a scored token and on nothing else. Where even their
+logits would be large, it runs on some of them at a time and only log-probabilities are kept; the backward pass
+computes the logits again, chunk by chunk. So the peak is that of a chunk, however large the batch.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,11 +16,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from llamafactory.train.trainer_utils import nested_detach
+from torch.utils.checkpoint import checkpoint
 
-from .layout import Layout
+from .layout import FAMILIES, Layout
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+# The most logits that are held at once: 256 MiB in float32, three times that while they are differentiated. That is 441
+# tokens with Qwen's vocabulary of 151,936, enough to keep a matrix product busy.
+CHUNK = 2**26
 
 
 @dataclass(frozen=True)
@@ -46,8 +57,7 @@ def response_logps(model: torch.nn.Module, layout: Layout, ld_alpha: float | Non
         layout: the batch, as `layout.padded` or `layout.shared_prefix` lays it out.
         ld_alpha: weight of the tokens beyond the length of the pair's shorter response (LD-DPO, arXiv 2409.06411).
     """
-    logits = _scored_logits(model, layout)
-    logps = -F.cross_entropy(logits, layout.target, reduction="none")
+    logps, logit_means = _scored(model, layout)
 
     def per_response(values: Tensor) -> Tensor:
         return values.new_zeros(2 * layout.pairs).index_add(0, layout.response, values)
@@ -57,41 +67,90 @@ def response_logps(model: torch.nn.Module, layout: Layout, ld_alpha: float | Non
     if ld_alpha is not None:
         shorter = torch.minimum(*lengths.chunk(2)).repeat(2)
         terms = torch.where(layout.ordinal < shorter[layout.response], terms, ld_alpha * terms)
-    mean_logits = per_response(logits.detach().mean(dim=1)[layout.entry]) / lengths
+    mean_logits = per_response(logit_means[layout.entry]) / lengths
     return ResponseLogps(*per_response(terms).chunk(2), *lengths.chunk(2), *mean_logits.chunk(2))
 
 
-def _scored_logits(model: torch.nn.Module, layout: Layout) -> Tensor:
-    """The logits that predict the scored tokens, in float32 or wider, shape `(scored, vocabulary)`."""
+def _scored(model: torch.nn.Module, layout: Layout) -> tuple[Tensor, Tensor]:
+    """Log-probability of each scored token, and the (detached) mean of the logits that it was chosen from.
+
+    Float32 or wider, shape `(scored,)` each.
+    """
     # Copies, because some multimodal models change their inputs in place and a second model reads the same batch.
     inputs = nested_detach(layout.inputs, clone=True)
-    with _head_on(model, layout.row, layout.column) as was_narrowed:
-        logits = model(**inputs, return_dict=True, use_cache=False).logits
-    logits = logits[0] if was_narrowed() else logits[layout.row, layout.column]
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+    config = _unwrapped(model).config
+    with _head_on(model, layout, chunked=config.model_type in FAMILIES) as head:
+        output = model(**inputs, return_dict=True, use_cache=False).logits
+    if head.gives_logps:
+        logps, logit_means = output[0].unbind(dim=-1)
+        return logps, logit_means.detach()
+    return _logps_of(output[0] if head.is_narrowed else output[layout.row, layout.column], layout.target)
+
+
+def _logps_of(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return -F.cross_entropy(logits, target, reduction="none"), logits.detach().mean(dim=-1)
+
+
+@dataclass
+class _Head:
+    """What became of the language-model head in a forward pass: whether it saw scored tokens only, and gave `logps`."""
+
+    is_narrowed: bool = False
+    gives_logps: bool = False
 
 
 @contextmanager
-def _head_on(model: torch.nn.Module, row: Tensor, column: Tensor) -> Iterator[Any]:
-    """Lets the language-model head see only the given hidden states, as one row; yields whether it was called so.
+def _head_on(model: torch.nn.Module, layout: Layout, chunked: bool) -> Iterator[_Head]:
+    """Lets the language-model head see only the hidden states that predict a scored token, as one row.
 
-    By a hook, so that what belongs to the head stays with it: ZeRO-3's and FSDP's gathering, LoRA, tied weights, and
-    what the model does to its logits afterwards. A model that reads its head in another way gives all its logits.
+    From within the head's call, so that what belongs to it stays with it: ZeRO-3's and FSDP's gathering, LoRA, tied
+    weights. A model that reads its head in another way gives all its logits.
+
+    Args:
+        chunked: whether the model hands on what its head gives. Then the head gives no logits but their
+            `_logps_of`, shape `(1, scored, 2)`; otherwise it gives logits, and the model may scale or cap them.
     """
-    calls = []
+    head = _unwrapped(model).get_output_embeddings()
+    state = _Head()
 
     def narrow(module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         hidden, *others = args
-        calls.append(module)
-        return (hidden[row, column][None], *others)
+        state.is_narrowed = True
+        return (hidden[layout.row, layout.column][None], *others)
 
-    head = _unwrapped(model).get_output_embeddings()
-    hook = None if head is None else head.register_forward_pre_hook(narrow, prepend=True)
+    def give_logps(hidden: Tensor) -> Tensor:
+        state.gives_logps = True
+        return _in_chunks(forward, hidden[0], layout.target, _unwrapped(model).config.get_text_config().vocab_size)
+
+    if head is None:
+        yield state
+        return
+    forward, own_forward = head.forward, vars(head).get("forward")
+    hook = head.register_forward_pre_hook(narrow, prepend=True)
+    if chunked:
+        head.forward = give_logps
     try:
-        yield lambda: bool(calls)
+        yield state
     finally:
-        if hook is not None:
-            hook.remove()
+        hook.remove()
+        if chunked:
+            del head.forward
+        if own_forward is not None:
+            head.forward = own_forward
+
+
+def _in_chunks(head: Callable[[Tensor], Tensor], hidden: Tensor, target: Tensor, vocabulary: int) -> Tensor:
+    """`_logps_of` for hidden states of shape `(scored, width)`, as one tensor of shape `(1, scored, 2)`."""
+
+    def score(hidden: Tensor, target: Tensor) -> Tensor:
+        return torch.stack(_logps_of(head(hidden), target), dim=-1)
+
+    chunks = math.ceil(len(target) * vocabulary / CHUNK)
+    if chunks <= 1:
+        return score(hidden, target)[None]
+    parts = zip(hidden.chunk(chunks), target.chunk(chunks), strict=True)
+    return torch.cat([checkpoint(score, *part, use_reentrant=False) for part in parts])[None]
 
 
 def _unwrapped(model: Any) -> Any:

@@ -1,10 +1,205 @@
-"""The reference model: prepared so that it starts out equal to the policy, to the last bit."""
+"""The reference model: what it is, when it must be loaded, and that it starts out equal to the policy."""
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, parse_flag_from_env
+
+from .errors import NOT_OUR_TRAINER
+
+# Settings of a model that say where it is, how its tokens are made, or how it is trained and served: the log-
+# probabilities of given token ids do not depend on them. A setting that is not listed is taken to matter.
+UNRELATED = {
+    *("model_name_or_path", "adapter_name_or_path", "adapter_folder", "model_revision", "trust_remote_code"),
+    *("cache_dir", "low_cpu_mem_usage", "offload_folder", "device_map", "print_param_status", "use_kv_cache"),
+    *("use_fast_tokenizer", "split_special_tokens", "crop_to_patches", "use_audio_in_video", "block_diag_attn"),
+    *("disable_gradient_checkpointing", "use_reentrant_gc", "use_unsloth_gc"),
+}
+UNRELATED_PREFIXES = ("export_", "vllm_", "sglang_", "infer_", "image_", "video_", "audio_")
+UNRELATED_SUFFIXES = ("_token",)
+
+# What makes up a saved model or adapter.
+MODEL_FILES = ("config.json", "adapter_config.json", "*.safetensors", "*.bin", "*.py")
+
+
+@dataclass(frozen=True)
+class PendingReference:
+    """A reference model that is not loaded yet.
+
+    Args:
+        create: LLaMA-Factory's `create_ref_model`.
+        model_args, finetuning_args: what it is called with.
+    """
+
+    create: Callable[[Any, Any], torch.nn.Module | None]
+    model_args: Any
+    finetuning_args: Any
+
+    def load(self) -> torch.nn.Module | None:
+        """The model, or None where the policy without its adapter is the reference."""
+        return self.create(self.model_args, self.finetuning_args)
+
+    def __getattr__(self, name: str) -> Any:
+        """Whatever is asked for besides is asked for by a trainer that takes this for a model."""
+        raise RuntimeError(NOT_OUR_TRAINER)
+
+    def starts_as_policy(self, args: Any) -> bool:
+        """Whether the reference is the policy as it is before the first step, so that it need not be loaded at all.
+
+        Args:
+            args: transformers' training arguments.
+        """
+        own = self.finetuning_args.ref_model is None and self.finetuning_args.finetuning_type in ("full", "freeze")
+        # These change the policy alone, and a resumed policy has moved.
+        model_args = self.model_args
+        changed = model_args.shift_attn or model_args.mixture_of_depths or model_args.use_unsloth
+        return own and not changed and args.resume_from_checkpoint is None
+
+
+def obstacle(pending: PendingReference, args: Any, datasets: Sequence[Any]) -> str | None:
+    """Why log-probabilities cannot be computed ahead, or not be recognised later, or None.
+
+    Args:
+        pending: the reference.
+        args: transformers' training arguments.
+        datasets: the tokenized data sets.
+    """
+    model_args = pending.model_args
+    if not args.do_train:
+        return "without training, each pair is asked about once"
+    if any(not hasattr(dataset, "column_names") or not hasattr(dataset, "__len__") for dataset in datasets):
+        return "the data set is streamed"
+    if any(_holds_media(dataset) for dataset in datasets):
+        return "the pairs hold more than text"
+    if model_args.resize_vocab or model_args.train_from_scratch:
+        return "the model has weights that are drawn at random"
+    return None
+
+
+def _holds_media(dataset: Any) -> bool:
+    arrow = dataset.with_format("arrow")
+    names = [name for name in ("images", "videos", "audios") if name in dataset.column_names]
+    return len(dataset) > 0 and any(arrow[:][name].null_count < len(dataset) for name in names)
+
+
+# --- what it is ------------------------------------------------------------------------------------------------------
+
+
+def describe(pending: PendingReference, policy: torch.nn.Module, args: Any) -> dict[str, Any] | None:
+    """Everything that decides on the reference's log-probabilities of given tokens; None if its files are unknown.
+
+    Args:
+        pending: the reference.
+        policy: the model to be trained, whose precision the reference is given.
+        args: transformers' training arguments.
+    """
+    found: list[Any] = [None]
+    if PartialState().is_main_process:
+        found = [_contents(pending)]
+    broadcast_object_list(found)
+    if found[0] is None:
+        return None
+
+    model_args, finetuning_args = pending.model_args, pending.finetuning_args
+    settings = {
+        field.name: getattr(model_args, field.name)
+        for field in dataclasses.fields(model_args)
+        if field.name not in UNRELATED
+        and not field.name.startswith(UNRELATED_PREFIXES)
+        and not field.name.endswith(UNRELATED_SUFFIXES)
+    }
+    if model_args.rope_scaling is None:  # otherwise it decides on the scale
+        del settings["model_max_length"]
+    return {
+        "files": found[0],
+        "is the policy without its adapter": finetuning_args.ref_model is None
+        and finetuning_args.finetuning_type == "lora",
+        "settings": {name: str(value) for name, value in settings.items()},
+        "ref_model_quantization_bit": finetuning_args.ref_model_quantization_bit,
+        "create_new_adapter": finetuning_args.create_new_adapter,
+        "policy's dtypes": _digest(_dtypes(policy)),
+        "attention": getattr(policy.config, "_attn_implementation", None),
+        "shared prefix": finetuning_args.share_prefix is not False,
+        "precision": {name: getattr(args, name, None) for name in ("bf16", "fp16", "tf32")},
+        "DeepSpeed": args.deepspeed is not None,
+        "FSDP": parse_flag_from_env("ACCELERATE_USE_FSDP"),
+        "device": args.device.type,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def folder_name(about: Mapping[str, Any]) -> str:
+    """The name of the folder of a reference that `describe` describes."""
+    return _digest(about)[:32]
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _dtypes(policy: torch.nn.Module) -> dict[str, str]:
+    """Dtypes by name, as the names are without an adapter."""
+    names = {
+        name.removeprefix("base_model.model.").replace(".base_layer", ""): str(parameter.dtype)
+        for name, parameter in policy.named_parameters()
+    }
+    return {name: dtype for name, dtype in names.items() if ".lora_" not in name}
+
+
+def _contents(pending: PendingReference) -> list[Any] | None:
+    """Per model or adapter that makes up the reference, hashes of its files; None if one cannot be found out."""
+    model_args, finetuning_args = pending.model_args, pending.finetuning_args
+    if finetuning_args.ref_model is None:
+        model, adapters = model_args.model_name_or_path, model_args.adapter_name_or_path or []
+    else:
+        model, adapters = finetuning_args.ref_model, (finetuning_args.ref_model_adapters or "").split(",")
+    subfolder = model_args.adapter_folder or ""
+    contents = [_content(model, "", model_args)]
+    contents += [_content(adapter.strip(), subfolder, model_args) for adapter in adapters if adapter.strip()]
+    return contents if all(contents) else None
+
+
+def _content(source: str, subfolder: str, model_args: Any) -> dict[str, str] | str | None:
+    """Hashes of a folder's files by name, or the commit of a model hub."""
+    if not Path(source).is_dir():
+        return _commit(source, subfolder, model_args)
+    files = sorted({path for pattern in MODEL_FILES for path in Path(source, subfolder).glob(pattern)})
+    with ThreadPoolExecutor() as pool:
+        return dict(zip((path.name for path in files), pool.map(_file_digest, files), strict=True))
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _commit(name: str, subfolder: str, model_args: Any) -> str | None:
+    from transformers.utils.hub import cached_file, extract_commit_hash
+
+    where = {"cache_dir": model_args.cache_dir, "revision": model_args.model_revision, "token": model_args.hf_hub_token}
+    for file in ("config.json", "adapter_config.json"):
+        try:
+            commit = extract_commit_hash(cached_file(name, file, subfolder=subfolder, **where), None)
+        except OSError:
+            continue
+        if commit is not None:
+            return f"{name}@{commit}/{subfolder}"
+    return None
+
+
+# --- its precision ---------------------------------------------------------------------------------------------------
 
 
 def autocast_dtype(args: Any) -> torch.dtype | None:
@@ -15,8 +210,6 @@ def autocast_dtype(args: Any) -> torch.dtype | None:
     Args:
         args: transformers' training arguments.
     """
-    from accelerate.utils import parse_flag_from_env
-
     if parse_flag_from_env("ACCELERATE_USE_FSDP"):
         return None
     return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None

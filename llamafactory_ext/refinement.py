@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from llamafactory.data import PairwiseDataCollatorWithPadding
 from llamafactory.data.processor import PairwiseDatasetProcessor
 from llamafactory.extras.constants import IGNORE_INDEX
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 PROMPT_IDS = "augmented_prompt_ids"  # column: the augmented prompt, without response
 MADE_WITH = "augmented_with"  # column: which text it was augmented with
 BATCH_PREFIX = "augmented_"
+AUGMENTED = "augmented"  # of a batch: what is known of its augmented pairs
+PADDING = {"input_ids": 0, "attention_mask": 0, "labels": IGNORE_INDEX}
 
 
 # --- tokenizing ------------------------------------------------------------------------------------------------------
@@ -124,11 +127,11 @@ class AugmentingCollator(PairwiseDataCollatorWithPadding):
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Tensor]:
         batch = super().__call__(features)
-        augmented = super().__call__([_augmented_features(pair) for pair in features])
+        augmented = super().__call__([augmented_pair(pair) for pair in features])
         return {**batch, **{f"{BATCH_PREFIX}{name}": values for name, values in augmented.items()}}
 
 
-def _augmented_features(pair: dict[str, Any]) -> dict[str, Any]:
+def augmented_pair(pair: dict[str, Any]) -> dict[str, Any]:
     prompt = list(pair[PROMPT_IDS])
     changed = {}
     for side in ("chosen", "rejected"):
@@ -139,7 +142,24 @@ def _augmented_features(pair: dict[str, Any]) -> dict[str, Any]:
     return pair | changed
 
 
-def split_batch(batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def joined(batches: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Batches of pairs as one: the chosen answers of all of them, then the rejected ones, padded to one length.
+
+    Args:
+        batches: of LLaMA-Factory's pairwise collator. A column with a row per pair is joined in the same order.
+    """
+    length = max(batch["input_ids"].shape[1] for batch in batches)
+    columns = {}
+    for name in batches[0]:
+        rows = [batch[name] for batch in batches]
+        if name in PADDING:
+            rows = [F.pad(row, (0, length - row.shape[1]), value=PADDING[name]) for row in rows]
+            rows = [half for side in zip(*(row.chunk(2) for row in rows), strict=True) for half in side]
+        columns[name] = torch.cat(rows)
+    return columns
+
+
+def split_batch(batch: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The pairs, and the augmented pairs under the same names (empty if there are none)."""
     augmented = {name.removeprefix(BATCH_PREFIX): v for name, v in batch.items() if name.startswith(BATCH_PREFIX)}
     return {name: values for name, values in batch.items() if not name.startswith(BATCH_PREFIX)}, augmented

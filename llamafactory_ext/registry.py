@@ -7,8 +7,8 @@ import functools
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +60,12 @@ class PairLogps:
     def margin(self) -> Tensor:
         """D_w - D_l, shape `(batch,)`; raises like `chosen_logratio`."""
         return self.chosen_logratio - self.rejected_logratio
+
+    def split(self, sizes: Sequence[int]) -> list[PairLogps]:
+        """The pairs in batches of these sizes."""
+        columns = [getattr(self, field.name) for field in fields(self)]
+        parts = [[None] * len(sizes) if column is None else column.split(list(sizes)) for column in columns]
+        return [PairLogps(*part) for part in zip(*parts, strict=True)]
 
     def per_token(self) -> PairLogps:
         """The same pairs with means over the response tokens in place of sums (so every length is 1)."""

@@ -91,7 +91,9 @@ def _train_ours(module: ModuleType) -> None:
 def _run_dpo(stock: Callable[..., None], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Call LLaMA-Factory's workflow with our trainer in the place where the workflow looks for its own."""
     from llamafactory.train.dpo import trainer as upstream
+    from llamafactory.train.dpo import workflow
 
+    from .reference import PendingReference
     from .trainer import PreferenceTrainer, TrainerCheck
 
     arguments = inspect.signature(stock).bind(*args, **kwargs).arguments
@@ -101,6 +103,10 @@ def _run_dpo(stock: Callable[..., None], instance: Any, args: tuple[Any, ...], k
     arguments["callbacks"] = [TrainerCheck(), *_metrics_in_trainer_log(callbacks), *callbacks]
     with contextlib.ExitStack() as replacements:
         replacements.enter_context(_replaced(upstream, "CustomDPOTrainer", PreferenceTrainer))
+        pending = functools.partial(
+            PendingReference, workflow.create_ref_model
+        )  # the trainer knows whether it is needed
+        replacements.enter_context(_replaced(workflow, "create_ref_model", pending))
         sr_prompt = arguments["finetuning_args"].refinement_prompt
         if sr_prompt is not None:
             for module, name, value in _augmenting(sr_prompt, arguments["model_args"]):
@@ -218,6 +224,7 @@ PATCHES = (
             "run_dpo": ("model_args", "data_args", "training_args", "finetuning_args", "callbacks"),
             "get_dataset": (),
             "PairwiseDataCollatorWithPadding": (),
+            "create_ref_model": ("model_args", "finetuning_args"),
         },
         _train_ours,
     ),

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import release_memory
+from llamafactory.data import PairwiseDataCollatorWithPadding
 from llamafactory.extras import logging
 from llamafactory.train.dpo.trainer import CustomDPOTrainer
 from transformers import Trainer, TrainerCallback
@@ -15,12 +18,14 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.utils import RunningMoments
 
+from .errors import NOT_OUR_TRAINER
 from .layout import Batch, Layout, is_text, obstacle, padded, shared_prefix
 from .logps import ResponseLogps, response_logps
 from .losses import bco
 from .monitors import RewardPlot
-from .reference import autocast_dtype, match_precision
-from .refinement import refinement, split_batch, without_dropout
+from .reference import PendingReference, autocast_dtype, match_precision
+from .reference_logps import COLUMN, Pair, ReferenceCollator, ReferenceLogps, from_column, known_beforehand
+from .refinement import AUGMENTED, joined, refinement, split_batch, without_dropout
 from .registry import PairLogps
 
 if TYPE_CHECKING:
@@ -29,6 +34,7 @@ if TYPE_CHECKING:
 logger = logging.get_logger()  # LLaMA-Factory's own, whose lines reach the console and the web UI
 
 BCO_STATE = "bco_running.json"
+MICRO_BATCHES_AT_ONCE = 4  # of an optimizer step, where no gradient is needed
 
 
 class TrainerCheck(TrainerCallback):
@@ -42,17 +48,25 @@ class TrainerCheck(TrainerCallback):
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not self.trainer_is_ours:
-            raise RuntimeError(
-                "stage dpo built a trainer that is not llamafactory_ext's, which would train another loss than "
-                "pref_loss names: unset what replaces it (use_kt, another plugin), or set LLAMAFACTORY_EXT=0."
-            )
+            raise RuntimeError(NOT_OUR_TRAINER)
+
+
+class BeforeTraining(TrainerCallback):
+    """Calls a function when models and optimizer are ready, before the first step."""
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        self.function = function
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.function()
 
 
 class PreferenceTrainer(CustomDPOTrainer):
     """LLaMA-Factory's DPO trainer with the loss that `pref_loss` names.
 
-    Per step: two forward passes (policy; reference, without gradient) give `PairLogps`, the loss maps them to one
-    value per pair, and `pref_bco_weight` and `pref_ftx` are added as in LLaMA-Factory.
+    Per step: a forward pass of the policy and the reference's log-probabilities (known beforehand, or from a second
+    pass) give `PairLogps`, the loss maps them to one value per pair, and `pref_bco_weight` and `pref_ftx` are added as
+    in LLaMA-Factory.
     """
 
     def __init__(self, model: Any, ref_model: Any, finetuning_args: Any, **kwargs: Any) -> None:
@@ -61,29 +75,38 @@ class PreferenceTrainer(CustomDPOTrainer):
                 callback.trainer_is_ours = True
 
         self.is_own_reference = ref_model is model
+        self.ref_model: Any = None
         self._metric_sums: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
         args = kwargs["args"]
+        self.references: ReferenceLogps | None = None
+        if isinstance(ref_model, PendingReference):
+            self.references = known_beforehand(ref_model, model, kwargs)
+            is_needed = self.references is None or (self.references.missing and not ref_model.starts_as_policy(args))
+            ref_model = ref_model.load() if is_needed else None
+        if self.references is not None:
+            kwargs["data_collator"] = ReferenceCollator(kwargs["data_collator"], self.references)
         # ZeRO-3 has loaded both models in the precision of its configuration, and in pieces.
         if ref_model is not None and not self.is_own_reference and not is_deepspeed_zero3_enabled():
             match_precision(ref_model, model, autocast_dtype(args))
 
         super().__init__(model=model, ref_model=ref_model, finetuning_args=finetuning_args, **kwargs)
         self.shares_prefix = self._may_share_prefix()
+        if self.references is not None:
+            self.add_callback(BeforeTraining(self.compute_reference_logps))
         if finetuning_args.plot_loss:
             self.add_callback(RewardPlot())
 
     # --- a batch becomes a loss ------------------------------------------------------------------------------------
 
     def get_batch_loss_metrics(
-        self, model: Any, batch: dict[str, Tensor], train_eval: str = "train"
+        self, model: Any, batch: dict[str, Any], train_eval: str = "train"
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean loss of the batch (a scalar), and its metrics: tensors of shape `(batch,)`, one value per pair."""
         batch, augmented_batch = split_batch(batch)
-        # First, so that its activations are gone before those of the policy are kept.
-        augmented = self._augmented_logps(model, self._lay_out(augmented_batch)) if augmented_batch else None
-        layout = self._lay_out(batch)
-        policy = response_logps(model, layout, ld_alpha=self.ld_alpha)
-        pairs = self._pair_logps(model, layout, policy)
+        augmented = batch.pop(AUGMENTED, None)  # in evaluation nobody has scored them yet
+        if augmented_batch:
+            augmented = self._augmented_logps(model, augmented_batch)
+        policy, pairs = self._pair_logps(model, batch, ld_alpha=self.ld_alpha)
         if augmented is not None:
             delta = refinement(augmented, self.finetuning_args.loss_hyperparameters, self.beta)
             pairs = replace(pairs, refinement=delta)
@@ -134,9 +157,19 @@ class PreferenceTrainer(CustomDPOTrainer):
             logger.info_rank0(f"What both answers begin with is computed for each of them, because {reason}.")
         return reason is None
 
-    def _pair_logps(self, model: Any, layout: Layout, policy: ResponseLogps) -> PairLogps:
-        reference_chosen, reference_rejected = self._reference_logps(model, layout, policy)
-        return PairLogps(
+    def _pair_logps(self, model: Any, batch: Batch, ld_alpha: float | None = None) -> tuple[ResponseLogps, PairLogps]:
+        known = batch.get(COLUMN)
+        layout = self._lay_out({name: values for name, values in batch.items() if name != COLUMN})
+        policy = response_logps(model, layout, ld_alpha=ld_alpha)
+        if not self.finetuning_args.use_ref_model:
+            reference_chosen = reference_rejected = None
+        elif known is not None:
+            reference_chosen, reference_rejected = from_column(known).unbind(dim=1)
+        elif self.is_own_reference:
+            reference_chosen, reference_rejected = policy.chosen.detach(), policy.rejected.detach()
+        else:
+            reference_chosen, reference_rejected = self._reference_logps(model, layout)
+        pairs = PairLogps(
             policy.chosen,
             policy.rejected,
             reference_chosen,
@@ -144,27 +177,67 @@ class PreferenceTrainer(CustomDPOTrainer):
             policy.chosen_length,
             policy.rejected_length,
         )
+        return policy, pairs
 
-    def _reference_logps(
-        self, model: Any, layout: Layout, policy: ResponseLogps
-    ) -> tuple[Tensor | None, Tensor | None]:
-        if not self.finetuning_args.use_ref_model:
-            return None, None
-        if self.is_own_reference:
-            return policy.chosen.detach(), policy.rejected.detach()
-
-        if self.ref_model is None:  # the policy without its adapter
-            reference_model, context = model, self.accelerator.unwrap_model(model).disable_adapter()
+    def _reference_logps(self, model: Any, layout: Layout) -> tuple[Tensor, Tensor]:
+        """By the reference model, or by the policy: without its adapter, or as it is before the first step."""
+        has_adapter = self.finetuning_args.finetuning_type == "lora"
+        if self.ref_model is None and has_adapter:
+            context = self.accelerator.unwrap_model(model).disable_adapter()
         else:
-            reference_model, context = self.ref_model, nullcontext()
+            context = nullcontext()
         with torch.no_grad(), context:
-            reference = response_logps(reference_model, layout)
+            reference = response_logps(model if self.ref_model is None else self.ref_model, layout)
         return reference.chosen, reference.rejected
 
-    def _augmented_logps(self, model: Any, layout: Layout) -> PairLogps:
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Any]], Any]:
+        """The micro-batches of an optimizer step, their augmented pairs already scored.
+
+        The policy is the same for all of them, so several are scored at a time: without gradient, and so without
+        what a layer keeps for its backward pass, more fit into memory. ZeRO-3 and FSDP gather the weights less often.
+        """
+        batches, count = super().get_batch_samples(*args, **kwargs)
+        parts = [split_batch(self._prepare_inputs(batch)) for batch in batches]
+        if not any(augmented for _, augmented in parts):
+            return batches, count
+
+        scored: list[PairLogps] = []
+        for start in range(0, len(parts), MICRO_BATCHES_AT_ONCE):
+            group = [augmented for _, augmented in parts[start : start + MICRO_BATCHES_AT_ONCE]]
+            with self.compute_loss_context_manager():
+                together = self._augmented_logps(self.model_wrapped, joined(group))
+            scored += together.split([len(augmented["labels"]) // 2 for augmented in group])
+        return [{**batch, AUGMENTED: pairs} for (batch, _), pairs in zip(parts, scored, strict=True)], count
+
+    def _augmented_logps(self, model: Any, batch: Batch) -> PairLogps:
         """The same responses under the augmented prompts: adapters on for the policy, no gradient, no dropout."""
         with torch.no_grad(), without_dropout(model):
-            return self._pair_logps(model, layout, response_logps(model, layout))
+            return self._pair_logps(model, batch)[1]
+
+    # --- the reference, before the first step ------------------------------------------------------------------------
+
+    def compute_reference_logps(self) -> None:
+        """Compute what is not known yet of the reference's log-probabilities, and let go of its model."""
+        assert self.references is not None
+        if self.references.missing:
+            with without_dropout(self.model_wrapped):
+                self.references.fill(self._score, self.args.eval_batch_size)
+        if self.ref_model is not None:
+            if hasattr(self.ref_model, "destroy"):  # DeepSpeed's engine
+                self.ref_model.destroy()
+            elif self.ref_model in self.accelerator._models:
+                self.accelerator._models.remove(self.ref_model)
+            self.ref_model = release_memory(self.ref_model)[0]
+
+    def _score(self, pairs: list[Pair]) -> Tensor:
+        assert isinstance(self.data_collator, ReferenceCollator)
+        # Without what our own collators add to a batch.
+        batch = PairwiseDataCollatorWithPadding.__call__(self.data_collator.collator, pairs)
+        layout = self._lay_out(self._prepare_inputs(dict(batch)))
+        with self.compute_loss_context_manager():
+            return torch.stack(self._reference_logps(self.model_wrapped, layout), dim=1)
+
+    # --- metrics, on the scale of LLaMA-Factory ----------------------------------------------------------------------
 
     def _reported(self, pairs: PairLogps) -> PairLogps:
         """The pairs on the scale that LLaMA-Factory reports: means per token for the losses that work on those."""

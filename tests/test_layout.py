@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from unittest import mock
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llamafactory.train.trainer_utils import get_batch_logps
+from planning.count_bytes import peak_of
 
+from llamafactory_ext import logps
 from llamafactory_ext.layout import padded, shared_prefix
 from llamafactory_ext.logps import response_logps
 
@@ -100,12 +103,18 @@ def pair(draw):
 
 
 @pytest.mark.parametrize("layout", ["padded", "shared_prefix"])
-@given(pairs=st.lists(pair(), min_size=1, max_size=4), pad_left=st.booleans(), ld_alpha=st.sampled_from([None, 0.4]))
-@settings(max_examples=60, deadline=None)
-def test_random_batches(layout, pairs, pad_left, ld_alpha):
+@given(
+    pairs=st.lists(pair(), min_size=1, max_size=4),
+    pad_left=st.booleans(),
+    ld_alpha=st.sampled_from([None, 0.4]),
+    chunk=st.sampled_from([1, 120, 2**26]),
+)
+@settings(max_examples=80, deadline=None)
+def test_random_batches(layout, pairs, pad_left, ld_alpha, chunk):
     model, batch = model_of("Llama, tied head"), collate(pairs)
     laid_out = padded(batch) if layout == "padded" else shared_prefix(collate(pairs, pad_left))
-    assert_like_llamafactory(model, batch, laid_out, 1e-9, ld_alpha)
+    with mock.patch.object(logps, "CHUNK", chunk):
+        assert_like_llamafactory(model, batch, laid_out, 1e-9, ld_alpha)
 
 
 PAIRS = [
@@ -115,9 +124,11 @@ PAIRS = [
 ]
 
 
+@pytest.mark.parametrize("chunk", [100, 2**26])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_families_of_models(family, attention):
+def test_families_of_models(family, attention, chunk, monkeypatch):
+    monkeypatch.setattr(logps, "CHUNK", chunk)
     model, batch = model_of(family, attention), collate(PAIRS)
     tolerance = {"sdpa": 1e-9, "eager": 1e-5}[attention]  # eager attention has its softmax in float32
     assert_like_llamafactory(model, batch, padded(batch), tolerance)
@@ -165,8 +176,36 @@ def test_the_head_runs_on_scored_tokens_only():
     response_logps(model, shared_prefix(batch))
     hook.remove()
     # 4 + 3, 1 + 1 and 5 + 5 tokens; of them 2, 0 and 3 are shared.
-    assert [shape[1] for shape in seen] == [19, 14]
+    assert seen == [(1, 19, 2), (1, 14, 2)]
     assert not model.lm_head._forward_pre_hooks
+    assert "forward" not in vars(model.lm_head)
+
+
+def test_log_probabilities_hold_a_chunk_at_a_time(monkeypatch):
+    """Four times as many scored tokens need no more, but for the hidden states and results themselves."""
+    vocabulary, width = 1000, 4
+    monkeypatch.setattr(logps, "CHUNK", 50 * vocabulary)
+    head = torch.nn.Linear(width, vocabulary)
+
+    def peak(scored):
+        hidden, target = torch.randn(scored, width, requires_grad=True), torch.zeros(scored, dtype=torch.int64)
+        return peak_of(lambda: logps._in_chunks(head, hidden, target, vocabulary).sum().backward())[1]
+
+    peak(50)
+    tensor = 50 * vocabulary * 4
+    assert peak(800) - peak(200) < 0.5 * tensor
+    assert 2 * tensor < peak(800) < 4 * tensor
+
+
+def test_a_model_that_caps_its_logits(monkeypatch):
+    monkeypatch.setattr(logps, "CHUNK", 100)
+    config = transformers.Gemma2Config(**SHAPE, head_dim=8, final_logit_softcapping=2.0, attn_implementation="eager")
+    torch.manual_seed(0)
+    model = transformers.Gemma2ForCausalLM(config).eval()
+    for parameter in model.parameters():
+        parameter.data *= 3
+    batch = collate(PAIRS)
+    assert_like_llamafactory(model, batch, padded(batch), 1e-5)
 
 
 def test_a_model_that_reads_its_head_in_another_way(monkeypatch):

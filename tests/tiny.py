@@ -114,6 +114,9 @@ def recipe(model: Path, data: Path, output: Path, **changes: Any) -> dict[str, A
         "report_to": "none",
         "seed": 1,
         "overwrite_cache": True,
+        "ref_log_probs_cache_dir": str(output / "references"),  # of the plugin's, and empty
         **changes,
     }
+    if settings["stage"] != "dpo":
+        del settings["ref_log_probs_cache_dir"]
     return {key: value for key, value in settings.items() if value is not None}

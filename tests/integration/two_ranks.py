@@ -27,7 +27,9 @@ def torchrun(script: Path, *words: str) -> None:
     port = f"--master_port={find_available_port()}"
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", port, str(script), *words]
     # Python's own view of the environment: the board's runner, tested in this process, leaves more in the C library's.
-    run = subprocess.run(command, env={**os.environ, "PATH": PATH}, capture_output=True, text=True)
+    run = subprocess.run(
+        command, env={**os.environ, "PATH": PATH, "PYTHONFAULTHANDLER": "1"}, capture_output=True, text=True
+    )
     assert run.returncode == 0, run.stderr[-4000:]
 
 
@@ -69,7 +71,9 @@ def train(recipes: list[dict[str, Any]]) -> None:
     from llamafactory.train.tuner import run_exp
     from transformers import training_args
 
-    from llamafactory_ext import trainer
+    from llamafactory_ext import logps, trainer
+
+    logps.CHUNK = 4096  # a handful of tokens at a time, which one process takes all at once
 
     def describe(model: torch.nn.Module) -> dict[str, Any]:
         parameters = list(model.parameters())

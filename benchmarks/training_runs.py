@@ -1,0 +1,218 @@
+"""The runs of `benchmarks/training.py`: recipes, processes, models made for them, and where they ran."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from training_report import Case, Result
+
+import llamafactory_ext
+from llamafactory_ext.arguments import SR_PROMPT
+from llamafactory_ext.errors import UserError
+from llamafactory_ext.registry import get_loss
+
+WORKER = Path(__file__).with_name("training_worker.py")
+FULL = {"finetuning_type": "full"}
+QWEN_7B: dict[str, Any] = {
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "intermediate_size": 11008,
+    "vocab_size": 151936,
+    "max_position_embeddings": 32768,
+    "tie_word_embeddings": False,
+}
+
+
+def is_refined(loss: str) -> bool:
+    """Whether a loss has a refinement term by default."""
+    return bool(get_loss(loss).defaults().get("sr_lambda"))
+
+
+def is_plugin(case: Case) -> bool:
+    return case.system in ("cold", "ours")
+
+
+@dataclass(frozen=True)
+class Runner:
+    """Runs recipes, each in a process of its own, and none again that has run with the same sources.
+
+    Args:
+        data: the file of the pairs, which LLaMA-Factory knows as `dataset`.
+        output: results go to its `runs`, caches to its `cache`.
+        tuning: the recipe's keys that say what is trained, and in which precision.
+    """
+
+    model: Path
+    template: str
+    data: Path
+    dataset: str
+    output: Path
+    tuning: Mapping[str, Any]
+
+    def seconds(self, case: Case, turn: int, global_batch: int, steps: int) -> Result:
+        """Time a step to warm up and then `steps`, on pairs that come once each."""
+        recipe = self._recipe(case, global_batch * (1 + steps)) | {
+            "gradient_accumulation_steps": global_batch // case.micro_batch,
+            # After a cache is built, steps are those of a warm one.
+            "max_steps": 1 if case.system == "cold" else 1 + steps,
+        }
+        return self._run(case, recipe, "seconds", f"round{turn}")
+
+    def peak(self, case: Case) -> int:
+        """Bytes in a step of one micro-batch, above weights, gradients and optimizer states."""
+        recipe = self._recipe(case, case.micro_batch) | {"gradient_accumulation_steps": 1, "max_steps": 1}
+        return self._run(case, recipe, "peak", self.model.name)["bytes"]
+
+    def _recipe(self, case: Case, pairs: int) -> dict[str, Any]:
+        ours = {
+            "pref_loss": case.loss,
+            "precompute_ref_log_probs": True,
+            "ref_log_probs_cache_dir": str(self._cache(case)),
+        }
+        return {
+            "stage": "dpo",
+            "do_train": True,
+            "model_name_or_path": str(self.model.resolve()),
+            "template": self.template,
+            "dataset_dir": str(self.data.parent.resolve()),
+            "dataset": self.dataset,
+            "max_samples": pairs,
+            "cutoff_len": 2048,
+            "overwrite_cache": True,
+            "per_device_train_batch_size": case.micro_batch,
+            "disable_gradient_checkpointing": True,
+            "optim": "adamw_torch",
+            "learning_rate": 1.0e-6,
+            "lr_scheduler_type": "constant",
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            "seed": 1,
+            **self.tuning,
+            **(ours if is_plugin(case) else {}),
+        }
+
+    def _cache(self, case: Case) -> Path:
+        return self.output.resolve() / "cache" / ("refined" if is_refined(case.loss) else "plain")
+
+    def _run(self, case: Case, recipe: dict[str, Any], watch: str, which: str) -> Result:
+        job = {
+            "recipe": recipe,
+            "watch": watch,
+            "naive_sr_prompt": SR_PROMPT if case.system == "naive" else None,
+        }
+        key = hashlib.sha256(json.dumps([job, case.system, which, sources()]).encode()).hexdigest()[:12]
+        name = f"{case.system}-{case.loss}-{case.micro_batch}-{watch}-{which}"
+        result = self.output / "runs" / f"{name}-{key}.json"
+        if not result.is_file():
+            print(f"running {name}", flush=True)
+            if case.system == "cold":
+                shutil.rmtree(self._cache(case), ignore_errors=True)
+            _launch(job, result, plugin=is_plugin(case))
+        return json.loads(result.read_text(encoding="utf-8"))
+
+
+def _launch(job: dict[str, Any], result: Path, plugin: bool) -> None:
+    """Run a job in a process of its own, its output in a file that stays only if it fails."""
+    result.parent.mkdir(parents=True, exist_ok=True)
+    log = result.with_suffix(".log")
+    one_gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": one_gpu, "LLAMAFACTORY_EXT": "1" if plugin else "0"}
+    with log.open("w", encoding="utf-8") as output:
+        command = [sys.executable, str(WORKER), str(result)]
+        ended = subprocess.run(
+            command, input=json.dumps(job), text=True, stdout=output, stderr=subprocess.STDOUT, env=environment
+        )
+    if ended.returncode:
+        raise UserError(f"a run ended with status {ended.returncode}: {log} says why.")
+    log.unlink()
+
+
+# --- models ----------------------------------------------------------------------------------------------------------
+
+
+def head_only(model: Path, folder: Path) -> Path:
+    """The model without its layers: what a step of it holds are log-probabilities, from the head to its gradient."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model)
+    config.num_hidden_layers = 0
+    if hasattr(config, "layer_types"):
+        config.layer_types = []
+    return _make(config, model, folder)
+
+
+def qwen_7b(tokenizer: Path, folder: Path) -> Path:
+    """A model of random weights in Qwen1.5-7B's shape, with another model's tokenizer."""
+    from transformers import Qwen2Config
+
+    return _make(Qwen2Config(**QWEN_7B, dtype="bfloat16"), tokenizer, folder)
+
+
+def _make(config: Any, tokenizer: Path, folder: Path) -> Path:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    if not folder.is_dir():
+        unfinished = folder.with_name(f".{folder.name}.unfinished")
+        AutoModelForCausalLM.from_config(config, dtype=config.dtype).save_pretrained(unfinished)
+        AutoTokenizer.from_pretrained(tokenizer).save_pretrained(unfinished)
+        unfinished.replace(folder)
+    return folder
+
+
+# --- where -----------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def sources() -> str:
+    """A digest of what is measured: the plugin's files, and the packages' versions."""
+    files = sorted(Path(llamafactory_ext.__file__).parent.rglob("*.py"))
+    contents = b"".join(file.read_bytes() for file in [*files, WORKER])
+    return hashlib.sha256(contents + json.dumps(versions()).encode()).hexdigest()
+
+
+def versions() -> dict[str, str]:
+    packages = ("llamafactory-ext", "llamafactory", "torch", "transformers", "trl")
+    return {name: importlib.metadata.version(name) for name in packages}
+
+
+def commit() -> str | None:
+    """The commit of this checkout, marked where files differ from it."""
+    command = ["git", "-C", str(WORKER.parent), "describe", "--always", "--dirty", "--exclude", "*"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True)
+    except FileNotFoundError:
+        return None
+    return found.stdout.strip() or None
+
+
+def machine() -> dict[str, Any]:
+    """When, with what and on what, in words; nothing of it names the machine."""
+    import torch
+
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    return {
+        "date": datetime.now(UTC).date().isoformat(),
+        "commit": commit(),
+        "versions": versions(),
+        "machine": f"{os.cpu_count()} CPU cores ({platform.machine()}), {memory:.0f} GiB, {gpu}",
+        "threads": torch.get_num_threads(),
+    }

@@ -1,0 +1,128 @@
+"""Reference log-probabilities on disk, found by the token ids of a pair.
+
+A folder per reference holds files of rows (key, chosen, rejected), each named after the hash of its content: one that
+was cut off, altered or misplaced is seen to be, and left out. Files appear whole or not at all and are only added to,
+until one that holds everything replaces them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+from filelock import FileLock, Timeout
+from llamafactory.extras import logging
+
+logger = logging.get_logger()
+
+# Pair -> summed log-probabilities of its chosen and its rejected response, in nats.
+Logps = dict[bytes, tuple[float, float]]
+
+KEY_BYTES = 16
+TOKENS = tuple(f"{side}_{column}" for side in ("chosen", "rejected") for column in ("input_ids", "labels"))
+
+
+def default_folder() -> Path:
+    """Where references are kept if the recipe names no folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "llamafactory_ext" / "references"
+
+
+def pair_key(pair: Mapping[str, Any]) -> bytes:
+    """What a tokenized pair is found by: token ids and labels of both answers, and nothing else."""
+    digest = hashlib.blake2b(digest_size=KEY_BYTES)
+    for name in TOKENS:
+        values = np.asarray(pair[name], dtype="<i8")
+        digest.update(len(values).to_bytes(8, "little") + values.tobytes())
+    return digest.digest()
+
+
+def read(folder: Path) -> Logps:
+    """Everything that the folder holds; empty if there is none. Damaged files are named in a warning."""
+    logps: Logps = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:  # replaced by another process a moment ago
+            return read(folder)
+        if hashlib.sha256(content).hexdigest() != path.stem:
+            logger.warning(f"{path} is damaged: the reference log-probabilities in it are computed again.")
+            continue
+        tensors = safetensors.numpy.load(content)
+        keys = tensors["keys"].tobytes()
+        starts = range(0, len(keys), KEY_BYTES)
+        logps |= zip((keys[at : at + KEY_BYTES] for at in starts), map(tuple, tensors["logps"].tolist()), strict=True)
+    return logps
+
+
+def append(folder: Path, logps: Logps, about: Mapping[str, Any]) -> Path:
+    """Add a file with these rows and return its path; `about` says in `about.json` which reference this is.
+
+    Raises:
+        OSError: if the folder cannot be written, or the disk is full; what was there is untouched.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "about.json").exists():
+        _write(folder / "about.json", json.dumps(about, indent=2, sort_keys=True).encode())
+    content = safetensors.numpy.save(
+        {
+            "keys": np.frombuffer(b"".join(logps), dtype=np.uint8).reshape(len(logps), KEY_BYTES),
+            "logps": np.array(list(logps.values()), dtype=np.float32).reshape(len(logps), 2),
+        }
+    )
+    path = folder / f"{hashlib.sha256(content).hexdigest()}.safetensors"
+    _write(path, content)
+    return path
+
+
+def merge(folder: Path, about: Mapping[str, Any]) -> None:
+    """Replace all files by one, with whatever a killed process or a bad disk left there. The caller holds the lock.
+
+    Raises:
+        OSError: as for `append`.
+    """
+    files = [*folder.glob("*.safetensors"), *folder.glob(".*.unfinished")]
+    if len(files) > 1:
+        whole = append(folder, read(folder), about)
+        for path in files:
+            if path != whole:
+                path.unlink(missing_ok=True)
+
+
+def _write(path: Path, content: bytes) -> None:
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    try:
+        with unfinished.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    except OSError:
+        unfinished.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Only one process at a time computes what the folder lacks; the others wait, and find it there.
+
+    Raises:
+        OSError: if the folder cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        logger.info(f"Another run computes the reference log-probabilities in {folder}: waiting for it.")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()

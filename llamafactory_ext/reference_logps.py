@@ -1,0 +1,197 @@
+"""The reference's log-probabilities of a run's pairs: found on disk, or computed by all ranks before the first step.
+
+They are constants of a pair, so no reference model is held while the policy is trained, and later runs with the same
+reference and pairs, such as all cells of a sweep, compute nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
+from llamafactory.extras import logging
+from tqdm import tqdm
+
+from . import reference_cache as cache
+from .reference import PendingReference, describe, folder_name, obstacle
+from .refinement import BATCH_PREFIX, PROMPT_IDS, augmented_pair
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+logger = logging.get_logger()  # LLaMA-Factory's own, whose lines reach the console and the web UI
+
+Pair = dict[str, Any]  # as LLaMA-Factory tokenizes it
+
+COLUMN = "reference_logps"  # of a batch; see `to_column`
+BATCHES_PER_FILE = 16  # per rank; what a killed run loses at most
+
+
+def known_beforehand(
+    pending: PendingReference, policy: torch.nn.Module, about_run: Mapping[str, Any]
+) -> ReferenceLogps | None:
+    """The reference's log-probabilities as far as they are on disk, or None if they are to be computed in every step.
+
+    Args:
+        pending: the reference.
+        policy: the model to be trained.
+        about_run: the trainer's keyword arguments, with the data sets and transformers' training arguments.
+
+    Raises:
+        ValueError: if the recipe insists where it is not exact.
+    """
+    args, datasets = about_run["args"], _datasets(about_run)
+    wanted = pending.finetuning_args.precompute_ref_log_probs
+    if wanted is False:
+        return None
+    reason, about = obstacle(pending, args, datasets), None
+    if reason is None:
+        about = describe(pending, policy, args)
+        reason = "the content of its files is not known" if about is None else None
+    if about is None:
+        if wanted:
+            raise ValueError(
+                f"the reference cannot be computed beforehand: {reason}. Remove `precompute_ref_log_probs: true`."
+            )
+        logger.info_rank0(f"The reference's log-probabilities are computed in every step, because {reason}.")
+        return None
+
+    directory = pending.finetuning_args.ref_log_probs_cache_dir
+    folder = (Path(directory).expanduser() if directory else cache.default_folder()) / folder_name(about)
+    references = ReferenceLogps(folder, about, datasets)
+    found, missing = len(references.table), len(references.missing)
+    logger.info_rank0(
+        f"Reference log-probabilities: {found} pairs in {folder}, "
+        + (f"{missing} to compute before the first step." if missing else "no reference model is needed.")
+    )
+    return references
+
+
+def _datasets(about_run: Mapping[str, Any]) -> list[Any]:
+    """The data sets for training and evaluation."""
+    evaluation = about_run.get("eval_dataset")
+    parts = evaluation.values() if isinstance(evaluation, dict) else [evaluation]
+    return [dataset for dataset in (about_run.get("train_dataset"), *parts) if dataset is not None]
+
+
+class ReferenceLogps:
+    """A table by pair, the same on every rank.
+
+    Args:
+        folder: where it is kept; a folder per reference.
+        about: what the reference is, for the folder's readers.
+        datasets: tokenized pairs, each with its augmented pair where the refinement term needs one.
+    """
+
+    def __init__(self, folder: Path, about: Mapping[str, Any], datasets: Sequence[Any]) -> None:
+        self.folder, self.about, self.datasets = folder, about, datasets
+        self._look_up()
+
+    def _look_up(self) -> None:
+        found: list[Any] = [None]
+        if PartialState().is_main_process:
+            table = cache.read(self.folder)
+            places = {cache.pair_key(pair): (len(pair["chosen_labels"]), place) for place, pair in self._pairs()}
+            # Longest first: batches of like lengths, and what does not fit into memory shows at once.
+            missing = sorted((value for key, value in places.items() if key not in table), reverse=True)
+            found = [({key: table[key] for key in places if key in table}, [place for _, place in missing])]
+        broadcast_object_list(found)
+        self.table, self.missing = found[0]
+
+    def _pairs(self) -> Iterator[tuple[tuple[int, int, bool], Pair]]:
+        """Every pair, and where it is: data set, row, whether it is that row's augmented pair."""
+        for number, dataset in enumerate(self.datasets):
+            names = [name for name in (*cache.TOKENS, PROMPT_IDS) if name in dataset.column_names]
+            for row, pair in enumerate(dataset.select_columns(names).with_format("numpy")):
+                yield (number, row, False), pair
+                if PROMPT_IDS in names:
+                    yield (number, row, True), augmented_pair(pair)
+
+    def fill(self, score: Callable[[list[Pair]], Tensor], batch_size: int) -> None:
+        """Compute what is missing, shared out over the ranks; what is done is on disk, whatever happens then.
+
+        Args:
+            score: gives the reference's log-probabilities of some pairs, shape `(pairs, 2)`, chosen first.
+            batch_size: pairs that it is given at a time.
+
+        Raises:
+            ValueError: if a log-probability is not a number.
+        """
+        state = PartialState()
+        with ExitStack() as stack:
+            if state.is_main_process:
+                self._save(lambda: stack.enter_context(cache.locked(self.folder)))
+            self._look_up()  # another run may have been faster
+            share = BATCHES_PER_FILE * batch_size
+            hidden = not state.is_local_main_process
+            with tqdm(total=len(self.missing), desc="Reference log-probabilities", disable=hidden) as bar:
+                for start in range(0, len(self.missing), share * state.num_processes):
+                    part = self.missing[start : start + share * state.num_processes]
+                    # Every rank calls the model as often as the others, which may have to gather its weights with it.
+                    rows = -(-len(part) // state.num_processes)
+                    mine = [part[(state.process_index + n * state.num_processes) % len(part)] for n in range(rows)]
+                    computed = dict(gather_object(list(self._score(mine, score, batch_size))))
+                    self.table |= computed
+                    if state.is_main_process:
+                        self._save(lambda: cache.append(self.folder, computed, self.about))  # noqa: B023
+                    bar.update(len(part))
+            if state.is_main_process:
+                self._save(lambda: cache.merge(self.folder, self.about))
+        self.missing = []
+
+    def _score(
+        self, places: list[tuple[int, int, bool]], score: Callable[[list[Pair]], Tensor], batch_size: int
+    ) -> Iterator[tuple[bytes, tuple[float, float]]]:
+        for start in range(0, len(places), batch_size):
+            pairs = [self._pair(*place) for place in places[start : start + batch_size]]
+            logps = score(pairs).float().cpu()
+            if not torch.isfinite(logps).all():
+                raise ValueError(
+                    "the reference gives some response a log-probability that is not a number: check its weights and "
+                    "precision (bf16 in place of fp16)."
+                )
+            yield from zip(map(cache.pair_key, pairs), map(tuple, logps.tolist()), strict=True)
+
+    def _pair(self, number: int, row: int, augmented: bool) -> Pair:
+        pair = self.datasets[number][row]
+        return augmented_pair(pair) if augmented else pair
+
+    def _save(self, write: Callable[[], Any]) -> None:
+        """A folder that cannot be written costs later runs their time, and this one nothing."""
+        try:
+            write()
+        except OSError as error:
+            logger.warning_rank0_once(
+                f"The reference log-probabilities are kept for this run only: {error}. Make room or name another "
+                "folder with `ref_log_probs_cache_dir`, so that later runs need not compute them again."
+            )
+
+    def column(self, pairs: Sequence[Pair]) -> Tensor:
+        """The values of some pairs, as a column of their batch; see `from_column`."""
+        return torch.tensor([self.table[cache.pair_key(pair)] for pair in pairs]).view(torch.int32)
+
+
+def from_column(column: Tensor) -> Tensor:
+    """Log-probabilities of shape `(pairs, 2)`, float32, chosen first.
+
+    A batch carries their bits as integers, because DeepSpeed's half precision would round what is no integer.
+    """
+    return column.view(torch.float32)
+
+
+class ReferenceCollator:
+    """A collator whose batches also have the reference's log-probabilities of their pairs."""
+
+    def __init__(self, collator: Any, references: ReferenceLogps) -> None:
+        self.collator, self.references = collator, references
+
+    def __call__(self, pairs: list[Pair]) -> dict[str, Tensor]:
+        batch = {**self.collator(pairs), COLUMN: self.references.column(pairs)}
+        if PROMPT_IDS in pairs[0]:
+            batch[BATCH_PREFIX + COLUMN] = self.references.column([augmented_pair(pair) for pair in pairs])
+        return batch

@@ -1,0 +1,128 @@
+"""The folder of reference log-probabilities: nothing lost, nothing altered, nothing computed twice."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llamafactory_ext import reference_cache as cache
+
+# The values are log-probabilities in float32, -0.0 and the smallest of them included.
+logp = st.floats(max_value=0, allow_nan=False, width=32)
+rows = st.dictionaries(st.binary(min_size=cache.KEY_BYTES, max_size=cache.KEY_BYTES), st.tuples(logp, logp), max_size=9)
+ABOUT = {"files": "of a test"}
+KEYS = [bytes([n]) * cache.KEY_BYTES for n in range(9)]
+
+
+@given(parts=st.lists(rows, max_size=4))
+@settings(deadline=None, max_examples=30)
+def test_what_was_added_is_read_again(parts, tmp_path_factory):
+    folder, everything = tmp_path_factory.mktemp("cache"), {}
+    for part in parts:
+        part = {key: part[key] for key in part.keys() - everything.keys()}
+        cache.append(folder, part, ABOUT)
+        everything |= part
+    assert cache.read(folder) == everything
+    cache.merge(folder, ABOUT)
+    assert cache.read(folder) == everything
+    assert len(list(folder.glob("*.safetensors"))) == min(len(parts), 1)
+
+
+def test_nothing_is_read_from_no_folder(tmp_path):
+    assert cache.read(tmp_path / "none") == {}
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b[:40] + bytes([b[40] ^ 1]) + b[41:], lambda b: b""])
+def test_a_damaged_file_is_left_out(damage, tmp_path, caplog):
+    good, bad = (cache.append(tmp_path, {key: (-1.5, -2.5)}, ABOUT) for key in KEYS[:2])
+    bad.write_bytes(damage(bad.read_bytes()))
+    assert cache.read(tmp_path) == {KEYS[0]: (-1.5, -2.5)}
+    cache.merge(tmp_path, ABOUT)
+    assert list(tmp_path.glob("*.safetensors")) == [good]
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
+    cache.append(tmp_path, {KEYS[0]: (-1.0, -2.0)}, ABOUT)
+    before = sorted(path.name for path in tmp_path.iterdir())
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        cache.append(tmp_path, {KEYS[1]: (-1.0, -2.0)}, ABOUT)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_the_key_is_the_tokens():
+    pair = {"chosen_input_ids": [1, 2, 3], "chosen_labels": [-100, 2, 3], "rejected_input_ids": [1, 4]}
+    pair |= {"rejected_labels": [-100, 4]}
+    key = cache.pair_key(pair)
+    as_arrays = {name: np.array(values, dtype=np.int32) for name, values in pair.items()}
+    assert cache.pair_key(as_arrays | {"images": None}) == key
+    moved = {"chosen_input_ids": [1, 2], "chosen_labels": [3, -100, 2, 3], "rejected_input_ids": [1, 4]}
+    changes = [{"chosen_labels": [-100, -100, 3]}, {"rejected_input_ids": [1, 5]}, moved]
+    swapped = {
+        name: pair[name.replace("chosen", "x").replace("rejected", "chosen").replace("x", "rejected")] for name in pair
+    }
+    assert len({key, cache.pair_key(swapped), *(cache.pair_key(pair | change) for change in changes)}) == 5
+
+
+# --- several processes -----------------------------------------------------------------------------------------------
+
+# Fills a cache; every batch that the reference is asked about leaves a line, and the process may die while it works.
+FILL = """
+import os, signal, sys
+from pathlib import Path
+import datasets, torch
+from accelerate import PartialState
+from llamafactory_ext import reference_logps
+
+folder, log, dies_after = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+reference_logps.BATCHES_PER_FILE = 3
+PartialState(cpu=True)
+ids = [[1, n % 7 + 2, n % 5 + 2, n] for n in range(40)]
+rows = [{f"{side}_input_ids": i, f"{side}_labels": i} for i in ids for side in ("chosen",)]
+rows = [row | {"rejected_input_ids": [9, *row["chosen_input_ids"]], "rejected_labels": [-100] * 5} for row in rows]
+references = reference_logps.ReferenceLogps(folder, {}, [datasets.Dataset.from_list(rows)])
+
+def score(pairs):
+    with log.open("a") as file:
+        file.write(f"{len(pairs)}\\n")
+    if len(log.read_text().split()) == dies_after:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return torch.tensor([[-1.0 * sum(pair["chosen_input_ids"]), -0.5] for pair in pairs])
+
+references.fill(score, batch_size=2)
+assert not references.missing and len(references.table) == 40
+column = reference_logps.from_column(references.column(rows))
+assert column.tolist() == [[-1.0 * sum(i), -0.5] for i in ids]
+"""
+
+
+def fill(folder: Path, log: Path, dies_after: int = 0) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-c", FILL, str(folder), str(log), str(dies_after)])
+
+
+@pytest.mark.slow
+def test_killed_it_loses_one_file_at_most(tmp_path):
+    folder, first, second = tmp_path / "cache", tmp_path / "first", tmp_path / "second"
+    assert fill(folder, first, dies_after=11).wait(timeout=300) == -9
+    assert len(cache.read(folder)) == 18  # three files of three batches of two pairs; two batches were lost
+    assert fill(folder, second).wait(timeout=300) == 0
+    assert sum(map(int, second.read_text().split())) == 40 - 18
+    assert len(list(folder.glob("*.safetensors"))) == 1
+
+
+@pytest.mark.slow
+def test_one_process_computes_and_the_other_waits(tmp_path):
+    folder, log = tmp_path / "cache", tmp_path / "log"
+    processes = [fill(folder, log) for _ in range(2)]
+    assert [process.wait(timeout=300) for process in processes] == [0, 0]
+    assert sum(map(int, log.read_text().split())) == 40
