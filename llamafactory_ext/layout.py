@@ -74,6 +74,11 @@ def shared_prefix(batch: Batch, attention: str = "sdpa") -> Layout:
     The shared prefix ends before the first differing token, and at least one token before the end of the shorter
     answer, so that every answer keeps a tail.
 
+    Several tries in one long row would need no padding, but attention under a mask costs the square of the row:
+    SmolLM2-135M with GSM8K pairs took 1.01 times as long at four pairs, 1.21 times at eight (forward and backward, two
+    CPU cores). Rows no longer than the longest trie hardly ever have room for a second one. FlexAttention would skip
+    what the mask hides, but LLaMA-Factory has no setting for it.
+
     Args:
         batch: as for `padded`; text only.
         attention: the model's implementation, `sdpa` or `eager`: what its mask, of shape `(pairs, 1, length, length)`,

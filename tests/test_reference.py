@@ -216,6 +216,26 @@ def test_a_folder_that_cannot_be_written(train, tmp_path, log):
     assert_same(known, train(precompute_ref_log_probs=False))
 
 
+def test_a_full_disk(train, tmp_path, monkeypatch, log):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    known = train()
+    assert "kept for this run only: [Errno 28] No space left on device" in log.text
+    assert not list((tmp_path / "references").rglob("*.safetensors"))
+    monkeypatch.undo()
+    assert_same(known, train(precompute_ref_log_probs=False))
+
+
+def test_a_complete_folder_is_only_read(train, monkeypatch):
+    """So it may lie on a read-only mount."""
+    known = train()
+    for name in ("append", "merge", "locked"):
+        monkeypatch.delattr(f"llamafactory_ext.reference_cache.{name}")
+    assert_same(train(), known)
+
+
 def test_weights_that_are_broken(train, policy, tmp_path):
     broken = shutil.copytree(policy, tmp_path / "broken")
     weights = load_file(broken / "model.safetensors")

@@ -15,6 +15,7 @@ from llamafactory.train import tuner
 from tiny import recipe
 from transformers import AutoTokenizer
 
+from llamafactory_ext import trainer
 from llamafactory_ext.layout import padded
 from llamafactory_ext.logps import response_logps
 from llamafactory_ext.refinement import (
@@ -23,6 +24,7 @@ from llamafactory_ext.refinement import (
     AugmentingCollator,
     AugmentingProcessor,
     augment,
+    joined,
     split_batch,
     without_dropout,
 )
@@ -153,6 +155,26 @@ def test_delta_of_hand_built_ids_is_that_of_independent_calls(model, other_model
         assert margin == pytest.approx(ratios[0] - ratios[1], abs=1e-4)
 
 
+def test_joined_batches_are_scored_as_each_is(model):
+    """Of other lengths, one padded: the chosen answers of both, then the rejected ones, in their order."""
+    from transformers import AutoModelForCausalLM
+
+    scorer = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    shapes = ((4, 9), (2, 14))  # two pairs and one
+    ids = [torch.randint(2, 250, shape, generator=torch.Generator().manual_seed(0)) for shape in shapes]
+    batches = [{"input_ids": i, "attention_mask": torch.ones_like(i), "labels": i.clone()} for i in ids]
+    batches[0]["attention_mask"][3, 6:], batches[0]["labels"][3, 6:] = 0, -100
+    for batch, reference in zip(batches, ([[1, 2], [3, 4]], [[5, 6]]), strict=True):
+        batch["labels"][:, :3] = -100
+        batch["reference_logps"] = torch.tensor(reference)
+    together = joined(batches)
+    assert together.pop("reference_logps").tolist() == [[1, 2], [3, 4], [5, 6]]
+    alone = [response_logps(scorer, padded({k: v for k, v in b.items() if k != "reference_logps"})) for b in batches]
+    for side in ("chosen", "rejected"):
+        expected = torch.cat([getattr(logps, side) for logps in alone])
+        torch.testing.assert_close(getattr(response_logps(scorer, padded(together)), side), expected)
+
+
 def test_without_dropout_restores_every_module():
     model = torch.nn.Sequential(
         torch.nn.Linear(4, 4), torch.nn.Dropout(0.5), torch.nn.Sequential(torch.nn.Dropout(0.5))
@@ -235,6 +257,27 @@ def test_dropout_is_off_in_the_augmented_pass_and_on_in_training(data, tmp_path,
     first = train(model)[0]
     assert first["sr/refinement"] == 0.0
     assert abs(first["normalized_rewards/chosen"]) > 0.01
+
+
+def test_the_augmented_pairs_of_a_step_are_scored_some_at_a_time(model, other_model, train, monkeypatch):
+    """Five micro-batches a step: four at once and one; the numbers are those of one at a time."""
+    calls = []
+    score = trainer.PreferenceTrainer._augmented_logps
+
+    def counted(self, model, batch):
+        calls.append(len(batch["labels"]) // 2)
+        return score(self, model, batch)
+
+    monkeypatch.setattr(trainer.PreferenceTrainer, "_augmented_logps", counted)
+    changes = {"ref_model": str(other_model), "sr_prompt": SHORT, "gradient_accumulation_steps": 5}
+    changes |= {"per_device_train_batch_size": 1, "max_steps": 2, "optim": "sgd"}
+    at_once = train(model, **changes)
+    assert calls == [4, 1, 4, 1]
+    monkeypatch.setattr(trainer, "MICRO_BATCHES_AT_ONCE", 1)
+    one_by_one = train(model, **changes)
+    for ours, theirs in zip(at_once, one_by_one, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        assert ours["sr/refinement"] == pytest.approx(theirs["sr/refinement"], rel=1e-4)
 
 
 def test_evaluation_sets_and_other_losses(model, other_model, train):

@@ -27,10 +27,10 @@ def torchrun(script: Path, *words: str) -> None:
     port = f"--master_port={find_available_port()}"
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", port, str(script), *words]
     # Python's own view of the environment: the board's runner, tested in this process, leaves more in the C library's.
-    run = subprocess.run(
-        command, env={**os.environ, "PATH": PATH, "PYTHONFAULTHANDLER": "1"}, capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
+    environment = {**os.environ, "PATH": PATH, "PYTHONFAULTHANDLER": "1"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    crash = run.stderr.find("Fatal Python error")
+    assert run.returncode == 0, run.stderr[crash:][:6000] if crash >= 0 else run.stderr[-4000:]
 
 
 def train_on_two_ranks(recipes: list[dict[str, Any]], folder: Path) -> None:
