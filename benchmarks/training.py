@@ -154,7 +154,9 @@ def measure(settings: Settings, dataset: str) -> Report:
             results.setdefault(case, []).append(result)
 
     limit = torch.cuda.get_device_properties(0).total_memory // 2 if gpu else MEMORY_LIMIT
-    head = replace(runner, model=head_only(model, output / "head"), tuning=FULL | ({"bf16": True} if gpu else {}))
+    head = replace(
+        runner, model=head_only(model, output / f"{model.name}-head"), tuning=FULL | ({"bf16": True} if gpu else {})
+    )
     memory = {
         "training": peaks(runner, settings.training_sizes, limit),
         "head": peaks(head, settings.head_sizes, limit),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import takewhile
 from pathlib import Path
 from statistics import median
@@ -230,6 +230,18 @@ class Report:
         return targets(self.timings, self.builds, self.memory, self.refined)
 
     @property
+    def loss_difference(self) -> float | None:
+        """The largest between a step's loss in ours and on LLaMA-Factory's path, if a loss was trained by both."""
+        losses = {timing.case: timing.losses for timing in self.timings}
+        differences = [
+            abs(theirs - ours)
+            for case in losses
+            if case.system != "ours" and replace(case, system="ours") in losses
+            for theirs, ours in zip(losses[case], losses[replace(case, system="ours")], strict=True)
+        ]
+        return max(differences, default=None)
+
+    @property
     def tokens(self) -> dict[str, Any]:
         count = len(self.pairs)
         return {
@@ -243,6 +255,7 @@ class Report:
         return {
             **self.about,
             "tokens": self.tokens,
+            "loss_difference": self.loss_difference,
             "timings": [asdict(timing) for timing in self.timings],
             "cache_builds": [asdict(build) for build in self.builds],
             "peak_bytes": self.memory,
@@ -254,6 +267,8 @@ def show(report: Report, console: Console) -> None:
     for name, value in report.about.items():
         listed = ", ".join(f"{key} {each}" for key, each in value.items()) if isinstance(value, dict) else value
         console.print(f"{name.replace('_', ' ')}: {listed}", markup=False, highlight=False)
+    if report.loss_difference is not None:
+        console.print(f"losses differ by at most {report.loss_difference:.1e} from LLaMA-Factory's", highlight=False)
     for table in (_tokens(report), _timings(report), _builds(report), *_memory(report), _targets(report)):
         console.print("", table)
 

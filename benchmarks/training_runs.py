@@ -103,6 +103,7 @@ class Runner:
             "save_strategy": "no",
             "report_to": "none",
             "seed": 1,
+            "disable_shuffling": True,  # every configuration takes the same pairs in the same steps
             **self.tuning,
             **(ours if is_plugin(case) else {}),
         }

@@ -82,8 +82,8 @@ def test_parameters_that_tokens_are_multiplied_with(tmp_path, tied):
     assert parameters(model, trained=True) == everything - looked_up - model.get_output_embeddings().weight.numel()
 
 
-def run_of(*steps, setup=0.0):
-    return {"setup": setup, "steps": list(steps), "losses": [0.7], "pairs": PAIRS, "positions": 64, **SIZE}
+def run_of(*steps, losses=(0.7, 0.7)):
+    return {"setup": 0.0, "steps": list(steps), "losses": list(losses), "pairs": PAIRS, "positions": 64, **SIZE}
 
 
 def test_rounds_are_joined_without_their_first_steps():
@@ -125,13 +125,13 @@ def test_targets():
 
 
 def test_what_is_shown_and_written(tmp_path):
-    cases = [
-        Case("stock", "sigmoid", 1),
-        Case("ours", "sigmoid", 1),
-        Case("naive", "sr_dpo", 1),
-        Case("ours", "sr_dpo", 1),
-    ]
-    timings = [timing(case, [run_of(9.0, 4.0)], 16, "NVIDIA H200") for case in cases]
+    losses = {
+        Case("stock", "sigmoid", 1): (0.7, 0.5),
+        Case("ours", "sigmoid", 1): (0.7, 0.75),
+        Case("naive", "sr_dpo", 1): (0.6, 0.5),
+        Case("ours", "sr_dpo", 1): (0.6, 0.5),
+    }
+    timings = [timing(case, [run_of(9.0, 4.0, losses=each)], 16, "NVIDIA H200") for case, each in losses.items()]
     memory = {part: {"stock": {1: 2**21}, "ours": {1: 2**20, 2: 2**21}} for part in ("training", "head")}
     about = {"commit": "abc", "versions": {"torch": "2.13"}}
     report = Report(about, PAIRS, timings, [Build("sigmoid", 10.0, 16)], memory, refined=["sr_dpo"])
@@ -142,6 +142,7 @@ def test_what_is_shown_and_written(tmp_path):
     assert "versions: torch 2.13" in shown
     assert "2 pairs of 14 tokens, 10 with the common prefix once" in shown
     written = json.loads(json.dumps(report.as_json()))
+    assert written["loss_difference"] == 0.25
     assert written["timings"][0]["case"] == {"system": "stock", "loss": "sigmoid", "micro_batch": 1}
     assert [target["reached"] for target in written["targets"]] == [False, False, False, False, True, False]
     plot(report, tmp_path / "report.png")
@@ -162,7 +163,7 @@ def test_naive_sr_dpo_trains_what_the_plugin_does(data, tmp_path, monkeypatch):
     model, reference = (make_model(tmp_path / f"model{seed}", seed=seed, dtype="float32") for seed in (1, 0))
 
     def losses(output, **changes):
-        tuner.run_exp(recipe(model, data, output, ref_model=str(reference), **changes))
+        tuner.run_exp(recipe(model, data, output, ref_model=str(reference), disable_shuffling=True, **changes))
         history = json.loads((output / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
         return [log["loss"] for log in history if "loss" in log]
 
