@@ -15,8 +15,11 @@ import torch
 import transformers
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, parse_flag_from_env
+from llamafactory.extras import logging
 
 from .errors import NOT_OUR_TRAINER
+
+logger = logging.get_logger()  # LLaMA-Factory's own, whose lines reach the console and the web UI
 
 # Settings of a model that say where it is, how its tokens are made, or how it is trained and served: the log-
 # probabilities of given token ids do not depend on them. A setting that is not listed is taken to matter.
@@ -104,6 +107,7 @@ def describe(pending: PendingReference, policy: torch.nn.Module, args: Any) -> d
         policy: the model to be trained, whose precision the reference is given.
         args: transformers' training arguments.
     """
+    logger.info_rank0("Hashing the files of the reference model, by which its log-probabilities are recognised.")
     found: list[Any] = [None]
     if PartialState().is_main_process:
         found = [_contents(pending)]

@@ -20,7 +20,7 @@ import safetensors.numpy
 from filelock import FileLock, Timeout
 from llamafactory.extras import logging
 
-logger = logging.get_logger()
+logger = logging.get_logger()  # LLaMA-Factory's own, whose lines reach the console and the web UI
 
 # Pair -> summed log-probabilities of its chosen and its rejected response, in nats.
 Logps = dict[bytes, tuple[float, float]]

@@ -28,6 +28,8 @@ logger = logging.get_logger()  # LLaMA-Factory's own, whose lines reach the cons
 
 Pair = dict[str, Any]  # as LLaMA-Factory tokenizes it
 
+Place = tuple[int, int, bool]  # of a pair: data set, row, whether it is that row's augmented pair
+
 COLUMN = "reference_logps"  # of a batch; see `to_column`
 BATCHES_PER_FILE = 16  # per rank; what a killed run loses at most
 
@@ -103,8 +105,8 @@ class ReferenceLogps:
         broadcast_object_list(found)
         self.table, self.missing = found[0]
 
-    def _pairs(self) -> Iterator[tuple[tuple[int, int, bool], Pair]]:
-        """Every pair, and where it is: data set, row, whether it is that row's augmented pair."""
+    def _pairs(self) -> Iterator[tuple[Place, Pair]]:
+        """Every pair, and where it is."""
         for number, dataset in enumerate(self.datasets):
             names = [name for name in (*cache.TOKENS, PROMPT_IDS) if name in dataset.column_names]
             for row, pair in enumerate(dataset.select_columns(names).with_format("numpy")):
@@ -125,27 +127,24 @@ class ReferenceLogps:
         state = PartialState()
         with ExitStack() as stack:
             if state.is_main_process:
-                self._save(lambda: stack.enter_context(cache.locked(self.folder)))
+                self._save(stack.enter_context, cache.locked(self.folder))
             self._look_up()  # another run may have been faster
-            share = BATCHES_PER_FILE * batch_size
+            size = BATCHES_PER_FILE * batch_size * state.num_processes
             hidden = not state.is_local_main_process
             with tqdm(total=len(self.missing), desc="Reference log-probabilities", disable=hidden) as bar:
-                for start in range(0, len(self.missing), share * state.num_processes):
-                    part = self.missing[start : start + share * state.num_processes]
-                    # Every rank calls the model as often as the others, which may have to gather its weights with it.
-                    rows = -(-len(part) // state.num_processes)
-                    mine = [part[(state.process_index + n * state.num_processes) % len(part)] for n in range(rows)]
-                    computed = dict(gather_object(list(self._score(mine, score, batch_size))))
+                for start in range(0, len(self.missing), size):
+                    part = self.missing[start : start + size]
+                    computed = dict(gather_object(list(self._score(_share(part), score, batch_size))))
                     self.table |= computed
                     if state.is_main_process:
-                        self._save(lambda: cache.append(self.folder, computed, self.about))  # noqa: B023
+                        self._save(cache.append, self.folder, computed, self.about)
                     bar.update(len(part))
             if state.is_main_process:
-                self._save(lambda: cache.merge(self.folder, self.about))
+                self._save(cache.merge, self.folder, self.about)
         self.missing = []
 
     def _score(
-        self, places: list[tuple[int, int, bool]], score: Callable[[list[Pair]], Tensor], batch_size: int
+        self, places: list[Place], score: Callable[[list[Pair]], Tensor], batch_size: int
     ) -> Iterator[tuple[bytes, tuple[float, float]]]:
         for start in range(0, len(places), batch_size):
             pairs = [self._pair(*place) for place in places[start : start + batch_size]]
@@ -161,10 +160,10 @@ class ReferenceLogps:
         pair = self.datasets[number][row]
         return augmented_pair(pair) if augmented else pair
 
-    def _save(self, write: Callable[[], Any]) -> None:
+    def _save(self, write: Callable[..., Any], *args: Any) -> None:
         """A folder that cannot be written costs later runs their time, and this one nothing."""
         try:
-            write()
+            write(*args)
         except OSError as error:
             logger.warning_rank0_once(
                 f"The reference log-probabilities are kept for this run only: {error}. Make room or name another "
@@ -174,6 +173,13 @@ class ReferenceLogps:
     def column(self, pairs: Sequence[Pair]) -> Tensor:
         """The values of some pairs, as a column of their batch; see `from_column`."""
         return torch.tensor([self.table[cache.pair_key(pair)] for pair in pairs]).view(torch.int32)
+
+
+def _share(places: list[Place]) -> list[Place]:
+    """This rank's part: as many as the others', because they may gather the model's weights together."""
+    state = PartialState()
+    rows = range(state.process_index, len(places) + -len(places) % state.num_processes, state.num_processes)
+    return [places[row % len(places)] for row in rows]
 
 
 def from_column(column: Tensor) -> Tensor:

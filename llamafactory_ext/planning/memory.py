@@ -80,7 +80,9 @@ class Training:
 
     Args:
         model: the policy.
-        reference: the reference model, or None where there is none to be held.
+        reference: the reference model, or None where none is loaded.
+        reference_sequences: in a batch of the pass that computes the reference's log-probabilities before the first
+            step, after which a loaded reference is let go; 0 where there is no such pass.
         adapter: LoRA's, or None for full fine-tuning.
         engine, optimizer: see there.
         half: whether training runs in bf16 or fp16.
@@ -91,10 +93,12 @@ class Training:
         sequences: in a micro-batch: two per pair.
         length: tokens per sequence, padding included.
         answer: tokens of an answer, which are those that the language-model head runs on.
+        chunk: the most logits that the head computes at once; infinite where it computes all.
     """
 
     model: ModelShape
     reference: ModelShape | None
+    reference_sequences: int
     adapter: Adapter | None
     engine: Engine
     optimizer: Optimizer
@@ -106,11 +110,22 @@ class Training:
     sequences: int
     length: int
     answer: int
+    chunk: float
+
+    @property
+    def holds_reference(self) -> bool:
+        """Whether a reference model is held while the policy trains."""
+        return self.reference is not None and not self.reference_sequences
 
     @property
     def scored(self) -> int:
         """Token positions of a micro-batch whose logits are computed."""
         return self.sequences * self.answer
+
+    @property
+    def chunked(self) -> bool:
+        """Whether the head runs on several chunks, each computed again in the backward pass."""
+        return self.scored * self.model.vocabulary > self.chunk
 
     @property
     def positions(self) -> int:
@@ -154,27 +169,21 @@ def memory_parts(training: Training) -> dict[str, float]:
     Activations and logits are those of the moment when the loss is computed. Where another moment needs more beside
     the model states (see `other_moments`), the excess is a part of its own.
     """
-    engine = training.engine
-    states = model_states(training)
-    if engine.offload_optimizer:
-        states |= {"gradients": 0.0, "optimizer states": 0.0}
-    if engine.offload_parameters:
-        states |= {"weights": 0.0, "reference model": 0.0}
-
     activations, logits = activation_bytes(training), logits_bytes(training)
-    excess = max(0.0, max(other_moments(training).values()) - activations - logits)
+    moment, needed = max(other_moments(training).items(), key=lambda item: item[1])
+    excess = needed - activations - logits
     parts = {
-        **states,
+        **states_on_gpu(training),
         "activations": activations,
         "logits and log-softmax": logits,
-        "excess: optimizer step or recomputed layer": excess,
+        **({f"excess: {moment}": excess} if excess > 0 else {}),
         "buffers and gathered weights": buffer_bytes(training),
     }
     return parts | {"allowance: CUDA, fragmentation": CONTEXT + FRAGMENTATION * sum(parts.values())}
 
 
 def model_states(training: Training) -> dict[str, float]:
-    """Bytes per GPU of weights, gradients, optimizer states and reference model, wherever they lie.
+    """Bytes per GPU of weights, gradients, optimizer states and reference model while training, wherever they lie.
 
     With P parameters on N GPUs, mixed-precision Adam under ZeRO keeps 2 P of weights, 2 P of gradients and
     K = 12 P of states (float32 copy, two moments); stages 1, 2, 3 divide states, gradients, weights by N
@@ -190,8 +199,18 @@ def model_states(training: Training) -> dict[str, float]:
         "weights": weights / engine.weight_shards,
         "gradients": training.trained * training.gradient_bytes / engine.gradient_shards,
         "optimizer states": _optimizer_states(training) / engine.optimizer_shards,
-        "reference model": _reference_weights(training) / engine.weight_shards,
+        "reference model": reference_bytes(training) if training.holds_reference else 0.0,
     }
+
+
+def states_on_gpu(training: Training) -> dict[str, float]:
+    """Those of `model_states` that are not offloaded."""
+    states, engine = model_states(training), training.engine
+    if engine.offload_optimizer:
+        states |= {"gradients": 0.0, "optimizer states": 0.0}
+    if engine.offload_parameters:
+        states |= {"weights": 0.0, "reference model": 0.0}
+    return states
 
 
 def _frozen_weights(model: ModelShape, element: int, linear: float | None) -> float:
@@ -214,12 +233,15 @@ def _optimizer_states(training: Training) -> float:
     return training.optimizer.bytes(shapes, 0, training.trained_bytes)
 
 
-def _reference_weights(training: Training) -> float:
+def reference_bytes(training: Training) -> float:
+    """Bytes per GPU of a reference model, held or let go after its pass, wherever it lies."""
+    reference = training.reference
+    return 0.0 if reference is None else _reference_weights(training, reference) / training.engine.weight_shards
+
+
+def _reference_weights(training: Training, reference: ModelShape) -> float:
     """The reference at the policy's precision: see `reference.match_precision`, which spares linear layers that
     autocast rounds anyway, and leaves a reference alone whose policy has other names (LoRA's)."""
-    reference = training.reference
-    if reference is None:
-        return 0.0
     if training.engine.zero_stage is not None and training.engine.compute_bytes:
         return reference.parameters * training.engine.compute_bytes
     if training.adapter:
@@ -235,11 +257,19 @@ def _reference_weights(training: Training) -> float:
 def logits_bytes(training: Training) -> float:
     """The peak of logits and log-probabilities over the vocabulary in `logps.response_logps`.
 
-    Three float32 tensors of shape (scored tokens, vocabulary) at once: in the backward pass of the log-softmax its
-    output, its gradient and that of its input; or while the reference is scored, its logits and their log-softmax
-    beside the policy's log-softmax, which waits for its backward pass.
+    Three float32 tensors of shape (tokens of a chunk, vocabulary) at once, in the backward pass of the log-softmax: its
+    output, its gradient and that of its input. Or, where the head computes all logits and the reference is scored in
+    every step: its logits and their log-softmax beside the policy's, which waits for its backward pass.
     """
-    return float(3 * FLOAT32 * training.scored * training.model.vocabulary)
+    return 3 * FLOAT32 * _logits_at_once(training, training.sequences)
+
+
+def _logits_at_once(training: Training, sequences: int) -> float:
+    """Elements of the logits that are computed at once for so many sequences.
+
+    Equal chunks may be smaller, but then a batch with shorter answers may fill one.
+    """
+    return min(training.chunk, sequences * training.answer * training.model.vocabulary)
 
 
 def activation_bytes(training: Training) -> float:
@@ -251,24 +281,103 @@ def activation_bytes(training: Training) -> float:
     residual, compute, _ = _activation_dtypes(training)
     layer = model.hidden * residual if training.checkpointing else layer_activations(training)
     last = model.hidden * (FLOAT32 if training.adapter else FLOAT32 + residual)
-    head = 0 if training.adapter else training.scored * model.hidden * compute
+    head = residual if training.chunked else 0 if training.adapter else compute
     rounded = _rounded_weights(training)
-    kept = rounded["head"] + (0 if training.checkpointing else rounded["layers"])
-    return training.positions * (model.layers * layer + last) + head + kept
+    kept = (0 if training.chunked else rounded["head"]) + (0 if training.checkpointing else rounded["layers"])
+    return training.positions * (model.layers * layer + last) + training.scored * model.hidden * head + kept
 
 
 def other_moments(training: Training) -> dict[str, float]:
     """Bytes beside the model states at the moments that may need more than that of the loss."""
-    activations, rounded = activation_bytes(training), _rounded_weights(training)
+    rounded = _rounded_weights(training)
+    # Before and after the head has run, or between its chunks, its rounded weights are not there.
+    activations = activation_bytes(training) - (0 if training.chunked else rounded["head"])
     moments = {"optimizer step": optimizer_step_bytes(training)}
+    if training.adapter is None:
+        moments["gradient of the head"] = activations + head_gradient_bytes(training)
+        if training.model.tied:
+            moments["gradient of the embedding"] = 2.0 * training.trained_bytes * training.model.head
     if training.checkpointing:
-        # The model's logits in half precision and in float32, while autocast's copies of all weights are still there.
-        logits = (FLOAT16 + FLOAT32) * training.scored * training.model.vocabulary
-        cached = 0 if training.adapter else rounded["layers"]
-        moments["end of the forward pass"] = activations + logits + cached
-        layer = training.positions * layer_activations(training) + rounded["layers"] / training.model.layers
-        moments["backward pass of a layer"] = activations + layer
+        moments["end of the forward pass"] = activations + forward_end_bytes(training)
+        moments["backward pass of a layer"] = activations + recomputed_layer_bytes(training)
+    if training.reference_sequences:
+        moments["reference before the first step"] = reference_pass_bytes(training)
     return moments
+
+
+def head_gradient_bytes(training: Training) -> float:
+    """Bytes beside the activations while the gradient of the head's weights is computed.
+
+    Autocast converts it to float32 in the end. With chunks there are the gradient of those before, a chunk's, and the
+    sum of both or the rounded weights; or the gradient of those before beside the chunk's log-softmax.
+    """
+    _, compute, _ = _activation_dtypes(training)
+    gradient, of_logits = compute * training.model.head, compute * _logits_at_once(training, training.sequences)
+    if training.chunked:
+        rounded = _rounded_weights(training)["head"]
+        return gradient + max(2 * gradient, gradient + rounded + of_logits, rounded + logits_bytes(training))
+    return gradient + (FLOAT32 * training.model.head if training.autocast else of_logits)
+
+
+def forward_end_bytes(training: Training) -> float:
+    """Bytes beside the activations at the first chunk: the last norm's output, logits and log-softmax in float32.
+
+    Autocast's copies of all trained weights are still there, whether or not the backward pass needs them.
+    """
+    residual, _, _ = _activation_dtypes(training)
+    rounded = _rounded_weights(training)
+    cached = rounded["head"] + (0 if training.adapter else rounded["layers"])
+    output = training.positions * training.model.hidden * residual
+    return output + 2 * FLOAT32 * _logits_at_once(training, training.sequences) + cached
+
+
+def recomputed_layer_bytes(training: Training) -> float:
+    """Bytes beside the activations while a layer is computed again and differentiated."""
+    model, adapter = training.model, training.adapter
+    residual, compute, _ = _activation_dtypes(training)
+    # What autograd keeps, and the gradient that arrives.
+    position = layer_activations(training) + model.hidden * residual
+    if adapter is not None and training.autocast:
+        # At the widest input, PEFT's copy in LoRA's dtype, and outputs of the matrix and of LoRA's before they are one.
+        columns, rows = max(adapter.targets)
+        position += training.trained_bytes * columns + 3 * compute * rows
+    # A tied head's gradient waits for that of the embedding.
+    waiting = model.head * training.trained_bytes if model.tied and adapter is None else 0
+    return training.positions * position + _rounded_weights(training)["layers"] / model.layers + waiting
+
+
+def reference_pass_bytes(training: Training) -> float:
+    """Bytes beside the model states while the reference's log-probabilities are computed before the first step.
+
+    A pass without gradient: one layer at a time, then logits and log-softmax of a chunk.
+    """
+    model, rounded = training.model, _rounded_weights(training)
+    residual, _, _ = _activation_dtypes(training)
+    positions = training.reference_sequences * training.length
+    stream = positions * model.hidden * residual
+    if training.reference is not None or training.adapter is not None:
+        rounded = {"layers": 0.0, "head": 0.0}  # autocast keeps those of trained weights only
+    scores = FLOAT32 * model.heads * training.length if training.attention == "eager" else 0  # before their softmax
+    widest = max(_attention_activations(training) + scores, _mlp_activations(training))
+    # Beside the embeddings: the layer's input, the residual and the norm's output, then only the last norm's output.
+    layer = 4 * stream + positions * widest
+    logits = 2 * stream + 2 * FLOAT32 * _logits_at_once(training, training.reference_sequences) + rounded["head"]
+    loaded = 0.0 if training.engine.offload_parameters else reference_bytes(training)
+    return loaded + max(layer, logits) + rounded["layers"] - _later_states(training)
+
+
+def _later_states(training: Training) -> float:
+    """Bytes per GPU of gradients and optimizer states that do not exist before the first step.
+
+    DeepSpeed makes its float32 copy of the weights at once, and ZeRO-3 the gradients' buffer; its optimizer, too, has
+    no states before its first step.
+    """
+    states, engine = states_on_gpu(training), training.engine
+    later = states["gradients"] + states["optimizer states"]
+    if engine.zero_stage is not None and not engine.offload_optimizer:
+        later -= FLOAT32 * training.trained / engine.optimizer_shards
+        later -= states["gradients"] if engine.zero_stage == 3 else 0
+    return later
 
 
 def _activation_dtypes(training: Training) -> tuple[int, int, int]:
@@ -292,14 +401,7 @@ def layer_activations(training: Training) -> float:
     """
     model = training.model
     residual, compute, adapted = _activation_dtypes(training)
-    # SDPA is given a padding mask and then repeats keys and values to the number of heads.
-    kv_heads = model.kv_heads if training.attention == "fa2" else model.heads
-    attention = compute * 2 * (model.heads + kv_heads) * model.head_dim  # query, key, value, output
-    attention += FLOAT32 * model.heads  # log of the softmax's denominator
-    if training.attention == "eager":  # the softmax in float32, and rounded for the product with the values
-        attention += model.heads * training.length * (FLOAT32 + (compute if compute < FLOAT32 else 0))
-    mlp = compute * 3 * model.intermediate  # gate, its SiLU, up
-
+    attention, mlp = _attention_activations(training), _mlp_activations(training)
     if training.adapter is None:
         # Per norm its input in float32 and the normalized vector, for the gradient of the norm's weight.
         norms = 2 * model.hidden * (FLOAT32 + residual)
@@ -318,6 +420,23 @@ def layer_activations(training: Training) -> float:
     return norms + attention + mlp + inputs
 
 
+def _attention_activations(training: Training) -> float:
+    model = training.model
+    _, compute, _ = _activation_dtypes(training)
+    # SDPA is given a padding mask and then repeats keys and values to the number of heads.
+    kv_heads = model.kv_heads if training.attention == "fa2" else model.heads
+    kept = compute * 2 * (model.heads + kv_heads) * model.head_dim  # query, key, value, output
+    kept += FLOAT32 * model.heads  # log of the softmax's denominator
+    if training.attention == "eager":  # the softmax in float32, and rounded for the product with the values
+        kept += model.heads * training.length * (FLOAT32 + (compute if compute < FLOAT32 else 0))
+    return kept
+
+
+def _mlp_activations(training: Training) -> float:
+    _, compute, _ = _activation_dtypes(training)
+    return compute * 3 * training.model.intermediate  # gate, its SiLU, up
+
+
 def optimizer_step_bytes(training: Training) -> float:
     """Temporaries of the step: ZeRO converts the gradients of its part to float32, torch's foreach copies a state."""
     engine = training.engine
@@ -332,11 +451,9 @@ def buffer_bytes(training: Training) -> float:
     """Copies of weights and gradients that exist beside them: gathered, dequantized, or being reduced."""
     model, engine = training.model, training.engine
     total = float(engine.gathered * training.frozen_bytes)
-    if engine.weight_shards > 1 and training.reference is not None:
+    if engine.weight_shards > 1 and training.reference is not None and training.holds_reference:
         total += training.reference.largest_layer * training.frozen_bytes
     total += engine.reduce_buckets * min(engine.reduce_bucket, training.trained) * training.gradient_bytes
-    if engine.gradient_shards > 1 and training.adapter is None:  # whole before it is reduced
-        total += model.largest_layer * training.gradient_bytes
     if training.linear_bytes is not None:
         total += max(math.prod(model.shapes[f"{name}.weight"]) for name in model.linear) * FLOAT16
     return total

@@ -15,6 +15,7 @@ class ModelShape:
     """What of a model decides about memory.
 
     Args:
+        family: transformers' `model_type`.
         shapes: the shape of every parameter by name, tied ones once.
         linear: the names of the linear layers except the head: what LLaMA-Factory's `lora_target: all` and
             bitsandbytes take.
@@ -24,6 +25,7 @@ class ModelShape:
         dense: whether every token passes the same layers (False for a mixture of experts).
     """
 
+    family: str
     shapes: Mapping[str, tuple[int, ...]]
     linear: frozenset[str]
     head: int
@@ -93,6 +95,7 @@ def read_model(path: str, trust_remote_code: bool = False) -> ModelShape:
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     linears = (name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head)
     return ModelShape(
+        family=config.model_type,
         shapes={name: tuple(parameter.shape) for name, parameter in model.named_parameters()},
         linear=frozenset(linears),
         head=head.weight.numel(),

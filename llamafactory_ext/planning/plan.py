@@ -13,7 +13,19 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UserError
 from ..recipe import Settings, parse_recipe
 from .engine import FLOAT16, FLOAT32, read_engine
-from .memory import ADAM, GIB, INT8, NF4, NF4_DOUBLE, OPTIMIZERS, Optimizer, Training, memory_parts, model_states
+from .memory import (
+    ADAM,
+    GIB,
+    INT8,
+    NF4,
+    NF4_DOUBLE,
+    OPTIMIZERS,
+    Optimizer,
+    Training,
+    memory_parts,
+    model_states,
+    reference_bytes,
+)
 from .model_shape import lora_adapter, read_model
 from .schedule import Schedule, count_pairs, make_schedule, padded
 
@@ -126,8 +138,8 @@ def _training_args(settings: Settings) -> SimpleNamespace:
     from llamafactory.hparams import TrainingArguments
 
     defaults = {field.name: field.default for field in fields(TrainingArguments) if field.default is not MISSING}
-    args = SimpleNamespace(**{**defaults, **settings})
-    for key in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+    args = SimpleNamespace(**{**defaults, **settings, "do_train": True})
+    for key in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
         value = getattr(args, key)
         if type(value) is not int or value < 1:
             raise UserError(f"{key} is {value!r}: write a whole number of at least 1.")
@@ -157,15 +169,15 @@ def _training(
     answer: int,
     notes: list[str],
 ) -> Training:
+    from ..logps import CHUNK, FAMILIES
+
     trust = bool(getattr(model_args, "trust_remote_code", False))
     model = read_model(model_args.model_name_or_path, trust)
     if not model.dense:
         notes.append("A mixture of experts: its activations are counted as those of a dense model.")
     lora = finetuning_args.finetuning_type == "lora"
-    own_reference = lora and finetuning_args.ref_model is None
-    reference = None
-    if finetuning_args.use_ref_model and not own_reference:
-        reference = read_model(finetuning_args.ref_model or model_args.model_name_or_path, trust)
+    beforehand, loaded = _reference_is(model_args, data_args, finetuning_args, training_args)
+    reference = read_model(finetuning_args.ref_model or model_args.model_name_or_path, trust) if loaded else None
     if reference is not None and finetuning_args.ref_model_quantization_bit is not None:
         notes.append("The reference is counted without ref_model_quantization_bit.")
     if finetuning_args.additional_target:
@@ -176,6 +188,7 @@ def _training(
     return Training(
         model=model,
         reference=reference,
+        reference_sequences=2 * training_args.per_device_eval_batch_size if beforehand else 0,
         adapter=lora_adapter(model, targets, rank, finetuning_args.use_dora) if lora else None,
         engine=read_engine(training_args, model, gpus),
         optimizer=_optimizer(finetuning_args, training_args, notes),
@@ -189,7 +202,23 @@ def _training(
         sequences=2 * training_args.per_device_train_batch_size,
         length=padded(data_args.cutoff_len),
         answer=answer,
+        chunk=CHUNK if model.family in FAMILIES else math.inf,
     )
+
+
+def _reference_is(model_args: Any, data_args: Any, finetuning_args: Any, training_args: Any) -> tuple[bool, bool]:
+    """Whether the reference's log-probabilities are computed before the first step, and whether it is loaded at all."""
+    from llamafactory.train.trainer_utils import create_ref_model
+
+    from ..reference import PendingReference, obstacle
+
+    if not finetuning_args.use_ref_model:
+        return False, False
+    pending = PendingReference(create_ref_model, model_args, finetuning_args)
+    exact = not data_args.streaming and obstacle(pending, training_args, []) is None
+    beforehand = exact and finetuning_args.precompute_ref_log_probs is not False
+    without_adapter = finetuning_args.finetuning_type == "lora" and finetuning_args.ref_model is None
+    return beforehand, not (without_adapter or (beforehand and pending.starts_as_policy(training_args)))
 
 
 def _optimizer(finetuning_args: Any, training_args: Any, notes: list[str]) -> Optimizer:
@@ -209,7 +238,7 @@ def _offloaded(training: Training) -> float:
         total += states["gradients"] + states["optimizer states"]
         total += FLOAT32 * training.trained / engine.optimizer_shards if engine.zero_stage is not None else 0
     if engine.offload_parameters:
-        total += states["weights"] + states["reference model"]
+        total += states["weights"] + reference_bytes(training)
     return total
 
 
@@ -296,6 +325,9 @@ def _methods(settings: Settings, gpus: int) -> Iterator[Settings]:
     if checkpointing:
         yield checkpointing
     quantized, lora = settings.get("quantization_bit"), settings.get("finetuning_type", "lora") == "lora"
+    loads_reference = not lora or settings.get("ref_model")
+    if settings.get("precompute_ref_log_probs") is False and loads_reference and not settings.get("streaming"):
+        yield {**checkpointing, "precompute_ref_log_probs": None}
     if not (quantized or settings.get("pure_bf16")):  # LLaMA-Factory refuses pure_bf16 with ZeRO-3
         for name in ("zero2", "zero3", "zero3_offload") if gpus > 1 else ("zero3_offload",):
             file = _deepspeed_file(settings, name)

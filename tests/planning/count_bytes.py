@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from llamafactory.train.tuner import run_exp
@@ -20,6 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 from llamafactory_ext import trainer
 
 PreferenceTrainer = trainer.PreferenceTrainer
+T = TypeVar("T")
 
 
 def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
@@ -32,7 +33,7 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     return sum(v.nbytes for state in optimizer.state.values() for v in state.values() if torch.is_tensor(v))
 
 
-def peak_of(run: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, int]:
+def peak_of(run: Callable[[], T]) -> tuple[T, int]:
     """What the call returns, and the most bytes that it holds at once beyond what was there, by torch's allocator."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         result = run()
@@ -49,12 +50,31 @@ def held(parameters: Iterable[torch.nn.Parameter]) -> int:
     return storage_bytes(getattr(parameter, "ds_tensor", parameter) for parameter in parameters)
 
 
+def float32_copies(zero: Any) -> list[torch.Tensor]:
+    """This rank's part of the weights' float32 copy, which DeepSpeed's optimizer steps."""
+    if hasattr(zero, "fp32_partitioned_groups_flat"):  # ZeRO-3
+        return zero.fp32_partitioned_groups_flat
+    return zero.single_partition_of_fp32_groups
+
+
 class CountingTrainer(PreferenceTrainer):
-    """Counts in the first two steps and writes bytes.json into the output folder (on rank 0)."""
+    """Counts before and in the first two steps and writes bytes.json into the output folder (on rank 0)."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.counts = {"loaded reference": 0, "reference pass": 0}
+        super().__init__(*args, **kwargs)
+
+    def compute_reference_logps(self) -> None:
+        if self.ref_model is not None:
+            self.counts["loaded reference"] = held(self.ref_model.parameters())
+        if self.is_deepspeed_enabled:
+            zero = self.model_wrapped.optimizer
+            self.counts["early optimizer states"] = storage_bytes(float32_copies(zero)) + state_bytes(zero.optimizer)
+        _, self.counts["reference pass"] = peak_of(super().compute_reference_logps)
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if not hasattr(self, "counts"):
-            self.counts = {"weights": held(self.model.parameters())}
+        if "weights" not in self.counts:
+            self.counts["weights"] = held(self.model.parameters())
             self.counts["reference model"] = 0 if self.ref_model is None else held(self.ref_model.parameters())
             if self.is_deepspeed_enabled:
                 self._count_in_step_of(self.model_wrapped.optimizer)
@@ -80,13 +100,11 @@ class CountingTrainer(PreferenceTrainer):
         def counted(*args: Any, **kwargs: Any) -> Any:
             if self.args.hf_deepspeed_config.is_zero3():
                 self.counts["gradients"] = zero.grad_partitions_flat_buffer.nbytes
-                copies = zero.fp32_partitioned_groups_flat
             else:
                 # Of the gradient that two ranks share, this rank's part; its memory holds the whole for a moment.
                 self.counts["gradients"] = sum(g.nbytes for group in zero.averaged_gradients.values() for g in group)
-                copies = zero.single_partition_of_fp32_groups
             result = step(*args, **kwargs)
-            self.counts["optimizer states"] = storage_bytes(copies) + state_bytes(zero.optimizer)
+            self.counts["optimizer states"] = storage_bytes(float32_copies(zero)) + state_bytes(zero.optimizer)
             self._write()
             return result
 

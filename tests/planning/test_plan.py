@@ -23,6 +23,7 @@ from llamafactory.train.tuner import run_exp
 from rich.console import Console
 from tiny import make_model, recipe
 
+from llamafactory_ext.logps import CHUNK
 from llamafactory_ext.planning.memory import GIB, INT8, NF4, NF4_DOUBLE, OPTIMIZERS
 from llamafactory_ext.planning.model_shape import read_model
 from llamafactory_ext.planning.plan import alternatives, make_plan, render
@@ -93,6 +94,8 @@ def test_lora_is_counted_matrix_by_matrix(qwen):
     assert make_plan(some, 1, 80).trained == LAYERS * 16 * (2 * HIDDEN + HIDDEN + INTERMEDIATE)
 
 
+IN_EVERY_STEP = {"precompute_ref_log_probs": False}
+
 # Bytes per parameter of weights, gradients, optimizer states (with DeepSpeed's float32 copy) and reference, 8 GPUs.
 ZERO = {2: (2, 2 / 8, 12 / 8, 2), 3: (2 / 8, 2 / 8, 12 / 8, 2 / 8)}
 STATES = ("weights", "gradients", "optimizer states", "reference model")
@@ -100,27 +103,68 @@ STATES = ("weights", "gradients", "optimizer states", "reference model")
 
 @pytest.mark.parametrize("stage", ZERO)
 def test_model_states_under_zero(stage, qwen):
-    plan = make_plan(qwen(zero=stage), 8, 80)
+    plan = make_plan(qwen(zero=stage, **IN_EVERY_STEP), 8, 80)
     assert [plan.memory[name] / PARAMETERS for name in STATES] == pytest.approx(ZERO[stage])
-    assert make_plan(qwen(zero=stage, pref_loss="simpo"), 8, 80).memory["reference model"] == 0
+    assert make_plan(qwen(zero=stage, **IN_EVERY_STEP, pref_loss="simpo"), 8, 80).memory["reference model"] == 0
 
 
 def test_model_states_without_zero(qwen):
     """LLaMA-Factory trains float32 weights; the reference follows, but for the matrices that autocast rounds anyway."""
-    memory = make_plan(qwen(), 1, 80).memory
+    memory = make_plan(qwen(**IN_EVERY_STEP), 1, 80).memory
     assert [memory[name] / PARAMETERS for name in STATES[:3]] == pytest.approx([4, 4, 8])
     linear = MATRICES + VOCABULARY * HIDDEN
     assert memory["reference model"] == 2 * linear + 4 * (PARAMETERS - linear)
-    pure = make_plan(qwen(bf16=None, pure_bf16=True), 1, 80).memory
+    pure = make_plan(qwen(bf16=None, pure_bf16=True, **IN_EVERY_STEP), 1, 80).memory
     assert [pure[name] / PARAMETERS for name in STATES] == pytest.approx([2, 2, 4, 2])
 
 
 def test_offload_moves_the_model_states_to_the_host(qwen):
     plan = make_plan(qwen(zero="3_offload"), 8, 80)
     assert [plan.memory[name] for name in STATES] == [0, 0, 0, 0]
-    # Weights, gradients (16 bits, then 32), float32 copy, two moments, reference; all eight parts on the one host.
-    assert plan.host_memory == pytest.approx((2 + 2 + 4 + 12 + 2) * PARAMETERS)
+    # Weights, gradients (16 bits, then 32), float32 copy, two moments; all eight parts on the one host.
+    assert plan.host_memory == pytest.approx((2 + 2 + 4 + 12) * PARAMETERS)
+    for changes in (IN_EVERY_STEP, {"ref_model": qwen()["model_name_or_path"]}):
+        loaded = make_plan(qwen(zero="3_offload", **changes), 8, 80)
+        assert loaded.memory["reference model"] == 0
+        assert loaded.host_memory == pytest.approx(plan.host_memory + 2 * PARAMETERS)
     assert make_plan(qwen(zero="3_offload"), 16, 80).host_memory == pytest.approx(plan.host_memory / 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "held"),
+    [
+        ({}, False),
+        ({"ref_model": "named"}, False),
+        ({"finetuning_type": "lora"}, False),
+        ({"finetuning_type": "lora", "ref_model": "named"}, False),
+        (IN_EVERY_STEP, True),
+        ({"streaming": True, "max_steps": 10}, True),
+        ({"resize_vocab": True}, True),
+        ({"finetuning_type": "lora"} | IN_EVERY_STEP, False),
+        ({"finetuning_type": "lora", "ref_model": "named"} | IN_EVERY_STEP, True),
+    ],
+)
+def test_when_a_reference_is_held(changes, held, qwen):
+    if "ref_model" in changes:
+        changes = changes | {"ref_model": qwen()["model_name_or_path"]}
+    assert (make_plan(qwen(zero=2, **changes), 8, 80).memory["reference model"] > 0) is held
+
+
+@pytest.mark.parametrize(
+    ("changes", "states"),
+    [
+        ({"zero": 2, "ref_model": "named"}, 2 + 2 + 4 / 8),  # weights, reference, float32 copy
+        ({"zero": 2, "resume_from_checkpoint": "checkpoint-8"}, 2 + 2 + 4 / 8),
+        ({"finetuning_type": "lora", "ref_model": "named"}, 2 + 2),
+    ],
+)
+def test_a_loaded_reference_is_let_go_before_the_first_step(changes, states, qwen):
+    if "ref_model" in changes:
+        changes = changes | {"ref_model": qwen()["model_name_or_path"]}
+    plan = make_plan(qwen(**{**changes, "per_device_train_batch_size": 1}), 8, 80)
+    excess = plan.memory["excess: reference before the first step"]
+    beside = sum(plan.memory[name] for name in (*STATES, "activations", "logits and log-softmax")) + excess
+    assert 0 < beside - states * PARAMETERS < 2 * GIB
 
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
@@ -132,6 +176,18 @@ def test_what_deepspeed_estimates_beyond_the_model_states(stage, qwen):
     # ZeRO-2: the gradients once more in float32; ZeRO-3: that less 2 bytes, and the largest layer gathered in float32.
     beyond = {2: 4 * PARAMETERS / 8, 3: 2 * PARAMETERS / 8 + 4 * largest_layer}[stage]
     assert gpu - sum(plan.memory[name] for name in STATES[:3]) == pytest.approx(beyond)
+
+
+def test_logits_of_a_chunk(qwen, tmp_path):
+    one_token = 12 * VOCABULARY  # three float32 tensors
+    memory = make_plan(qwen(per_device_train_batch_size=1), 1, 80, answer_tokens=100).memory
+    assert memory["logits and log-softmax"] == 2 * 100 * one_token
+    for size in (1, 8):
+        memory = make_plan(qwen(per_device_train_batch_size=size), 1, 80).memory
+        assert memory["logits and log-softmax"] == 12 * CHUNK
+    other = write_config(tmp_path / "other", model_type="olmo2")
+    memory = make_plan(qwen(model_name_or_path=other), 1, 80).memory
+    assert memory["logits and log-softmax"] == 8 * 512 * one_token
 
 
 def test_quantized_weights_by_hand(qwen):
@@ -211,6 +267,15 @@ def test_alternatives_change_as_little_as_possible(qwen):
     assert alternatives(zero_2, 8, 40)[0][0] == {"deepspeed": str(EXAMPLES / "zero3.json")}
 
 
+def test_a_reference_in_every_step_is_an_alternative_only_where_a_model_is_held(qwen):
+    held = qwen(zero=2, **IN_EVERY_STEP, per_device_train_batch_size=1)
+    needed = make_plan(held, 8, 80).total
+    assert alternatives(held, 8, 0.95 * needed / GIB)[0][0] == {"precompute_ref_log_probs": None}
+    lora = {**held, "finetuning_type": "lora"}
+    needed = make_plan(lora, 8, 80).total
+    assert not any("precompute_ref_log_probs" in changes for changes, _ in alternatives(lora, 8, 0.95 * needed / GIB))
+
+
 def test_nothing_fits(qwen):
     card = qwen(per_device_train_batch_size=1)
     assert alternatives(card, 1, 2) == []
@@ -248,9 +313,8 @@ def test_longer_sequences_and_larger_batches_never_need_less(micro, length, chec
 
     plan = planned()
     for larger in (planned(per_device_train_batch_size=micro + 1), planned(cutoff_len=length + 8)):
-        assert plan.total <= larger.total  # the same while the optimizer's step is what needs most
-        for part in ("activations", "logits and log-softmax"):
-            assert plan.memory[part] < larger.memory[part]
+        assert plan.total <= larger.total  # the same while another moment needs most
+        assert plan.memory["logits and log-softmax"] <= larger.memory["logits and log-softmax"]  # of a chunk, at most
 
 
 # --- steps and pairs -------------------------------------------------------------------------------------------------
@@ -274,14 +338,17 @@ def test_steps_per_epoch(pairs, micro_batch, accumulation, gpus, steps):
 def long_pairs(tmp_path_factory):
     """16 pairs whose answers are cut at `cutoff_len`, and have nothing in common."""
     folder = tmp_path_factory.mktemp("long_pairs")
-    row = {"instruction": "Say it.", "input": "", "chosen": "a" * 400, "rejected": "b" * 400}
-    (folder / "pairs.jsonl").write_text((json.dumps(row) + "\n") * 16, encoding="utf-8")
-    (folder / "pairs.json").write_text(json.dumps([row] * 16, indent=1), encoding="utf-8")
+    rows = [
+        {"instruction": "Say it.", "input": "", "chosen": letter + "a" * 400, "rejected": letter.upper() + "b" * 400}
+        for letter in "abcdefghijklmnop"
+    ]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (folder / "pairs.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
     with (folder / "pairs.csv").open("w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows([list(row), *[["two\nlines", *list(row.values())[1:]]] * 16])
+        csv.writer(file).writerows([list(rows[0]), *(["two\nlines", *list(row.values())[1:]] for row in rows)])
     from pyarrow import Table, parquet
 
-    parquet.write_table(Table.from_pylist([row] * 16), folder / "pairs.parquet")
+    parquet.write_table(Table.from_pylist(rows), folder / "pairs.parquet")
     info = {name: {"file_name": name, "ranking": True, "columns": COLUMNS} for name in map(str, folder.glob("pairs.*"))}
     info = {Path(name).name: {**entry, "file_name": Path(name).name} for name, entry in info.items()}
     info |= {"pairs": info["pairs.jsonl"], "hub": {"hf_hub_url": "someone/pairs", "ranking": True}}
@@ -421,12 +488,26 @@ SHAPE = {
 WITHIN = {"rel": 0.05}
 BF16 = {"bf16": True, "use_cpu": True}
 KEEP_ALL = {"disable_gradient_checkpointing": True}
+LORA = BF16 | {"finetuning_type": "lora"}
+EIGHT_PAIRS_BEFORE = {"per_device_eval_batch_size": 8}  # the first step, without a gradient: more than a step's two
 RUNS = {
     "float32": KEEP_ALL,
+    "float32, chunks": KEEP_ALL,
     "bfloat16, checkpointing": BF16,
+    "bfloat16, checkpointing, chunks": BF16,
+    "bfloat16, checkpointing, untied, chunks": BF16,
+    "bfloat16, named reference": BF16,
+    "reference in every step": BF16 | IN_EVERY_STEP,
+    "reference in every step, chunks": BF16 | IN_EVERY_STEP,
+    "another family": BF16,
     "no reference, eager attention": BF16 | KEEP_ALL | {"pref_loss": "orpo", "flash_attn": "disabled"},
-    "lora": BF16 | KEEP_ALL | {"finetuning_type": "lora"},
-    "qlora": BF16 | {"finetuning_type": "lora", "quantization_bit": 4, "cutoff_len": 64},
+    "lora": LORA | KEEP_ALL,
+    "lora, checkpointing, chunks": LORA,
+    "lora, large batches before the first step": LORA | EIGHT_PAIRS_BEFORE,
+    "lora, named reference": LORA | EIGHT_PAIRS_BEFORE,
+    "lora, named reference, eager attention, chunks": LORA | EIGHT_PAIRS_BEFORE | {"flash_attn": "disabled"},
+    "lora, named reference in every step": LORA | IN_EVERY_STEP,
+    "qlora": LORA | {"quantization_bit": 4, "cutoff_len": 64},
 }
 
 
@@ -435,11 +516,24 @@ def larger_model(tmp_path_factory):
     return make_model(tmp_path_factory.mktemp("larger") / "model", **SHAPE)
 
 
+@pytest.fixture(scope="module")
+def untied_model(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("untied") / "model", **SHAPE, tie_word_embeddings=False)
+
+
 @pytest.mark.parametrize("name", RUNS)
-def test_the_parts_are_what_a_training_holds(name, larger_model, long_pairs, tmp_path, monkeypatch):
-    if name == "qlora":
+def test_the_parts_are_what_a_training_holds(name, larger_model, untied_model, long_pairs, tmp_path, monkeypatch):
+    if "qlora" in name:
         pytest.importorskip("bitsandbytes")
-    settings = recipe(larger_model, long_pairs, tmp_path, max_steps=2, gradient_accumulation_steps=2, **RUNS[name])
+    if "chunks" in name:
+        monkeypatch.setattr("llamafactory_ext.logps.CHUNK", 64 * SHAPE["vocab_size"])
+    if "another family" in name:
+        monkeypatch.setattr("llamafactory_ext.logps.FAMILIES", ())
+    model = untied_model if "untied" in name else larger_model
+    keys = {"max_steps": 2, "gradient_accumulation_steps": 2, "per_device_eval_batch_size": 2, **RUNS[name]}
+    settings = recipe(model, long_pairs, tmp_path, **keys)
+    if "named reference" in name:
+        settings["ref_model"] = str(model)
     settings["share_prefix"] = False  # which is planned: the most that it may take
     monkeypatch.setattr("llamafactory_ext.trainer.PreferenceTrainer", count_bytes.CountingTrainer)
     run_exp(settings)
@@ -451,12 +545,12 @@ def test_the_parts_are_what_a_training_holds(name, larger_model, long_pairs, tmp
     if transformers.__version__ < "5":
         return  # whose layers keep and compute other tensors than those that the formulas count
     assert plan.memory["activations"] == pytest.approx(real["kept"], **WITHIN)
-    # Beside weights, states and gradients of the micro-batches before: the most that a micro-batch takes.
-    peak = sum(
-        plan.memory[part]
-        for part in ("activations", "logits and log-softmax", "excess: optimizer step or recomputed layer")
-    )
-    assert peak == pytest.approx(real["peak"], **WITHIN)
+    # Beside weights, states and gradients of the micro-batches before: the most that a micro-batch takes, or, before
+    # there are any, the reference.
+    before = real["loaded reference"] + real["reference pass"] - real["gradients"] - real["optimizer states"]
+    parts = ("activations", "logits and log-softmax")
+    peak = sum(size for part, size in plan.memory.items() if part in parts or part.startswith("excess"))
+    assert peak == pytest.approx(max(real["peak"], before), **WITHIN)
 
 
 # 16 pairs are six micro-batches, three on each of two ranks.
@@ -468,8 +562,9 @@ TWO_STEPS = {
 }
 ZERO_RUNS = {
     "zero2, float32": {"deepspeed": str(EXAMPLES / "zero2.json")},
-    "zero2, bfloat16": {"deepspeed": str(EXAMPLES / "zero2.json"), "bf16": True},
+    "zero2, bfloat16, named reference": {"deepspeed": str(EXAMPLES / "zero2.json"), "bf16": True},
     "zero3, bfloat16": {"deepspeed": str(EXAMPLES / "zero3.json"), "bf16": True},
+    "zero3, reference in every step": {"deepspeed": str(EXAMPLES / "zero3.json"), "bf16": True, **IN_EVERY_STEP},
     "zero3, lora": {"deepspeed": str(EXAMPLES / "zero3.json"), "bf16": True, "finetuning_type": "lora"},
 }
 
@@ -481,6 +576,9 @@ def two_ranks(larger_model, long_pairs, tmp_path_factory):
         name: recipe(larger_model, long_pairs, folder / name, **TWO_STEPS, **changes)
         for name, changes in ZERO_RUNS.items()
     }
+    for name in recipes:
+        if "named reference" in name:
+            recipes[name]["ref_model"] = str(larger_model)
     (folder / "recipes.json").write_text(json.dumps(list(recipes.values())), encoding="utf-8")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
     torchrun.append(f"--master_port={find_available_port()}")
@@ -502,5 +600,10 @@ def test_the_parts_are_what_each_of_two_ranks_holds(name, two_ranks):
     real, plan = count_bytes.counts(output), make_plan(two_ranks[name], 2, 1)
     for part in STATES:
         assert plan.memory[part] == pytest.approx(real[part], **WITHIN), part
+    if "in every step" not in name:  # only the float32 copy is there when the reference is asked
+        assert real["early optimizer states"] == pytest.approx(4 * plan.trained / 2, **WITHIN)
+    if "named reference" in name:
+        held = make_plan(two_ranks[name] | IN_EVERY_STEP, 2, 1).memory["reference model"]
+        assert held == pytest.approx(real["loaded reference"], **WITHIN)
     state = json.loads((output / "trainer_state.json").read_text(encoding="utf-8"))
     assert plan.schedule.steps == state["max_steps"] == state["global_step"] == 2
