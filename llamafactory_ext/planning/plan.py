@@ -13,21 +13,10 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UserError
 from ..recipe import Settings, parse_recipe
 from .engine import FLOAT16, FLOAT32, read_engine
-from .memory import (
-    ADAM,
-    GIB,
-    INT8,
-    NF4,
-    NF4_DOUBLE,
-    OPTIMIZERS,
-    Optimizer,
-    Training,
-    memory_parts,
-    model_states,
-    reference_bytes,
-)
+from .memory import GIB, memory_parts, model_states, reference_bytes
 from .model_shape import lora_adapter, read_model
 from .schedule import Schedule, count_pairs, make_schedule, padded
+from .training import ADAM, INT8, NF4, NF4_DOUBLE, OPTIMIZERS, Optimizer, Training
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -24,10 +24,11 @@ from rich.console import Console
 from tiny import make_model, recipe
 
 from llamafactory_ext.logps import CHUNK
-from llamafactory_ext.planning.memory import GIB, INT8, NF4, NF4_DOUBLE, OPTIMIZERS
+from llamafactory_ext.planning.memory import GIB
 from llamafactory_ext.planning.model_shape import read_model
 from llamafactory_ext.planning.plan import alternatives, make_plan, render
 from llamafactory_ext.planning.schedule import steps_per_epoch
+from llamafactory_ext.planning.training import INT8, NF4, NF4_DOUBLE, OPTIMIZERS
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "deepspeed"
 COLUMNS = {"prompt": "instruction", "query": "input", "chosen": "chosen", "rejected": "rejected"}
