@@ -197,10 +197,10 @@ class PreferenceTrainer(CustomDPOTrainer):
         what a layer keeps for its backward pass, more fit into memory. ZeRO-3 and FSDP gather the weights less often.
         """
         batches, count = super().get_batch_samples(*args, **kwargs)
-        parts = [split_batch(self._prepare_inputs(batch)) for batch in batches]
-        if not any(augmented for _, augmented in parts):
+        if self.finetuning_args.refinement_prompt is None:
             return batches, count
 
+        parts = [split_batch(self._prepare_inputs(batch)) for batch in batches]
         scored: list[PairLogps] = []
         for start in range(0, len(parts), MICRO_BATCHES_AT_ONCE):
             group = [augmented for _, augmented in parts[start : start + MICRO_BATCHES_AT_ONCE]]
