@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from llamafactory.train.trainer_utils import nested_detach
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from .layout import FAMILIES, Layout
 
@@ -78,8 +79,7 @@ def _scored(model: torch.nn.Module, layout: Layout) -> tuple[Tensor, Tensor]:
     """
     # Copies, because some multimodal models change their inputs in place and a second model reads the same batch.
     inputs = nested_detach(layout.inputs, clone=True)
-    config = _unwrapped(model).config
-    with _head_on(model, layout, chunked=config.model_type in FAMILIES) as head:
+    with _head_on(model, layout, chunked=_hands_on_logits(model)) as head:
         output = model(**inputs, return_dict=True, use_cache=False).logits
     if head.gives_logps:
         logps, logit_means = output[0].unbind(dim=-1)
@@ -89,7 +89,9 @@ def _scored(model: torch.nn.Module, layout: Layout) -> tuple[Tensor, Tensor]:
 
 def _logps_of(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return -F.cross_entropy(logits, target, reduction="none"), logits.detach().mean(dim=-1)
+    # Not by cross_entropy, which Liger kernels replace by one that writes into the logits.
+    logps = logits.log_softmax(dim=-1).gather(-1, target[:, None])[:, 0]
+    return logps, logits.detach().mean(dim=-1)
 
 
 @dataclass
@@ -151,6 +153,17 @@ def _in_chunks(head: Callable[[Tensor], Tensor], hidden: Tensor, target: Tensor,
         return score(hidden, target)[None]
     parts = zip(hidden.chunk(chunks), target.chunk(chunks), strict=True)
     return torch.cat([checkpoint(score, *part, use_reentrant=False) for part in parts])[None]
+
+
+def _hands_on_logits(model: torch.nn.Module) -> bool:
+    """Whether what the head gives leaves the model as it is, in float32 too, and can be computed again."""
+    inner = _unwrapped(model)
+    inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    is_stock = type(inner).forward.__module__.startswith("transformers.models.")  # not Unsloth's, nor a repository's
+    # FSDP2 rounds all that the model gives; ZeRO-3 cannot compute a head again that is made up of modules (LoRA).
+    head = inner.get_output_embeddings()
+    in_parts = is_deepspeed_zero3_enabled() and head is not None and any(head.children())
+    return is_stock and inner.config.model_type in FAMILIES and not isinstance(inner, FSDPModule) and not in_parts
 
 
 def _unwrapped(model: Any) -> Any:

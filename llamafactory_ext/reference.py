@@ -5,18 +5,22 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, parse_flag_from_env
 from llamafactory.extras import logging
+from llamafactory.extras.misc import use_modelscope, use_openmind
+from transformers.integrations import is_deepspeed_zero3_enabled
 
+from . import __version__
 from .errors import NOT_OUR_TRAINER
 
 logger = logging.get_logger()  # LLaMA-Factory's own, whose lines reach the console and the web UI
@@ -24,7 +28,7 @@ logger = logging.get_logger()  # LLaMA-Factory's own, whose lines reach the cons
 # Settings of a model that say where it is, how its tokens are made, or how it is trained and served: the log-
 # probabilities of given token ids do not depend on them. A setting that is not listed is taken to matter.
 UNRELATED = {
-    *("model_name_or_path", "adapter_name_or_path", "adapter_folder", "model_revision", "trust_remote_code"),
+    *("model_name_or_path", "adapter_name_or_path", "adapter_folder", "model_revision"),
     *("cache_dir", "low_cpu_mem_usage", "offload_folder", "device_map", "print_param_status", "use_kv_cache"),
     *("use_fast_tokenizer", "split_special_tokens", "crop_to_patches", "use_audio_in_video", "block_diag_attn"),
     *("disable_gradient_checkpointing", "use_reentrant_gc", "use_unsloth_gc"),
@@ -32,8 +36,11 @@ UNRELATED = {
 UNRELATED_PREFIXES = ("export_", "vllm_", "sglang_", "infer_", "image_", "video_", "audio_")
 UNRELATED_SUFFIXES = ("_token",)
 
+# Set by `accelerate launch`, in place of the recipe's keys.
+LAUNCHER = ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")
+
 # What makes up a saved model or adapter.
-MODEL_FILES = ("config.json", "adapter_config.json", "*.safetensors", "*.bin", "*.py")
+MODEL_FILES = ("config.json", "adapter_config.json", "*.index.json", "*.safetensors", "*.bin", "*.py")
 
 
 @dataclass(frozen=True)
@@ -85,8 +92,16 @@ def obstacle(pending: PendingReference, args: Any, datasets: Sequence[Any]) -> s
         return "the data set is streamed"
     if any(_holds_media(dataset) for dataset in datasets):
         return "the pairs hold more than text"
-    if model_args.resize_vocab or model_args.train_from_scratch:
+    if model_args.resize_vocab or model_args.train_from_scratch or model_args.mixture_of_depths == "convert":
         return "the model has weights that are drawn at random"
+    return None
+
+
+def stretched_by_batch(config: Any) -> str | None:
+    """Why the same pair has other log-probabilities in another batch, or None."""
+    rope = str(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None))
+    if "'dynamic'" in rope or "'longrope'" in rope:
+        return "the rotary embedding depends on the longest sequence of a batch"
     return None
 
 
@@ -136,11 +151,12 @@ def describe(pending: PendingReference, policy: torch.nn.Module, args: Any) -> d
         "attention": getattr(policy.config, "_attn_implementation", None),
         "shared prefix": finetuning_args.share_prefix is not False,
         "precision": {name: getattr(args, name, None) for name in ("bf16", "fp16", "tf32")},
+        "launcher": {name: os.environ.get(name) for name in LAUNCHER},
         "DeepSpeed": args.deepspeed is not None,
-        "FSDP": parse_flag_from_env("ACCELERATE_USE_FSDP"),
+        "ZeRO-3": is_deepspeed_zero3_enabled(),  # under which LLaMA-Factory merges no adapter
         "device": args.device.type,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        "versions": {name: version(name) for name in ("torch", "transformers", "llamafactory", "peft")},
+        "llamafactory_ext": __version__,
     }
 
 
@@ -192,6 +208,8 @@ def _file_digest(path: Path) -> str:
 def _commit(name: str, subfolder: str, model_args: Any) -> str | None:
     from transformers.utils.hub import cached_file, extract_commit_hash
 
+    if use_modelscope() or use_openmind():
+        return None
     where = {"cache_dir": model_args.cache_dir, "revision": model_args.model_revision, "token": model_args.hf_hub_token}
     for file in ("config.json", "adapter_config.json"):
         try:

@@ -10,8 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +45,14 @@ def pair_key(pair: Mapping[str, Any]) -> bytes:
 def read(folder: Path) -> Logps:
     """Everything that the folder holds; empty if there is none. Damaged files are named in a warning."""
     logps: Logps = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted(path for path in folder.glob("*.safetensors") if not path.is_symlink()):
         try:
             content = path.read_bytes()
         except FileNotFoundError:  # replaced by another process a moment ago
             return read(folder)
+        except OSError as error:
+            logger.warning(f"{path} cannot be read ({error}): what it holds is computed again.")
+            continue
         if hashlib.sha256(content).hexdigest() != path.stem:
             logger.warning(f"{path} is damaged: the reference log-probabilities in it are computed again.")
             continue
@@ -108,21 +110,19 @@ def _write(path: Path, content: bytes) -> None:
         raise
 
 
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Only one process at a time computes what the folder lacks; the others wait, and find it there.
+def lock(folder: Path, seconds: float) -> FileLock | None:
+    """The right to compute what the folder lacks, which one process has at a time; None if another one keeps it.
+
+    Args:
+        seconds: how long to wait for it.
 
     Raises:
-        OSError: if the folder cannot be written.
+        OSError, NotImplementedError: if the folder cannot be written, or its file system has no locks.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock")
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=seconds)
     except Timeout:
-        logger.info(f"Another run computes the reference log-probabilities in {folder}: waiting for it.")
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
+        return None
+    return lock

@@ -7,7 +7,7 @@ reference and pairs, such as all cells of a sweep, compute nothing.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from llamafactory.extras import logging
 from tqdm import tqdm
 
 from . import reference_cache as cache
-from .reference import PendingReference, describe, folder_name, obstacle
+from .reference import PendingReference, describe, folder_name, obstacle, stretched_by_batch
 from .refinement import BATCH_PREFIX, PROMPT_IDS, augmented_pair
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ Pair = dict[str, Any]  # as LLaMA-Factory tokenizes it
 Place = tuple[int, int, bool]  # of a pair: data set, row, whether it is that row's augmented pair
 
 COLUMN = "reference_logps"  # of a batch; see `to_column`
+LOCK_SECONDS = 60  # of waiting for another run, before the ranks hear of each other again
 BATCHES_PER_FILE = 16  # per rank; what a killed run loses at most
 
 
@@ -51,32 +52,43 @@ def known_beforehand(
     wanted = pending.finetuning_args.precompute_ref_log_probs
     if wanted is False:
         return None
-    reason, about = obstacle(pending, args, datasets), None
-    if reason is None:
-        about = describe(pending, policy, args)
-        reason = "the content of its files is not known" if about is None else None
-    if about is None:
-        if wanted:
-            raise ValueError(
-                f"the reference cannot be computed beforehand: {reason}. Remove `precompute_ref_log_probs: true`."
-            )
+    reason = obstacle(pending, args, datasets) or stretched_by_batch(policy.config)
+    about = describe(pending, policy, args) if reason is None else None
+    references = None
+    if about is not None:
+        directory = pending.finetuning_args.ref_log_probs_cache_dir
+        folder = (Path(directory).expanduser() if directory else cache.default_folder()) / folder_name(about)
+        references = ReferenceLogps(folder, about, datasets)
+        if wanted is None and references.missing and _epochs(args, datasets[0]) < 1:
+            references, reason = None, "the run ends before it has trained on every pair"
+    elif reason is None:
+        reason = "the content of its files is not known"
+
+    if references is None and wanted:
+        raise ValueError(
+            f"the reference cannot be computed beforehand: {reason}. Remove `precompute_ref_log_probs: true`."
+        )
+    if references is None:
         logger.info_rank0(f"The reference's log-probabilities are computed in every step, because {reason}.")
         return None
-
-    directory = pending.finetuning_args.ref_log_probs_cache_dir
-    folder = (Path(directory).expanduser() if directory else cache.default_folder()) / folder_name(about)
-    references = ReferenceLogps(folder, about, datasets)
     found, missing = len(references.table), len(references.missing)
     logger.info_rank0(
-        f"Reference log-probabilities: {found} pairs in {folder}, "
+        f"Reference log-probabilities: {found} pairs in {references.folder}, "
         + (f"{missing} to compute before the first step." if missing else "no reference model is needed.")
     )
     return references
 
 
+def _epochs(args: Any, dataset: Any) -> float:
+    if args.max_steps <= 0:
+        return args.num_train_epochs
+    return args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size / len(dataset)
+
+
 def _datasets(about_run: Mapping[str, Any]) -> list[Any]:
-    """The data sets for training and evaluation."""
-    evaluation = about_run.get("eval_dataset")
+    """The data sets that the run goes through: for training first, then for evaluation."""
+    args = about_run["args"]
+    evaluation = about_run.get("eval_dataset") if args.do_eval or args.eval_strategy != "no" else None
     parts = evaluation.values() if isinstance(evaluation, dict) else [evaluation]
     return [dataset for dataset in (about_run.get("train_dataset"), *parts) if dataset is not None]
 
@@ -98,7 +110,7 @@ class ReferenceLogps:
         found: list[Any] = [None]
         if PartialState().is_main_process:
             table = cache.read(self.folder)
-            places = {cache.pair_key(pair): (len(pair["chosen_labels"]), place) for place, pair in self._pairs()}
+            places = {cache.pair_key(pair): (_length(pair), place) for place, pair in self._pairs()}
             # Longest first: batches of like lengths, and what does not fit into memory shows at once.
             missing = sorted((value for key, value in places.items() if key not in table), reverse=True)
             found = [({key: table[key] for key in places if key in table}, [place for _, place in missing])]
@@ -125,9 +137,7 @@ class ReferenceLogps:
             ValueError: if a log-probability is not a number.
         """
         state = PartialState()
-        with ExitStack() as stack:
-            if state.is_main_process:
-                self._save(stack.enter_context, cache.locked(self.folder))
+        with self._only_one_run():
             self._look_up()  # another run may have been faster
             size = BATCHES_PER_FILE * batch_size * state.num_processes
             hidden = not state.is_local_main_process
@@ -142,6 +152,28 @@ class ReferenceLogps:
             if state.is_main_process:
                 self._save(cache.merge, self.folder, self.about)
         self.missing = []
+
+    @contextmanager
+    def _only_one_run(self) -> Iterator[None]:
+        """Waits until no other run computes for the same reference; between attempts, ranks do not wait too long."""
+        locks: list[Any] = []
+        said = False
+        while True:
+            done = [True]
+            if PartialState().is_main_process:
+                self._save(lambda: locks.append(cache.lock(self.folder, LOCK_SECONDS)))
+                done = [not locks or locks[-1] is not None]  # without a lock where there can be none
+            broadcast_object_list(done)
+            if done[0]:
+                break
+            if not said:
+                logger.info_rank0(f"Another run computes the reference's log-probabilities in {self.folder}: waiting.")
+                said = True
+        try:
+            yield
+        finally:
+            if locks:
+                locks[-1].release()
 
     def _score(
         self, places: list[Place], score: Callable[[list[Pair]], Tensor], batch_size: int
@@ -164,7 +196,7 @@ class ReferenceLogps:
         """A folder that cannot be written costs later runs their time, and this one nothing."""
         try:
             write(*args)
-        except OSError as error:
+        except (OSError, NotImplementedError) as error:
             logger.warning_rank0_once(
                 f"The reference log-probabilities are kept for this run only: {error}. Make room or name another "
                 "folder with `ref_log_probs_cache_dir`, so that later runs need not compute them again."
@@ -173,6 +205,10 @@ class ReferenceLogps:
     def column(self, pairs: Sequence[Pair]) -> Tensor:
         """The values of some pairs, as a column of their batch; see `from_column`."""
         return torch.tensor([self.table[cache.pair_key(pair)] for pair in pairs]).view(torch.int32)
+
+
+def _length(pair: Pair) -> int:
+    return max(len(pair["chosen_labels"]), len(pair["rejected_labels"]))
 
 
 def _share(places: list[Place]) -> list[Place]:

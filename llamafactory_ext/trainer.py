@@ -222,12 +222,11 @@ class PreferenceTrainer(CustomDPOTrainer):
         if self.references.missing:
             with without_dropout(self.model_wrapped):
                 self.references.fill(self._score, self.args.eval_batch_size)
-        if self.ref_model is not None:
-            if hasattr(self.ref_model, "destroy"):  # DeepSpeed's engine
-                self.ref_model.destroy()
-            elif self.ref_model in self.accelerator._models:
-                self.accelerator._models.remove(self.ref_model)
-            self.ref_model = release_memory(self.ref_model)[0]
+        reference, self.ref_model = self.ref_model, None
+        if hasattr(reference, "destroy"):  # DeepSpeed's engine
+            reference.destroy()
+        del reference
+        release_memory()  # collects what refers to itself, as a prepared model does
 
     def _score(self, pairs: list[Pair]) -> Tensor:
         assert isinstance(self.data_collator, ReferenceCollator)

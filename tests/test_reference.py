@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import weakref
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,10 @@ from llamafactory.hparams import get_train_args
 from llamafactory.train import tuner
 from safetensors.torch import load_file, save_file
 from tiny import make_adapter, make_data, make_model, recipe
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, TrainerCallback
 
 from llamafactory_ext import reference_logps
-from llamafactory_ext.reference import PendingReference, describe, folder_name
+from llamafactory_ext.reference import PendingReference, describe, folder_name, stretched_by_batch
 
 SR_PROMPT = "Rate 9 of 9: "
 EVALUATION = {"eval_dataset": "pairs_eval", "eval_strategy": "steps", "eval_steps": 2}
@@ -44,7 +45,7 @@ def train(policy, data, tmp_path):
     count = iter(range(100))
 
     def run(**changes):
-        settings = {"pref_loss": "minor_dpo", "optim": "sgd", "learning_rate": 0.02}
+        settings = {"pref_loss": "minor_dpo", "optim": "sgd", "learning_rate": 0.02, "max_steps": 4}  # of two pairs
         settings |= {"ref_log_probs_cache_dir": str(tmp_path / "references")}
         model = changes.pop("model_name_or_path", str(policy))
         output = tmp_path / f"run{next(count)}"
@@ -231,7 +232,7 @@ def test_a_full_disk(train, tmp_path, monkeypatch, log):
 def test_a_complete_folder_is_only_read(train, monkeypatch):
     """So it may lie on a read-only mount."""
     known = train()
-    for name in ("append", "merge", "locked"):
+    for name in ("append", "merge", "lock"):
         monkeypatch.delattr(f"llamafactory_ext.reference_cache.{name}")
     assert_same(train(), known)
 
@@ -263,6 +264,45 @@ def test_falls_back_and_says_why(changes, reason, train, scored, log):
     assert scored["pairs"] == 0
     assert "computed in every step, because" in log.text
     assert reason in log.text
+
+
+def test_a_short_run_computes_only_what_it_trains_on(train, scored, log):
+    short = train(max_steps=2)
+    assert scored["pairs"] == 0
+    assert "because the run ends before it has trained on every pair" in log.text
+    assert_same(short, train(max_steps=2, precompute_ref_log_probs=True))
+    assert scored["pairs"] == 6
+    train(max_steps=2)
+    assert log.text.count("no reference model is needed") == 1
+
+
+@pytest.mark.parametrize(("kind", "exact"), [("dynamic", False), ("linear", True)])
+def test_frequencies_that_depend_on_the_batch(kind, exact):
+    config = LlamaConfig(rope_scaling={"rope_type": kind, "factor": 2.0})
+    assert (stretched_by_batch(config) is None) == exact
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+def test_the_reference_model_is_let_go_of(tuning, train, other, monkeypatch):
+    loaded = []
+    load = PendingReference.load
+
+    def watched(self):
+        model = load(self)
+        loaded.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(PendingReference, "load", watched)
+    alive = []
+
+    class AtTheFirstStep(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            alive.append(loaded[0]() is not None)
+
+    monkeypatch.setattr("llamafactory_ext.trainer.RewardPlot", AtTheFirstStep)
+    changes = {"bf16": True, "use_cpu": True, "plot_loss": True, "finetuning_type": tuning}
+    train(ref_model=str(other), **changes)
+    assert alive == [False] * 4
 
 
 def test_a_loss_without_reference_has_none_to_compute(train):

@@ -27,6 +27,8 @@ def recipe_for(data, tmp_path_factory):
     def recipe_of(name, tuning, output, **changes):
         settings = {"pref_loss": name, "finetuning_type": tuning, "optim": "sgd", "learning_rate": 0.05}
         settings |= {"per_device_train_batch_size": 1, "max_steps": 3}
+        if name not in ("orpo", "simpo"):
+            settings |= {"precompute_ref_log_probs": True}
         if tuning == "lora":
             settings |= {"adapter_name_or_path": str(adapter)}
         elif name not in ("orpo", "simpo"):

@@ -42,7 +42,7 @@ def compare(folder: str) -> None:
         assert parameter.to_local().numel() * ranks == parameter.numel()
 
     expected = [response_logps(whole, padded(random_batch(seed))) for seed in range(ranks)]
-    logps.CHUNK = 2000  # a handful of tokens at a time, where the whole model took them all at once
+    logps.CHUNK = 2000  # which is for models that are not sharded so, as FSDP2 rounds what they give
     actual = response_logps(sharded, padded(random_batch(rank)))
     for side in ("chosen", "rejected"):
         torch.testing.assert_close(getattr(actual, side), getattr(expected[rank], side))
