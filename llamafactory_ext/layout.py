@@ -1,8 +1,9 @@
 """How a batch of pairs is laid out for the model, and which of its tokens are scored for which response.
 
 `padded` is LLaMA-Factory's layout: a row per answer. `shared_prefix` is a trie per pair, `shared prefix | chosen tail |
-rejected tail`, a row each: what both answers begin with, prompt and response alike, is computed once. Positions and
-mask let every token see exactly what it would see alone. Either way the language-model head runs on scored tokens only.
+rejected tail`, all in one row without padding: what both answers begin with, prompt and response alike, is computed
+once. Positions and attention let every token see exactly what it would see alone. Either way the language-model head
+runs on scored tokens only.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from llamafactory.extras.constants import IGNORE_INDEX
 
+from .attention import trie_lengths
+
 if TYPE_CHECKING:
     from torch import Tensor
 
 Batch = dict[str, "Tensor"]
 
-# The parts of a trie, and what fills its row up.
-SHARED, CHOSEN, REJECTED, PADDING = range(4)
+_SHARED, _CHOSEN, _REJECTED = range(3)  # the parts of a trie
 
 
 @dataclass(frozen=True)
@@ -69,20 +71,19 @@ def padded(batch: Batch) -> Layout:
 
 
 def shared_prefix(batch: Batch, attention: str = "sdpa") -> Layout:
-    """The batch as one trie per row.
+    """The batch as one row of tries.
 
     The shared prefix ends before the first differing token, and at least one token before the end of the shorter
     answer, so that every answer keeps a tail.
 
-    Several tries in one long row would need no padding, but attention under a mask costs the square of the row:
-    SmolLM2-135M with GSM8K pairs took 1.01 times as long at four pairs, 1.21 times at eight (forward and backward, two
-    CPU cores). Rows no longer than the longest trie hardly ever have room for a second one. FlexAttention would skip
-    what the mask hides, but LLaMA-Factory has no setting for it.
+    Chosen by measurement (SmolLM2-135M, GSM8K pairs, forward and backward, two CPU cores): a row per trie, padded and
+    under a mask, takes 0.98, 1.09 and 1.10 times as long at one, two and four pairs. One row under a mask takes 1.01
+    and 1.21 times as long as a row per trie at four and eight pairs, because the mask costs the square of the row.
 
     Args:
         batch: as for `padded`; text only.
-        attention: the model's implementation, `sdpa` or `eager`: what its mask, of shape `(pairs, 1, length, length)`,
-            must be like.
+        attention: the model's implementation, `sdpa` or `eager`: what says who sees whom, `attention.trie_lengths` or
+            a mask of shape `(1, 1, length, length)`.
     """
     device = batch["input_ids"].device
     # One transfer from the device: how long the tries are decides the shapes of what follows.
@@ -91,32 +92,35 @@ def shared_prefix(batch: Batch, attention: str = "sdpa") -> Layout:
     pairs = len(answers) // 2
     tries = [_trie(*answers[pair], *answers[pairs + pair]) for pair in range(pairs)]
 
-    starts = [0, *itertools.accumulate(len(trie.target) for trie in tries)]
-    entries = [trie.chosen + start for trie, start in zip(tries, starts, strict=False)]
-    entries += [trie.rejected + start for trie, start in zip(tries, starts, strict=False)]
+    in_row = [0, *itertools.accumulate(len(trie.ids) for trie in tries)]
+    in_scored = [0, *itertools.accumulate(len(trie.target) for trie in tries)]
+    entries = [trie.chosen + start for trie, start in zip(tries, in_scored, strict=False)]
+    entries += [trie.rejected + start for trie, start in zip(tries, in_scored, strict=False)]
+    column = torch.cat([trie.column + start for trie, start in zip(tries, in_row, strict=False)])
     parts = {
-        "row": torch.cat([torch.full_like(trie.column, row) for row, trie in enumerate(tries)]),
-        "column": torch.cat([trie.column for trie in tries]),
+        "row": torch.zeros_like(column),
+        "column": column,
         "target": torch.cat([trie.target for trie in tries]),
         "entry": torch.cat(entries),
         "response": torch.cat([torch.full_like(entry, response) for response, entry in enumerate(entries)]),
         "ordinal": torch.cat([torch.arange(len(entry)) for entry in entries]),
     }
+    lengths = [trie.lengths for trie in tries]
     inputs = {
-        "input_ids": _rows([trie.ids for trie in tries]).to(device),
-        "position_ids": _rows([trie.positions for trie in tries]).to(device),
-        "attention_mask": _attention_mask(_rows([trie.branch for trie in tries], fill=PADDING).to(device), attention),
+        "input_ids": torch.cat([trie.ids for trie in tries])[None].to(device),
+        "position_ids": torch.cat([trie.positions for trie in tries])[None].to(device),
+        "attention_mask": _eager_mask(lengths, device) if attention == "eager" else trie_lengths(lengths, device),
     }
     return Layout(inputs=inputs, pairs=pairs, **{name: values.to(device) for name, values in parts.items()})
 
 
 @dataclass(frozen=True)
 class _Trie:
-    """A pair as one row; `chosen` and `rejected` say which of the scored tokens belong to each answer, in order."""
+    """A pair in a row; `chosen` and `rejected` say which of the scored tokens belong to each answer, in order."""
 
     ids: Tensor
     positions: Tensor
-    branch: Tensor
+    lengths: tuple[int, int, int]  # of shared prefix, chosen tail and rejected tail
     column: Tensor
     target: Tensor
     chosen: Tensor
@@ -141,7 +145,7 @@ def _trie(chosen_ids: Tensor, chosen_labels: Tensor, rejected_ids: Tensor, rejec
     return _Trie(
         ids=torch.cat([chosen_ids, rejected_ids[shared:]]),
         positions=torch.cat([torch.arange(len(chosen_ids)), torch.arange(shared, len(rejected_ids))]),
-        branch=torch.tensor([SHARED] * shared + [CHOSEN] * chosen_tail + [REJECTED] * rejected_tail),
+        lengths=(shared, chosen_tail, rejected_tail),
         column=torch.cat([at_chosen - 1, before_tail]),
         target=torch.cat([chosen_ids[at_chosen], rejected_ids[at_tail]]),
         chosen=torch.arange(len(at_chosen)),
@@ -149,21 +153,12 @@ def _trie(chosen_ids: Tensor, chosen_labels: Tensor, rejected_ids: Tensor, rejec
     )
 
 
-def _attention_mask(branch: Tensor, attention: str) -> Tensor:
-    """What each token sees of those before it: the shared prefix and its own tail."""
-    queries, keys = branch[:, :, None], branch[:, None, :]
-    length = branch.shape[1]
-    before = torch.ones(length, length, dtype=torch.bool, device=branch.device).tril()
-    # Padding sees the padding before it: a row of the softmax that saw nothing would be undefined.
-    seen = before & ((keys == queries) | ((keys == SHARED) & (queries != PADDING)))
-    if attention == "eager":  # adds the mask to the scores
-        lowest = torch.finfo(torch.float32).min
-        return torch.zeros(seen.shape, device=branch.device).masked_fill_(~seen, lowest)[:, None]
-    return seen[:, None]
-
-
-def _rows(rows: list[Tensor], fill: int = 0) -> Tensor:
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill)
+def _eager_mask(lengths: list[tuple[int, int, int]], device: torch.device) -> Tensor:
+    """What eager attention adds to its scores: nothing where a token sees its trie's prefix or its own tail."""
+    tries = [torch.tensor([_SHARED] * s + [_CHOSEN] * c + [_REJECTED] * r, device=device) for s, c, r in lengths]
+    seen = torch.block_diag(*((part[:, None] == part) | (part == _SHARED) for part in tries)).bool().tril()
+    lowest = torch.finfo(torch.float32).min
+    return torch.zeros(seen.shape, device=device).masked_fill_(~seen, lowest)[None, None]
 
 
 # --- where a shared prefix is exact ----------------------------------------------------------------------------------
@@ -180,6 +175,8 @@ def obstacle(model: torch.nn.Module, config: Any) -> str | None:
         model: as it is trained, wrapped or not.
         config: the model's.
     """
+    if not is_stock(model):
+        return "its code is not transformers' own"
     if config.model_type not in FAMILIES:
         return f"models of the family {config.model_type!r} have not been tested with it"
     if config._attn_implementation not in ("sdpa", "eager"):
@@ -193,6 +190,18 @@ def obstacle(model: torch.nn.Module, config: Any) -> str | None:
     if _drops_out(model, config):
         return "with dropout, both answers would see the same draw"
     return None
+
+
+def is_stock(model: torch.nn.Module) -> bool:
+    """Whether transformers' own code runs, and not Unsloth's or that of the model's repository."""
+    return type(inner_model(model)).forward.__module__.startswith("transformers.models.")
+
+
+def inner_model(model: Any) -> Any:
+    """The model inside of DDP's, DeepSpeed's or PEFT's wrappers."""
+    if hasattr(model, "module"):
+        return inner_model(model.module)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def is_text(batch: Batch) -> bool:

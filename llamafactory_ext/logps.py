@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from .layout import FAMILIES, Layout
+from .layout import FAMILIES, Layout, inner_model, is_stock
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -113,7 +113,7 @@ def _head_on(model: torch.nn.Module, layout: Layout, chunked: bool) -> Iterator[
         chunked: whether the model hands on what its head gives. Then the head gives no logits but their
             `_logps_of`, shape `(1, scored, 2)`; otherwise it gives logits, and the model may scale or cap them.
     """
-    head = _unwrapped(model).get_output_embeddings()
+    head = inner_model(model).get_output_embeddings()
     state = _Head()
 
     def narrow(module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -123,7 +123,7 @@ def _head_on(model: torch.nn.Module, layout: Layout, chunked: bool) -> Iterator[
 
     def give_logps(hidden: Tensor) -> Tensor:
         state.gives_logps = True
-        return _in_chunks(forward, hidden[0], layout.target, _unwrapped(model).config.get_text_config().vocab_size)
+        return _in_chunks(forward, hidden[0], layout.target, inner_model(model).config.get_text_config().vocab_size)
 
     if head is None:
         yield state
@@ -157,15 +157,9 @@ def _in_chunks(head: Callable[[Tensor], Tensor], hidden: Tensor, target: Tensor,
 
 def _hands_on_logits(model: torch.nn.Module) -> bool:
     """Whether what the head gives leaves the model as it is, in float32 too, and can be computed again."""
-    inner = _unwrapped(model)
-    inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
-    is_stock = type(inner).forward.__module__.startswith("transformers.models.")  # not Unsloth's, nor a repository's
+    inner = inner_model(model)
     # FSDP2 rounds all that the model gives; ZeRO-3 cannot compute a head again that is made up of modules (LoRA).
     head = inner.get_output_embeddings()
     in_parts = is_deepspeed_zero3_enabled() and head is not None and any(head.children())
-    return is_stock and inner.config.model_type in FAMILIES and not isinstance(inner, FSDPModule) and not in_parts
-
-
-def _unwrapped(model: Any) -> Any:
-    """The model inside of DDP's or DeepSpeed's wrapper."""
-    return _unwrapped(model.module) if hasattr(model, "module") else model
+    is_tested = is_stock(model) and inner.config.model_type in FAMILIES
+    return is_tested and not isinstance(inner, FSDPModule) and not in_parts

@@ -1,0 +1,52 @@
+"""Attention over tries that stand in one row: what `shared prefix | chosen tail | rejected tail` must see, and no more.
+
+A trie is two plain sequences: the shared prefix with the chosen tail, and the rejected tail, which sees the shared
+prefix as if it stood right before it. Each is one call of transformers' own SDPA attention, the first without any mask,
+so that nothing costs the square of the row and tries need no padding between them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def trie_lengths(lengths: list[tuple[int, int, int]], device: torch.device) -> Tensor:
+    """What a model is given in place of a mask: per trie, tokens of its prefix, chosen tail and rejected tail.
+
+    Shape `(1, 1, tries, 3)`, int64. transformers hands a mask of four dimensions to its layers as it is.
+    """
+    return torch.tensor(lengths, dtype=torch.int64, device=device)[None, None]
+
+
+def attend(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """transformers' SDPA attention, which also takes `trie_lengths` for a mask.
+
+    Args:
+        query, key, value: of shape `(1, heads, length, head size)`, rotary positions applied.
+    """
+    if attention_mask is None or attention_mask.dtype != torch.int64:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+    outputs, start = [], 0
+    for shared, chosen, rejected in attention_mask[0, 0].tolist():
+        tail, end = start + shared + chosen, start + shared + chosen + rejected
+        q, k, v = (tensor[:, :, start:tail] for tensor in (query, key, value))
+        outputs.append(sdpa_attention_forward(module, q, k, v, None, **kwargs)[0])
+
+        k, v = (torch.cat([x[:, :, start : start + shared], x[:, :, tail:end]], dim=2) for x in (key, value))
+        mask = torch.ones(rejected, shared + rejected, dtype=torch.bool, device=query.device).tril(shared)
+        outputs.append(sdpa_attention_forward(module, query[:, :, tail:end], k, v, mask[None, None], **kwargs)[0])
+        start = end
+    return torch.cat(outputs, dim=1), None
+
+
+AttentionInterface.register("sdpa", attend)
