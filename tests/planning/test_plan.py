@@ -490,6 +490,7 @@ WITHIN = {"rel": 0.05}
 BF16 = {"bf16": True, "use_cpu": True}
 KEEP_ALL = {"disable_gradient_checkpointing": True}
 LORA = BF16 | {"finetuning_type": "lora"}
+BEFOREHAND = {"precompute_ref_log_probs": True}  # also in a run as short as these
 EIGHT_PAIRS_BEFORE = {"per_device_eval_batch_size": 8}  # the first step, without a gradient: more than a step's two
 RUNS = {
     "float32": KEEP_ALL,
@@ -501,7 +502,9 @@ RUNS = {
     "reference in every step": BF16 | IN_EVERY_STEP,
     "reference in every step, chunks": BF16 | IN_EVERY_STEP,
     "another family": BF16,
-    "no reference, eager attention": BF16 | KEEP_ALL | {"pref_loss": "orpo", "flash_attn": "disabled"},
+    "no reference, eager attention": BF16
+    | KEEP_ALL
+    | {"pref_loss": "orpo", "flash_attn": "disabled", "precompute_ref_log_probs": None},
     "lora": LORA | KEEP_ALL,
     "lora, checkpointing, chunks": LORA,
     "lora, large batches before the first step": LORA | EIGHT_PAIRS_BEFORE,
@@ -531,7 +534,13 @@ def test_the_parts_are_what_a_training_holds(name, larger_model, untied_model, l
     if "another family" in name:
         monkeypatch.setattr("llamafactory_ext.logps.FAMILIES", ())
     model = untied_model if "untied" in name else larger_model
-    keys = {"max_steps": 2, "gradient_accumulation_steps": 2, "per_device_eval_batch_size": 2, **RUNS[name]}
+    keys = {
+        "max_steps": 2,
+        "gradient_accumulation_steps": 2,
+        "per_device_eval_batch_size": 2,
+        **BEFOREHAND,
+        **RUNS[name],
+    }
     settings = recipe(model, long_pairs, tmp_path, **keys)
     if "named reference" in name:
         settings["ref_model"] = str(model)
