@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,7 @@ Pair = dict[str, Any]  # as LLaMA-Factory tokenizes it
 
 Place = tuple[int, int, bool]  # of a pair: data set, row, whether it is that row's augmented pair
 
-COLUMN = "reference_logps"  # of a batch; see `to_column`
+COLUMN = "reference_logps"  # of a batch; see `from_column`
 LOCK_SECONDS = 60  # of waiting for another run, before the ranks hear of each other again
 BATCHES_PER_FILE = 16  # per rank; what a killed run loses at most
 
@@ -109,13 +110,17 @@ class ReferenceLogps:
     def _look_up(self) -> None:
         found: list[Any] = [None]
         if PartialState().is_main_process:
-            table = cache.read(self.folder)
-            places = {cache.pair_key(pair): (_length(pair), place) for place, pair in self._pairs()}
+            table, places = cache.read(self.folder), self._places
             # Longest first: batches of like lengths, and what does not fit into memory shows at once.
             missing = sorted((value for key, value in places.items() if key not in table), reverse=True)
             found = [({key: table[key] for key in places if key in table}, [place for _, place in missing])]
         broadcast_object_list(found)
         self.table, self.missing = found[0]
+
+    @cached_property
+    def _places(self) -> dict[bytes, tuple[int, Place]]:
+        """Per pair its length and where it is. The main process alone goes through the data, and once."""
+        return {cache.pair_key(pair): (_length(pair), place) for place, pair in self._pairs()}
 
     def _pairs(self) -> Iterator[tuple[Place, Pair]]:
         """Every pair, and where it is."""

@@ -103,9 +103,8 @@ def _run_dpo(stock: Callable[..., None], instance: Any, args: tuple[Any, ...], k
     arguments["callbacks"] = [TrainerCheck(), *_metrics_in_trainer_log(callbacks), *callbacks]
     with contextlib.ExitStack() as replacements:
         replacements.enter_context(_replaced(upstream, "CustomDPOTrainer", PreferenceTrainer))
-        pending = functools.partial(
-            PendingReference, workflow.create_ref_model
-        )  # the trainer knows whether it is needed
+        # Not loaded yet: the trainer knows whether it is needed.
+        pending = functools.partial(PendingReference, workflow.create_ref_model)
         replacements.enter_context(_replaced(workflow, "create_ref_model", pending))
         sr_prompt = arguments["finetuning_args"].refinement_prompt
         if sr_prompt is not None:
