@@ -236,7 +236,7 @@ class PreferenceTrainer(CustomDPOTrainer):
         with self.compute_loss_context_manager():
             return torch.stack(self._reference_logps(self.model_wrapped, layout), dim=1)
 
-    # --- on the scale that LLaMA-Factory reports -----------------------------------------------------------------------
+    # --- on the scale that LLaMA-Factory reports ---------------------------------------------------------------------
 
     def _reported(self, pairs: PairLogps) -> PairLogps:
         """The pairs on the scale that LLaMA-Factory reports: means per token for the losses that work on those."""
