@@ -109,7 +109,7 @@ def shared_prefix(batch: Batch, attention: str = "sdpa") -> Layout:
     inputs = {
         "input_ids": torch.cat([trie.ids for trie in tries])[None].to(device),
         "position_ids": torch.cat([trie.positions for trie in tries])[None].to(device),
-        "attention_mask": _eager_mask(lengths, device) if attention == "eager" else trie_lengths(lengths, device),
+        "attention_mask": _eager_mask(lengths, device) if attention == "eager" else trie_lengths(lengths),
     }
     return Layout(inputs=inputs, pairs=pairs, **{name: values.to(device) for name, values in parts.items()})
 
