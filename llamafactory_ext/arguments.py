@@ -29,6 +29,7 @@ OTHER_OWN_KEYS = (
     "ref_log_probs_cache_dir",
     "pref_loss_file",
     "pref_loss_args",
+    "pref_stop_on_degeneration",
 )
 PREF_BETA = 0.1  # LLaMA-Factory's default
 STOCK_KEYS = {"dpo_label_smoothing": ("label_smoothing", 0.0), "simpo_gamma": ("simpo_gamma", 0.5)}
@@ -131,6 +132,16 @@ class PreferenceArguments(FinetuningArguments):
     pref_loss_args: dict | str | None = field(
         default=None,
         metadata={"help": "Keyword arguments for the loss of `pref_loss_file`, as a mapping or as JSON."},
+    )
+
+    pref_stop_on_degeneration: bool | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "Whether a run that degenerates ends, after a checkpoint: one whose chosen and rejected answers alike "
+                "have become far less likely than under the reference, or whose numbers are not finite."
+            )
+        },
     )
 
     def __post_init__(self) -> None:
@@ -304,7 +315,7 @@ def _check_keys(args: PreferenceArguments) -> None:
             raise ValueError(f"`{key}` is {value!r}: write {wanted}.")
     kinds: dict[str, type] = {"pref_loss": str, "pref_loss_file": str, "sr_prompt": str}
     kinds |= {"ref_log_probs_cache_dir": str, "precompute_ref_log_probs": bool}
-    kinds |= {"ipo_length_normalize": bool, "share_prefix": bool}
+    kinds |= {"ipo_length_normalize": bool, "share_prefix": bool, "pref_stop_on_degeneration": bool}
     for key, kind in kinds.items():
         value = getattr(args, key)
         if value is not None and not isinstance(value, kind):

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 def trie_lengths(lengths: list[tuple[int, int, int]]) -> Tensor:
     """What a model is given in place of a mask: per trie, tokens of its prefix, chosen tail and rejected tail.
 
-    Shape `(1, 1, tries, 3)`, int64. transformers hands a mask of four dimensions to its layers as it is. It stays on the
-    CPU, because every layer reads it, and would wait for a GPU each time.
+    Shape `(1, 1, tries, 3)`, int64. transformers hands a mask of four dimensions to its layers as it is. It stays on
+    the CPU, because every layer reads it, and would wait for a GPU each time.
     """
     return torch.tensor(lengths, dtype=torch.int64)[None, None]
 

@@ -1,13 +1,86 @@
-"""Callbacks that watch a run."""
+"""What is watched while a run goes on: its reward curves, and whether it degenerates."""
 
 from __future__ import annotations
 
+import itertools
+import json
+import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from llamafactory.extras import logging
 from transformers import TrainerCallback
 
-from .plots import plot_normalized_rewards
+from .plots import LogHistory, plot_normalized_rewards
+
+logger = logging.get_logger()  # LLaMA-Factory's own, whose lines reach the console and the web UI
+
+Problem = Literal["fallen", "not_a_number"]
+
+DEGENERATING = "monitor/degenerating"  # the metric: 1 while there is a problem, else 0
+LOGPS = ("logps/chosen", "logps/rejected")
+PER_TOKEN = ("normalized_rewards/chosen_per_token", "normalized_rewards/rejected_per_token")
+
+FALL = 0.5  # nats per token
+IN_A_ROW = 3  # logs, so that one odd batch is no alarm
+
+REMEDIES = "Try minor_dpo or dpop, a larger pref_beta, or a smaller learning_rate."
+
+
+def problem(history: LogHistory) -> Problem | None:
+    """What is wrong with a run, going by its latest logs.
+
+    `fallen`: in `IN_A_ROW` logs, the tokens of chosen and rejected answers alike were less likely than under the
+    reference by more than `FALL` on average. Pushing rejected answers down is what the loss asks for; where chosen ones
+    go down with them, the model moves away from both, towards text that nobody wrote (arXiv 2408.09834, section 4).
+    `not_a_number`: log-probabilities are not finite any more.
+
+    Args:
+        history: the trainer's logs, the latest at the end; those without log-probabilities are passed over.
+    """
+    latest = list(itertools.islice((log for log in reversed(history) if LOGPS[0] in log), IN_A_ROW))
+    if latest and not all(math.isfinite(latest[0][name]) for name in LOGPS):
+        return "not_a_number"
+    fallen = [all(log.get(name, 0.0) < -FALL for name in PER_TOKEN) for log in latest]
+    return "fallen" if len(fallen) == IN_A_ROW and all(fallen) else None
+
+
+def describe(found: Problem, log: Mapping[str, Any]) -> str:
+    """The problem in words, with the figures of the latest log, and what to try."""
+    if found == "not_a_number":
+        return f"The run has degenerated: log-probabilities are not finite numbers any more. {REMEDIES}"
+    chosen, rejected = (f"{log[name]:+.2f}" for name in PER_TOKEN)
+    return (
+        "The run degenerates: chosen answers are becoming as unlikely as rejected ones (log-ratios to the reference of "
+        f"{chosen} and {rejected} nats per token). {REMEDIES}"
+    )
+
+
+class DegenerationMonitor(TrainerCallback):
+    """Says when a run begins to degenerate, and ends it after a checkpoint if that is wanted.
+
+    Every rank logs the same metrics, so that all of them end.
+
+    Args:
+        stops: whether to end it.
+    """
+
+    def __init__(self, stops: bool) -> None:
+        self.stops = stops
+        self.said: Problem | None = None
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        log = state.log_history[-1]
+        if DEGENERATING not in log:
+            return
+        found = problem(state.log_history)
+        if found is not None and found != self.said:
+            logger.warning_rank0(describe(found, log))
+        if found is not None and self.stops and not control.should_training_stop:
+            logger.warning_rank0("It ends here, after a checkpoint, because of pref_stop_on_degeneration.")
+            control.should_save = control.should_training_stop = True
+        self.said = found
 
 
 class RewardPlot(TrainerCallback):
@@ -18,3 +91,21 @@ class RewardPlot(TrainerCallback):
             path = plot_normalized_rewards(state.log_history, Path(args.output_dir) / "normalized_rewards.png")
             if path is not None:
                 print("Figure saved at:", path)
+
+
+def read_trainer_log(path: Path) -> list[dict[str, Any]]:
+    """The logs of a run that goes on or has ended, from LLaMA-Factory's `trainer_log.jsonl`; none if there is no file.
+
+    A resumed run logs some steps again: the later log counts.
+    """
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    logs = {log["current_steps"]: {**log, "step": log["current_steps"]} for log in _parsed(lines) if "loss" in log}
+    return [logs[step] for step in sorted(logs)]
+
+
+def _parsed(lines: list[str]) -> Iterator[dict[str, Any]]:
+    for line in lines:
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:  # the last line, while it is being written
+            return

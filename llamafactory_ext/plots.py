@@ -32,6 +32,19 @@ def plot_normalized_rewards(log_history: LogHistory, path: Path, title: str = ""
 
 def plot_runs(runs: Mapping[str, LogHistory], path: Path) -> Path | None:
     """Plot several runs side by side on one scale, as in arXiv 2408.09834, Figures 2 to 5; title -> log history."""
+    figure = _reward_figure(runs)
+    if figure is None:
+        return None
+    _save(figure, path)
+    return path
+
+
+def reward_figure(log_history: LogHistory) -> Figure | None:
+    """The same for one run, as a figure for a page; None if the run logged no normalized rewards."""
+    return _reward_figure({"": log_history})
+
+
+def _reward_figure(runs: Mapping[str, LogHistory]) -> Figure | None:
     runs = {title: history for title, history in runs.items() if _points(history, "chosen")[0]}
     if not runs:
         return None
@@ -41,8 +54,7 @@ def plot_runs(runs: Mapping[str, LogHistory], path: Path) -> Path | None:
     for axes, (title, history) in zip(panels, runs.items(), strict=True):
         _draw(axes, history, title)
     panels[0].set_ylabel("normalized reward (nats)")
-    _save(figure, path)
-    return path
+    return figure
 
 
 def _draw(axes: Axes, history: LogHistory, title: str) -> None:

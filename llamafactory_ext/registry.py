@@ -7,7 +7,9 @@ import functools
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -128,6 +130,7 @@ class Loss:
 
 
 _losses: dict[str, Loss] = {}
+_lock = threading.Lock()
 
 
 def register_loss(
@@ -223,6 +226,23 @@ def load_loss_file(path: str) -> list[str]:
             'decorate a function in it with @llamafactory_ext.register_loss("name").'
         )
     return names
+
+
+@contextmanager
+def forgotten_afterwards() -> Iterator[None]:
+    """Losses that are registered in a with block are forgotten at its end, for a process that serves several users.
+
+    One thread at a time, so that none sees another's losses.
+    """
+    from . import losses  # noqa: F401  (these are to stay)
+
+    with _lock:
+        before = dict(_losses)
+        try:
+            yield
+        finally:
+            _losses.clear()
+            _losses.update(before)
 
 
 def _run_file(file: Path) -> None:

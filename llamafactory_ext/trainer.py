@@ -22,7 +22,7 @@ from .errors import NOT_OUR_TRAINER
 from .layout import Batch, Layout, is_text, obstacle, padded, shared_prefix
 from .logps import ResponseLogps, response_logps
 from .losses import bco
-from .monitors import RewardPlot
+from .monitors import DEGENERATING, DegenerationMonitor, RewardPlot, problem
 from .reference import PendingReference, autocast_dtype, match_precision
 from .reference_logps import COLUMN, Pair, ReferenceCollator, ReferenceLogps, from_column, known_beforehand
 from .refinement import AUGMENTED, joined, refinement, split_batch, without_dropout
@@ -93,6 +93,7 @@ class PreferenceTrainer(CustomDPOTrainer):
         self.shares_prefix = self._may_share_prefix()
         if self.references is not None:
             self.add_callback(BeforeTraining(self.compute_reference_logps))
+        self.add_callback(DegenerationMonitor(stops=bool(finetuning_args.pref_stop_on_degeneration)))
         if finetuning_args.plot_loss:
             self.add_callback(RewardPlot())
 
@@ -274,10 +275,13 @@ class PreferenceTrainer(CustomDPOTrainer):
             "rewards/margins": chosen_rewards - rejected_rewards,
         }
         if has_reference:
+            per_token = pairs.per_token()
             metrics |= {
                 "normalized_rewards/chosen": pairs.chosen_logratio,
                 "normalized_rewards/rejected": pairs.rejected_logratio,
                 "normalized_rewards/margins": pairs.margin,
+                "normalized_rewards/chosen_per_token": per_token.chosen_logratio,
+                "normalized_rewards/rejected_per_token": per_token.rejected_logratio,
             }
         if self.finetuning_args.loss.metrics is not None:
             metrics |= self.finetuning_args.loss.metrics(pairs, **self.finetuning_args.loss_hyperparameters)
@@ -299,6 +303,8 @@ class PreferenceTrainer(CustomDPOTrainer):
             total = self.accelerator.reduce(torch.stack([sums[name] for name in names]), "sum")
             logs |= dict(zip(names, (total[:, 0] / total[:, 1]).tolist(), strict=True))
             sums.clear()
+            if "loss" in logs:
+                logs[DEGENERATING] = float(problem([*self.state.log_history, logs]) is not None)
         Trainer.log(self, logs, *args, **kwargs)
 
     # --- the baseline of pref_bco_weight is state of the run ----------------------------------------------------------

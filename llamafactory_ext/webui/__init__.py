@@ -1,0 +1,1 @@
+"""LLaMA Board: the plugin's losses, their settings, and live reward curves."""

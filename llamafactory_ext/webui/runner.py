@@ -1,0 +1,92 @@
+"""The board's runner, to which the plugin's fields are a part of the extra arguments."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+from llamafactory.extras.constants import TRAINING_STAGES
+from llamafactory.hparams import FinetuningArguments
+from llamafactory.webui.locales import ALERTS
+from llamafactory.webui.runner import Runner
+
+from ..registry import Loss, forgotten_afterwards
+from . import texts
+from .fields import FIELDS, available_losses, gathered, set_twice, spread
+
+Data = dict[Any, Any]  # component -> what it holds
+
+
+class PreferenceRunner(Runner):
+    """LLaMA-Factory's runner, with the plugin's fields in what it is handed and in what it hands back."""
+
+    # --- from the page: to the command, the saved configuration, the training -----------------------------------------
+
+    def _initialize(self, data: Data, do_train: bool, from_preview: bool) -> str:
+        """What is wrong with the settings, or an empty text."""
+        error = super()._initialize(data, do_train, from_preview)
+        return error or (self._wrong_setting(data) if do_train else "")
+
+    def _parse_train_args(self, data: Data) -> dict[str, Any]:
+        return super()._parse_train_args(self._gathered(data))
+
+    def _build_config_dict(self, data: Data) -> dict[str, Any]:
+        is_training = self._elem("extra_args") in data
+        return super()._build_config_dict(self._gathered(data) if is_training else data)
+
+    def _gathered(self, data: Data) -> Data:
+        """The board's own components, with what the fields hold in the extra arguments."""
+        others = {elem: value for elem, value in data.items() if elem not in self._fields().values()}
+        extra_args = gathered(data[self._elem("extra_args")], *self._chosen(data))
+        return others | {self._elem("extra_args"): extra_args}
+
+    def _wrong_setting(self, data: Data) -> str:
+        lang, stage = data[self.manager.get_elem_by_id("top.lang")], data[self._elem("training_stage")]
+        extra_args = data[self._elem("extra_args")]
+        if not isinstance(json.loads(extra_args), dict):
+            return ALERTS["err_json_schema"][lang]
+        if TRAINING_STAGES[stage] != "dpo":
+            return ""
+        twice = set_twice(extra_args, *self._chosen(data))
+        if twice is not None:
+            return texts.alert("twice", lang).format(key=twice)
+
+        names = {field.name for field in dataclasses.fields(FinetuningArguments) if field.init}
+        try:
+            args = self._parse_train_args(data)
+            with forgotten_afterwards():
+                FinetuningArguments(**{name: value for name, value in args.items() if name in names})
+        except (TypeError, ValueError) as error:
+            return str(error)
+        return ""
+
+    def _chosen(self, data: Data) -> tuple[dict[str, Any], str, Loss | None]:
+        """What the fields hold, the stage, and the loss, as `fields` takes them."""
+        values = {key: data[elem] for key, elem in self._fields().items()}
+        try:
+            losses = available_losses(values["pref_loss_file"])
+        except ValueError:  # `_wrong_setting` says why
+            losses = {}
+        return values, data[self._elem("training_stage")], losses.get(data[self._elem("pref_loss")])
+
+    # --- to the page: a configuration is loaded, or a run's folder is chosen ------------------------------------------
+
+    def load_args(self, lang: str, config_path: str) -> Data:
+        return self._spread(super().load_args(lang, config_path))
+
+    def check_output_dir(self, *args: Any) -> Data:
+        return self._spread(super().check_output_dir(*args))
+
+    def _spread(self, update: Data) -> Data:
+        extra_args = self._elem("extra_args")
+        if extra_args not in update:
+            return update
+        others, values = spread(update[extra_args])
+        return update | {extra_args: others} | {elem: values[key] for key, elem in self._fields().items()}
+
+    def _fields(self) -> dict[str, Any]:
+        return {key: self._elem(key) for key in FIELDS}
+
+    def _elem(self, name: str) -> Any:
+        return self.manager.get_elem_by_id(f"train.{name}")

@@ -1,0 +1,141 @@
+"""What the board shows: the fields in its RLHF section, and reward curves below its loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from gradio.components import Component
+from llamafactory.extras.constants import TRAINER_LOG, TRAINING_STAGES
+from llamafactory.webui.common import get_save_dir
+
+from ..arguments import STOCK_LOSSES, keys_of
+from ..monitors import problem, read_trainer_log
+from ..plots import reward_figure
+from ..registry import Loss
+from . import texts
+from .fields import FIELDS, LOSS_FIELDS, STAGE_FIELDS, available_losses, is_shown
+
+Update = dict[Component, Component]
+
+
+def extended_train_tab(stock: Callable[[Any], dict[str, Any]], engine: Any) -> dict[str, Any]:
+    """The board's train tab with the plugin's fields and curves: its components by name.
+
+    Args:
+        stock: LLaMA-Factory's `create_train_tab`.
+        engine: the board's.
+    """
+    # What stock's buttons are to hand over must be there before they are made; the place for it, only afterwards.
+    fields = {key: field.kind(**field.properties, visible=False, render=False) for key, field in FIELDS.items()}
+    base = engine.manager.get_base_elems
+    engine.manager.get_base_elems = lambda: base() | set(fields.values())
+    try:
+        elems = stock(engine)
+    finally:
+        engine.manager.get_base_elems = base
+
+    lang = engine.manager.get_elem_by_id("top.lang")
+    with elems["rlhf_tab"]:
+        section = _Section(elems["pref_loss"], fields)
+    section.follow(lang, elems["training_stage"])
+
+    column = elems["loss_viewer"].parent
+    with column.parent, column:
+        curves = _Curves()
+    chosen = [engine.manager.get_elem_by_id(f"top.{name}") for name in ("model_name", "finetuning_type")]
+    # The board writes into its output box whenever it has read a run's log, and when a run's folder is chosen.
+    curves.follow([elems["output_box"], elems["output_dir"], lang], [lang, *chosen, elems["output_dir"]])
+    return elems | fields | {"reward_viewer": curves.viewer}
+
+
+class _Section:
+    """The fields, and a line about the chosen loss; to be made where they are to stand."""
+
+    def __init__(self, pref_loss: Any, fields: dict[str, Any]) -> None:
+        self.pref_loss, self.fields = pref_loss, fields
+        self.about = gr.Markdown(visible=False, elem_id="about_loss")
+        for group in (LOSS_FIELDS, STAGE_FIELDS):
+            with gr.Row():
+                for key in group:
+                    fields[key].render()
+
+    def follow(self, lang: Any, stage: Any) -> None:
+        """Show what belongs to the chosen stage and loss. The board sets its language when a page is loaded."""
+        loss_file = self.fields["pref_loss_file"]
+        triggers = [lang.change, stage.change, loss_file.submit]
+        options: dict[str, Any] = {"queue": False, "show_progress": "hidden", "show_api": False}
+        inputs = [stage, self.pref_loss, loss_file]
+        gr.on(triggers, self.offer, inputs, [self.pref_loss], **options)
+        # Not the choices, when one of them was taken: new ones would close a list that is open again.
+        outputs = [self.about, *self.fields.values()]
+        gr.on([*triggers, self.pref_loss.change], self.show, [lang, *inputs], outputs, **options)
+
+    def offer(self, stage: str, name: str, loss_file: str) -> Component:
+        """The losses that the stage can train."""
+        names = list(_losses(stage, loss_file)[0]) if _is_dpo(stage) else list(STOCK_LOSSES)
+        # Free text is taken, too: it is checked before anything starts, and a loaded configuration may name a loss
+        # that this page does not know yet.
+        offered: dict[str, Any] = {"choices": names, "allow_custom_value": True}
+        if not _is_dpo(stage) and name not in STOCK_LOSSES:
+            offered["value"] = STOCK_LOSSES[0]
+        return gr.Dropdown(**offered)
+
+    def show(self, lang: str, stage: str, name: str, loss_file: str) -> Update:
+        """What the loss is, and its fields."""
+        losses, error = _losses(stage, loss_file)
+        loss = losses.get(name)
+        about = error or (loss and (texts.about_loss(name, lang) or loss.description.splitlines()[0])) or ""
+        update: Update = {self.about: gr.Markdown(about, visible=_is_dpo(stage) and bool(about))}
+        defaults = keys_of(loss) if loss else {}
+        for key, component in self.fields.items():
+            shown: dict[str, Any] = {"visible": is_shown(key, stage, loss)}
+            if isinstance(component, gr.Number) and key in defaults:
+                shown["placeholder"] = f"{defaults[key]:g}"
+            update[component] = component.__class__(**shown)
+        return update
+
+
+def _is_dpo(stage: str) -> bool:
+    return TRAINING_STAGES.get(stage) == "dpo"
+
+
+def _losses(stage: str, loss_file: str) -> tuple[dict[str, Loss], str | None]:
+    """What can be chosen, and what is wrong with the file."""
+    try:
+        return available_losses(loss_file if _is_dpo(stage) else ""), None
+    except ValueError as error:
+        return available_losses(""), str(error)
+
+
+class _Curves:
+    """The normalized rewards of the run in the chosen folder; to be made where they are to stand."""
+
+    def __init__(self) -> None:
+        self.viewer = gr.Plot(visible=False, elem_id="reward_viewer")
+        self.warning = gr.Markdown(visible=False, elem_id="reward_warning")
+
+    def follow(self, sources: list[Any], inputs: list[Any]) -> None:
+        """Draw whenever one of the sources changes."""
+        gr.on(
+            [source.change for source in sources],
+            self.show,
+            inputs,
+            [self.viewer, self.warning],
+            show_progress="hidden",
+            show_api=False,
+            concurrency_limit=None,
+        )
+
+    def show(self, lang: str, model_name: str | None, finetuning_type: str, output_dir: str | None) -> Update:
+        logs: list[dict[str, Any]] = []
+        if model_name and output_dir:
+            logs = read_trainer_log(Path(get_save_dir(model_name, finetuning_type, output_dir)) / TRAINER_LOG)
+        figure, found = reward_figure(logs), problem(logs)
+        words = found and f"⚠️ {texts.alert(found, lang)} {texts.alert('remedies', lang)}"
+        return {
+            self.viewer: gr.Plot(figure, visible=figure is not None),
+            self.warning: gr.Markdown(words or "", visible=found is not None),
+        }
