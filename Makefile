@@ -11,7 +11,7 @@ FIND_LINKS := $(addprefix --find-links ,$(shell $(PYTHON) -m pip config get glob
 # Without a GPU: PyPI's torchvision and torchaudio are CUDA builds, which break beside a CPU build of torch.
 OVERRIDES := $(if $(shell command -v nvidia-smi),,--override $(VENV)/cpu-only.txt)
 
-.PHONY: help venv demo model test test-fast test-compat check format bench bench-data clean
+.PHONY: help venv browser demo model test test-fast test-compat check format bench bench-data clean
 
 help:
 	@echo "make demo         train DPO, DPOP and MinorDPO on a small model, score and plot them (DATA=, MODEL=)"
@@ -41,7 +41,13 @@ demo: venv
 model: venv
 	@$(BIN)/python examples/demo/model.py outputs
 
-test: venv
+# For the board's tests, which are skipped without.
+browser:
+	@command -v chromium > /dev/null || { test "$$(id -u)" = 0 && apt-get update -qq && \
+		DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium > /dev/null; } || \
+		echo "There is no Chromium (apt-get install chromium): LLaMA Board's browser tests will be skipped."
+
+test: venv browser
 	$(BIN)/python -m pytest
 
 test-fast: venv

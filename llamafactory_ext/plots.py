@@ -41,7 +41,10 @@ def plot_runs(runs: Mapping[str, LogHistory], path: Path) -> Path | None:
 
 def reward_figure(log_history: LogHistory) -> Figure | None:
     """The same for one run, as a figure for a page; None if the run logged no normalized rewards."""
-    return _reward_figure({"": log_history})
+    figure = _reward_figure({"": log_history})
+    if figure is not None:
+        figure.set_layout_engine("constrained", rect=(0, 0, 1, 0.88))  # the page puts its label above the curves
+    return figure
 
 
 def _reward_figure(runs: Mapping[str, LogHistory]) -> Figure | None:

@@ -299,7 +299,7 @@ PATCHES = (
     Patch(
         "llamafactory.webui.locales",
         "The board's components take their words from it.",
-        {},
+        {"LOCALES": (), "ALERTS": ()},
         _add_words,
     ),
     Patch(

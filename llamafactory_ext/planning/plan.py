@@ -100,17 +100,19 @@ def make_plan(
 
     notes: list[str] = []
     answer = min(answer_tokens or data_args.cutoff_len, data_args.cutoff_len)
-    training = _training(model_args, data_args, finetuning_args, training_args, gpus, answer, notes)
+    length = min(tokens or data_args.cutoff_len, data_args.cutoff_len)
+    schedule = make_schedule(training_args, count_pairs(data_args, notes), gpus, length)
+    beforehand = _asks_beforehand(model_args, data_args, finetuning_args, training_args, schedule)
+    training = _training(model_args, data_args, finetuning_args, training_args, gpus, answer, beforehand, notes)
     parts = memory_parts(training)
     nodes = math.ceil(gpus / gpus_per_node)
-    length = min(tokens or data_args.cutoff_len, data_args.cutoff_len)
     return Plan(
         engine=training.engine.name,
         parameters=training.model.parameters,
         trained=training.trained,
         gpus=gpus,
         gpu_memory=gpu_memory_gib * GIB,
-        schedule=make_schedule(training_args, count_pairs(data_args, notes), gpus, length),
+        schedule=schedule,
         cutoff_len=data_args.cutoff_len,
         memory=parts,
         host_memory=min(gpus, gpus_per_node) * _offloaded(training),
@@ -156,6 +158,7 @@ def _training(
     training_args: Any,
     gpus: int,
     answer: int,
+    beforehand: bool,
     notes: list[str],
 ) -> Training:
     from ..logps import CHUNK, FAMILIES
@@ -165,7 +168,7 @@ def _training(
     if not model.dense:
         notes.append("A mixture of experts: its activations are counted as those of a dense model.")
     lora = finetuning_args.finetuning_type == "lora"
-    beforehand, loaded = _reference_is(model_args, data_args, finetuning_args, training_args)
+    loaded = _loads_reference(model_args, finetuning_args, training_args, beforehand)
     reference = read_model(finetuning_args.ref_model or model_args.model_name_or_path, trust) if loaded else None
     if reference is not None and finetuning_args.ref_model_quantization_bit is not None:
         notes.append("The reference is counted without ref_model_quantization_bit.")
@@ -195,19 +198,34 @@ def _training(
     )
 
 
-def _reference_is(model_args: Any, data_args: Any, finetuning_args: Any, training_args: Any) -> tuple[bool, bool]:
-    """Whether the reference's log-probabilities are computed before the first step, and whether it is loaded at all."""
+def _asks_beforehand(
+    model_args: Any, data_args: Any, finetuning_args: Any, training_args: Any, schedule: Schedule
+) -> bool:
+    """Whether the reference's log-probabilities are computed before the first step."""
+    from ..reference import obstacle
+
+    wanted = finetuning_args.precompute_ref_log_probs
+    pending = _pending(model_args, finetuning_args)
+    if not finetuning_args.use_ref_model or wanted is False or data_args.streaming:
+        return False
+    if obstacle(pending, training_args, []) is not None:
+        return False
+    return bool(wanted) or not schedule.ends_early
+
+
+def _loads_reference(model_args: Any, finetuning_args: Any, training_args: Any, beforehand: bool) -> bool:
+    without_adapter = finetuning_args.finetuning_type == "lora" and finetuning_args.ref_model is None
+    if not finetuning_args.use_ref_model or without_adapter:
+        return False
+    return not (beforehand and _pending(model_args, finetuning_args).starts_as_policy(training_args))
+
+
+def _pending(model_args: Any, finetuning_args: Any) -> Any:
     from llamafactory.train.trainer_utils import create_ref_model
 
-    from ..reference import PendingReference, obstacle
+    from ..reference import PendingReference
 
-    if not finetuning_args.use_ref_model:
-        return False, False
-    pending = PendingReference(create_ref_model, model_args, finetuning_args)
-    exact = not data_args.streaming and obstacle(pending, training_args, []) is None
-    beforehand = exact and finetuning_args.precompute_ref_log_probs is not False
-    without_adapter = finetuning_args.finetuning_type == "lora" and finetuning_args.ref_model is None
-    return beforehand, not (without_adapter or (beforehand and pending.starts_as_policy(training_args)))
+    return PendingReference(create_ref_model, model_args, finetuning_args)
 
 
 def _optimizer(finetuning_args: Any, training_args: Any, notes: list[str]) -> Optimizer:

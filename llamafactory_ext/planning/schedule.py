@@ -37,6 +37,11 @@ class Schedule:
     def tokens(self) -> int | None:
         return None if self.steps is None else self.steps * self.tokens_per_step
 
+    @property
+    def ends_early(self) -> bool:
+        """Whether it ends before it has seen every pair, as far as that is known."""
+        return self.pairs is not None and self.steps is not None and self.steps * self.global_batch < self.pairs
+
 
 def padded(tokens: int) -> int:
     return math.ceil(tokens / PAD_TO) * PAD_TO

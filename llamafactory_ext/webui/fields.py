@@ -46,7 +46,7 @@ class Field:
         """The value of the key; None where nothing is set."""
         if self.properties.get("choices"):
             return TRI_STATE.get(value, value)
-        return None if value in ("", False) else value
+        return None if value == "" or value is False else value
 
     def from_yaml(self, value: Any) -> Any:
         if self.properties.get("choices"):
@@ -72,12 +72,13 @@ def _any(loss: Loss) -> bool:
     return True
 
 
+_UNSET: dict[str, Any] = {"value": None, "placeholder": "auto"}  # without a placeholder, gradio would show 0
 _AUTO: dict[str, Any] = {"choices": list(TRI_STATE), "value": "auto"}
 
 # In the board's order: first those of single losses, then those of the stage.
 LOSS_FIELDS: dict[str, Field] = {
-    "dpop_lambda": Field(gr.Number, _takes("dpop_lambda"), {"value": None}),
-    "sr_lambda": Field(gr.Number, _takes("sr_lambda"), {"value": None}),
+    "dpop_lambda": Field(gr.Number, _takes("dpop_lambda"), _UNSET),
+    "sr_lambda": Field(gr.Number, _takes("sr_lambda"), _UNSET),
     "sr_prompt": Field(
         gr.Textbox, _takes("sr_lambda"), {"value": "", "placeholder": SR_PROMPT, "scale": 3, "lines": 3}
     ),
@@ -96,16 +97,27 @@ TEXT_KEYS = [key for key, field in FIELDS.items() if field.kind is gr.Textbox]
 FLAGS = [key for key, field in FIELDS.items() if "choices" in field.properties]  # whose False means something
 
 
-def available_losses(loss_file: str) -> dict[str, Loss]:
-    """Every loss that can be chosen with this file, by name; LLaMA-Factory's own first.
+def is_dpo(stage: str) -> bool:
+    """Whether this is the board's name of the stage that the plugin is for."""
+    return TRAINING_STAGES.get(stage) == "dpo"
 
-    Raises:
-        ValueError: if the file cannot be used.
+
+def losses_of(stage: str, loss_file: str) -> tuple[dict[str, Loss], str | None]:
+    """The losses by name that a stage offers, LLaMA-Factory's own first, and what is wrong with the file if it is.
+
+    Args:
+        stage: the board's name of it; others than DPO have LLaMA-Factory's losses only.
+        loss_file: a user's file, or empty.
     """
     with forgotten_afterwards():  # the board serves others, too
-        names = list(dict.fromkeys([*STOCK_LOSSES, *loss_names()]))
-        names += load_loss_file(loss_file) if loss_file else []
-        return {name: get_loss(name) for name in names}
+        if not is_dpo(stage):
+            return {name: get_loss(name) for name in STOCK_LOSSES}, None
+        names, error = list(dict.fromkeys([*STOCK_LOSSES, *loss_names()])), None
+        try:
+            names += load_loss_file(loss_file) if loss_file else []
+        except ValueError as reason:
+            error = str(reason)
+        return {name: get_loss(name) for name in names}, error
 
 
 def gathered(extra_args: str, values: Mapping[str, Any], stage: str, loss: Loss | None) -> str:
@@ -143,7 +155,7 @@ def _settings(values: Mapping[str, Any], stage: str, loss: Loss | None) -> dict[
 
 def is_shown(key: str, stage: str, loss: Loss | None) -> bool:
     """Whether a field is for this stage (the board's name of it) and loss; an unknown loss has those of the stage."""
-    if TRAINING_STAGES.get(stage) != "dpo":
+    if not is_dpo(stage):
         return False
     return key in STAGE_FIELDS if loss is None else FIELDS[key].belongs_to(loss)
 

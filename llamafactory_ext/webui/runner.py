@@ -6,14 +6,13 @@ import dataclasses
 import json
 from typing import Any
 
-from llamafactory.extras.constants import TRAINING_STAGES
 from llamafactory.hparams import FinetuningArguments
 from llamafactory.webui.locales import ALERTS
 from llamafactory.webui.runner import Runner
 
 from ..registry import Loss, forgotten_afterwards
 from . import texts
-from .fields import FIELDS, available_losses, gathered, set_twice, spread
+from .fields import FIELDS, gathered, losses_of, set_twice, spread
 
 Data = dict[Any, Any]  # component -> what it holds
 
@@ -42,12 +41,10 @@ class PreferenceRunner(Runner):
         return others | {self._elem("extra_args"): extra_args}
 
     def _wrong_setting(self, data: Data) -> str:
-        lang, stage = data[self.manager.get_elem_by_id("top.lang")], data[self._elem("training_stage")]
+        lang = data[self.manager.get_elem_by_id("top.lang")]
         extra_args = data[self._elem("extra_args")]
         if not isinstance(json.loads(extra_args), dict):
             return ALERTS["err_json_schema"][lang]
-        if TRAINING_STAGES[stage] != "dpo":
-            return ""
         twice = set_twice(extra_args, *self._chosen(data))
         if twice is not None:
             return texts.alert("twice", lang).format(key=twice)
@@ -57,18 +54,16 @@ class PreferenceRunner(Runner):
             args = self._parse_train_args(data)
             with forgotten_afterwards():
                 FinetuningArguments(**{name: value for name, value in args.items() if name in names})
-        except (TypeError, ValueError) as error:
+        except (AssertionError, TypeError, ValueError) as error:
             return str(error)
         return ""
 
     def _chosen(self, data: Data) -> tuple[dict[str, Any], str, Loss | None]:
         """What the fields hold, the stage, and the loss, as `fields` takes them."""
         values = {key: data[elem] for key, elem in self._fields().items()}
-        try:
-            losses = available_losses(values["pref_loss_file"])
-        except ValueError:  # `_wrong_setting` says why
-            losses = {}
-        return values, data[self._elem("training_stage")], losses.get(data[self._elem("pref_loss")])
+        stage = data[self._elem("training_stage")]
+        losses, _ = losses_of(stage, values["pref_loss_file"])  # `_wrong_setting` says what is wrong with a file
+        return values, stage, losses.get(data[self._elem("pref_loss")])
 
     # --- to the page: a configuration is loaded, or a run's folder is chosen ------------------------------------------
 

@@ -8,15 +8,14 @@ from typing import Any
 
 import gradio as gr
 from gradio.components import Component
-from llamafactory.extras.constants import TRAINER_LOG, TRAINING_STAGES
+from llamafactory.extras.constants import TRAINER_LOG
 from llamafactory.webui.common import get_save_dir
 
 from ..arguments import STOCK_LOSSES, keys_of
 from ..monitors import problem, read_trainer_log
 from ..plots import reward_figure
-from ..registry import Loss
 from . import texts
-from .fields import FIELDS, LOSS_FIELDS, STAGE_FIELDS, available_losses, is_shown
+from .fields import FIELDS, LOSS_FIELDS, STAGE_FIELDS, is_dpo, is_shown, losses_of
 
 Update = dict[Component, Component]
 
@@ -38,6 +37,7 @@ def extended_train_tab(stock: Callable[[Any], dict[str, Any]], engine: Any) -> d
         engine.manager.get_base_elems = base
 
     lang = engine.manager.get_elem_by_id("top.lang")
+    _take_any_loss(elems["pref_loss"])
     with elems["rlhf_tab"]:
         section = _Section(elems["pref_loss"], fields)
     section.follow(lang, elems["training_stage"])
@@ -49,6 +49,13 @@ def extended_train_tab(stock: Callable[[Any], dict[str, Any]], engine: Any) -> d
     # The board writes into its output box whenever it has read a run's log, and when a run's folder is chosen.
     curves.follow([elems["output_box"], elems["output_dir"], lang], [lang, *chosen, elems["output_dir"]])
     return elems | fields | {"reward_viewer": curves.viewer}
+
+
+def _take_any_loss(pref_loss: Any) -> None:
+    """Let the dropdown hold losses that a page has not been told of yet: of a loaded configuration, or of a run that
+    goes on while the page is loaded. Settings are checked before anything starts."""
+    pref_loss.allow_custom_value = True
+    pref_loss.constructor_args["allow_custom_value"] = True  # gradio makes a session's own from these
 
 
 class _Section:
@@ -75,39 +82,28 @@ class _Section:
 
     def offer(self, stage: str, name: str, loss_file: str) -> Component:
         """The losses that the stage can train."""
-        names = list(_losses(stage, loss_file)[0]) if _is_dpo(stage) else list(STOCK_LOSSES)
-        # Free text is taken, too: it is checked before anything starts, and a loaded configuration may name a loss
-        # that this page does not know yet.
-        offered: dict[str, Any] = {"choices": names, "allow_custom_value": True}
-        if not _is_dpo(stage) and name not in STOCK_LOSSES:
+        losses, error = losses_of(stage, loss_file)
+        offered: dict[str, Any] = {"choices": list(losses)}
+        if not is_dpo(stage) and name not in losses:
             offered["value"] = STOCK_LOSSES[0]
+        elif loss_file and error is None and name not in losses:
+            offered["value"] = list(losses)[-1]  # the file's; a loss that was renamed there is gone
         return gr.Dropdown(**offered)
 
     def show(self, lang: str, stage: str, name: str, loss_file: str) -> Update:
         """What the loss is, and its fields."""
-        losses, error = _losses(stage, loss_file)
+        losses, error = losses_of(stage, loss_file)
         loss = losses.get(name)
         about = error or (loss and (texts.about_loss(name, lang) or loss.description.splitlines()[0])) or ""
-        update: Update = {self.about: gr.Markdown(about, visible=_is_dpo(stage) and bool(about))}
+        update: Update = {self.about: gr.Markdown(about, visible=is_dpo(stage) and bool(about))}
         defaults = keys_of(loss) if loss else {}
         for key, component in self.fields.items():
             shown: dict[str, Any] = {"visible": is_shown(key, stage, loss)}
             if isinstance(component, gr.Number) and key in defaults:
-                shown["placeholder"] = f"{defaults[key]:g}"
+                default = defaults[key]
+                shown["placeholder"] = f"{default:g}" if isinstance(default, (int, float)) else str(default)
             update[component] = component.__class__(**shown)
         return update
-
-
-def _is_dpo(stage: str) -> bool:
-    return TRAINING_STAGES.get(stage) == "dpo"
-
-
-def _losses(stage: str, loss_file: str) -> tuple[dict[str, Loss], str | None]:
-    """What can be chosen, and what is wrong with the file."""
-    try:
-        return available_losses(loss_file if _is_dpo(stage) else ""), None
-    except ValueError as error:
-        return available_losses(""), str(error)
 
 
 class _Curves:

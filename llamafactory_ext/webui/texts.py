@@ -167,31 +167,31 @@ LOSSES: dict[str, dict[str, str]] = {
 
 ALERTS: dict[str, dict[str, str]] = {
     "en": {
-        "fallen": "Chosen answers are becoming as unlikely as rejected ones: the run degenerates.",
+        "fallen": "Chosen answers become unlikely together with rejected ones: the run degenerates.",
         "not_a_number": "Log-probabilities are not numbers any more: the run has degenerated.",
         "remedies": "Try MinorDPO or DPOP, a larger beta, or a smaller learning rate.",
         "twice": "`{key}` stands in its field and in the extra arguments: clear one of them.",
     },
     "ru": {
-        "fallen": "Выбранные ответы становятся столь же маловероятными, как отвергнутые: обучение вырождается.",
+        "fallen": "Выбранные ответы становятся маловероятными вместе с отвергнутыми: обучение вырождается.",
         "not_a_number": "Логарифмы вероятностей перестали быть числами: обучение выродилось.",
         "remedies": "Попробуйте MinorDPO или DPOP, большее beta или меньшую скорость обучения.",
         "twice": "`{key}` указан и в своём поле, и в дополнительных аргументах: оставьте одно из двух.",
     },
     "zh": {
-        "fallen": "被选回答正变得和被拒回答一样不可能：训练正在退化。",
+        "fallen": "被选回答与被拒回答的概率一起大幅下降：训练正在退化。",
         "not_a_number": "对数概率已不再是有效数值：训练已经退化。",
         "remedies": "请尝试 MinorDPO 或 DPOP、更大的 beta 或更小的学习率。",
         "twice": "`{key}` 同时出现在其输入框和额外参数中：请清除其一。",
     },
     "ko": {
-        "fallen": "선택된 답변이 거부된 답변만큼 가능성이 낮아지고 있습니다. 학습이 퇴화하고 있습니다.",
+        "fallen": "선택된 답변이 거부된 답변과 함께 가능성이 낮아지고 있습니다. 학습이 퇴화하고 있습니다.",
         "not_a_number": "로그 확률이 더 이상 숫자가 아닙니다. 학습이 퇴화했습니다.",
         "remedies": "MinorDPO나 DPOP, 더 큰 beta, 더 작은 학습률을 시도해 보십시오.",
         "twice": "`{key}`이(가) 입력란과 추가 인수에 모두 있습니다. 하나를 지우십시오.",
     },
     "ja": {
-        "fallen": "選ばれた回答が拒否された回答と同じくらい起こりにくくなっています。学習が退化しています。",
+        "fallen": "選ばれた回答が拒否された回答とともに起こりにくくなっています。学習が退化しています。",
         "not_a_number": "対数確率が数値ではなくなりました。学習が退化しました。",
         "remedies": "MinorDPO や DPOP、より大きな beta、より小さな学習率を試してください。",
         "twice": "`{key}` が入力欄と追加引数の両方にあります。どちらかを消してください。",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 
@@ -23,6 +24,9 @@ def trained(model, data, recipe_for, tmp_path_factory):
     recipes.append(recipe(model, data, folder / "whole", save_strategy="steps", save_steps=2, **resume))
     checkpoint = {"resume_from_checkpoint": str(folder / "whole" / "checkpoint-2")}
     recipes.append(recipe(model, data, folder / "resumed", **resume, **checkpoint))
+    degenerate = {"pref_loss": "sigmoid", "optim": "adamw_torch", "learning_rate": 0.3, "max_steps": 20}
+    degenerate |= {"pref_stop_on_degeneration": True, "per_device_train_batch_size": 1}
+    recipes.append(recipe(model, data, folder / "degenerate", **degenerate))
     train_on_two_ranks(recipes, folder)
     return folder
 
@@ -38,6 +42,12 @@ def test_two_ranks_train_and_log_what_one_process_does(name, tuning, trained, on
 def test_resume_on_two_ranks(trained):
     whole, resumed = logs(trained / "whole"), logs(trained / "resumed")
     assert [log["loss"] for log in resumed] == pytest.approx([log["loss"] for log in whole], abs=1e-5)
+
+
+def test_a_run_that_degenerates_ends_on_all_ranks(trained):
+    last = json.loads((trained / "degenerate" / "trainer_state.json").read_text())["global_step"]
+    assert last < 20
+    assert (trained / "degenerate" / f"checkpoint-{last}").is_dir()
 
 
 def test_command_line_under_torchrun_with_a_loss_file(model, data, tmp_path):

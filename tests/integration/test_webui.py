@@ -123,7 +123,7 @@ def open_page(browser):
         page.on("request", lambda request: asked.add(urlsplit(request.url).hostname))
         page.set_default_timeout(15_000)
         page.goto(address)
-        expect(page.get_by_text("Ready.").first).to_be_visible()
+        expect(title(page, "Learning rate")).to_be_visible()  # components get their words last
         return page
 
     yield open_it
@@ -141,7 +141,7 @@ def options(page, label):
     dropdown(page, label).click()
     expect(page.get_by_role("option").first).to_be_visible()
     offered = [text.removeprefix("✓").strip() for text in page.get_by_role("option").all_inner_texts()]
-    page.keyboard.press("Escape")
+    dropdown(page, label).blur()
     return offered
 
 
@@ -173,7 +173,10 @@ def set_beta(page, value):
 def choose_loss(page, loss):
     choose(page, "Stage", "DPO")
     page.get_by_text("RLHF configurations").click()
-    page.wait_for_timeout(500)  # for the stage's losses
+    for _ in range(50):
+        if loss in options(page, "Loss type"):
+            break
+        page.wait_for_timeout(200)
     choose(page, "Loss type", loss)
 
 
@@ -333,9 +336,18 @@ def test_wrong_values_are_refused_before_anything_starts(open_page, address, wor
 # --- saving and loading ----------------------------------------------------------------------------------------------
 
 
-def config_path(page, name):
+def save(page, name):
     dropdown(page, "Config path").fill(name)
     dropdown(page, "Config path").press("Enter")
+    page.get_by_role("button", name="Save arguments").click()
+    expect(page.get_by_text("Arguments have been saved at")).to_be_visible()
+
+
+def load(page, name):
+    dropdown(page, "Config path").fill(name)
+    dropdown(page, "Config path").press("Enter")
+    page.get_by_role("button", name="Load arguments").click()
+    expect(page.get_by_text("Arguments have been restored")).to_be_visible()
 
 
 def test_a_saved_configuration_comes_back(open_page, address, workspace):
@@ -344,9 +356,7 @@ def test_a_saved_configuration_comes_back(open_page, address, workspace):
     type_in(page, "DPOP lambda", "5")
     choose(page, "Reference cache", "false")
     page.get_by_label("Stop on degeneration").check()
-    config_path(page, "mine.yaml")
-    page.get_by_role("button", name="Save arguments").click()
-    expect(page.get_by_text("Arguments have been saved at")).to_be_visible()
+    save(page, "mine.yaml")
     saved = yaml.safe_load((workspace / "llamaboard_config" / "mine.yaml").read_text())
     assert not any(key.startswith("train.dpop") for key in saved)  # LLaMA-Factory alone would not know it
     own = {"dpop_lambda": 5, "precompute_ref_log_probs": False, "pref_stop_on_degeneration": True}
@@ -354,9 +364,7 @@ def test_a_saved_configuration_comes_back(open_page, address, workspace):
 
     page = open_page(address)
     choose(page, "Model name", "Custom")
-    config_path(page, "mine.yaml")
-    page.get_by_role("button", name="Load arguments").click()
-    expect(page.get_by_text("Arguments have been restored")).to_be_visible()
+    load(page, "mine.yaml")
     page.get_by_text("RLHF configurations").click()
     expect(dropdown(page, "Loss type")).to_have_value("dpop")
     expect(textbox(page, "DPOP lambda")).to_have_value("5")
@@ -370,29 +378,24 @@ def test_a_saved_configuration_comes_back(open_page, address, workspace):
 
 
 def test_configurations_go_between_boards_with_and_without_the_plugin(open_page, address, workspace):
-    configs = workspace / "llamaboard_config"
+    page = open_page(address)
+    fill_in_run(page, workspace, "unused", "dpop")
+    type_in(page, "DPOP lambda", "5")
+    save(page, "ours.yaml")
+
     with running_board(workspace, plugin=False) as stock:
         page = open_page(stock)
         fill_in_run(page, workspace, "unused", "hinge")
         expect(title(page, "Share prefix")).to_have_count(0)
         assert "minor_dpo" not in options(page, "Loss type")
-        config_path(page, "stock.yaml")
-        page.get_by_role("button", name="Save arguments").click()
-        expect(page.get_by_text("Arguments have been saved at")).to_be_visible()
-
-        saved = yaml.safe_load((configs / "stock.yaml").read_text())
-        ours = saved | {"train.extra_args": '{"optim": "adamw_torch", "dpop_lambda": 5}', "train.pref_loss": "dpop"}
-        (configs / "ours.yaml").write_text(yaml.safe_dump(ours))
-        config_path(page, "ours.yaml")
-        page.get_by_role("button", name="Load arguments").click()
-        expect(page.get_by_text("Arguments have been restored")).to_be_visible()
+        save(page, "stock.yaml")
+        load(page, "ours.yaml")
         assert json.loads(textbox(page, "Extra arguments").input_value())["dpop_lambda"] == 5
 
     page = open_page(address)
     choose_loss(page, "dpop")
     type_in(page, "DPOP lambda", "5")
-    config_path(page, "stock.yaml")
-    page.get_by_role("button", name="Load arguments").click()
+    load(page, "stock.yaml")
     expect(dropdown(page, "Loss type")).to_have_value("hinge")
     choose(page, "Loss type", "dpop")
     expect(textbox(page, "DPOP lambda")).to_have_value("")  # not what was typed before
@@ -404,13 +407,29 @@ def test_configurations_go_between_boards_with_and_without_the_plugin(open_page,
 def test_a_run_is_started_and_watched(open_page, address, workspace):
     page = open_page(address)
     cache = str(workspace / "references")
-    fill_in_run(page, workspace, "healthy", "dpop", max_steps=5, ref_log_probs_cache_dir=cache)
+    steps = 150  # long enough to be seen
+    fill_in_run(page, workspace, "healthy", "dpop", max_steps=steps, ref_log_probs_cache_dir=cache)
+    type_in(page, "Learning rate", "1e-5")
     type_in(page, "DPOP lambda", "5")
     page.get_by_role("button", name="Start", exact=True).click()
 
-    expect(page.get_by_text("Running 5/5")).to_be_visible(timeout=180_000)  # the board's own progress
+    settings = workspace / "saves" / "Custom" / "full" / "healthy" / "training_args.yaml"
+    for _ in range(100):
+        if settings.is_file():
+            break
+        page.wait_for_timeout(200)
+    other = open_page(address)  # a page that is loaded while it runs shows its settings
+    expect(dropdown(other, "Stage")).to_have_value("DPO")
+    other.get_by_text("RLHF configurations").click()
+    expect(dropdown(other, "Loss type")).to_have_value("dpop")
+    expect(textbox(other, "DPOP lambda")).to_have_value("5")
+    choose(other, "Loss type", "minor_dpo")
+    expect(textbox(other, "DPOP lambda")).to_have_count(0)
+    other.context.close()  # of two pages that watch a run, LLaMA-Factory tells only one when it ends
+
+    expect(page.get_by_text(re.compile(rf"Running \d+/{steps}"))).to_be_visible(timeout=180_000)  # the board's own
     expect(page.locator("#reward_viewer img")).to_be_visible(timeout=60_000)
-    expect(page.get_by_text("Finished.").first).to_be_visible(timeout=60_000)
+    expect(page.get_by_text("Finished.").first).to_be_visible(timeout=120_000)
     expect(page.get_by_text("Normalized rewards")).to_be_visible()
     expect(page.locator("#reward_warning")).to_be_hidden()
 
@@ -418,7 +437,7 @@ def test_a_run_is_started_and_watched(open_page, address, workspace):
     settings = yaml.safe_load((output / "training_args.yaml").read_text())
     assert (settings["pref_loss"], settings["dpop_lambda"]) == ("dpop", 5)
     logs = [json.loads(line) for line in (output / "trainer_log.jsonl").read_text().splitlines()]
-    assert [log["current_steps"] for log in logs if "loss" in log] == [1, 2, 3, 4, 5]
+    assert [log["current_steps"] for log in logs if "loss" in log] == list(range(1, steps + 1))
     assert all("total_tokens" in log for log in logs if "loss" in log)  # the board's token counter
     assert "dpop_lambda=5" in (output / "running_log.txt").read_text()
 
@@ -448,3 +467,5 @@ def test_a_run_that_degenerates_is_named_and_stopped(open_page, address, workspa
     dropdown(page, "Output dir").press("Enter")
     expect(page.locator("#reward_viewer img")).to_be_visible()
     expect(page.locator("#reward_warning")).to_contain_text("the run degenerates")
+    page.get_by_text("RLHF configurations").click()
+    expect(page.get_by_label("Stop on degeneration")).to_be_checked()  # its settings are back, too

@@ -277,6 +277,14 @@ def test_a_reference_in_every_step_is_an_alternative_only_where_a_model_is_held(
     assert not any("precompute_ref_log_probs" in changes for changes, _ in alternatives(lora, 8, 0.95 * needed / GIB))
 
 
+def test_a_run_that_ends_early_asks_the_reference_in_every_step_unless_told_otherwise(qwen, long_pairs):
+    recipe = qwen(dataset="pairs.jsonl", dataset_dir=str(long_pairs), gradient_accumulation_steps=1, pref_loss="dpop")
+    whole, part = (make_plan({**recipe, "max_steps": steps}, 1, 80) for steps in (4, 3))
+    assert whole.memory["reference model"] == 0
+    assert part.memory["reference model"] == make_plan({**recipe, **IN_EVERY_STEP}, 1, 80).memory["reference model"] > 0
+    assert make_plan({**recipe, "max_steps": 3, **BEFOREHAND}, 1, 80).memory == whole.memory
+
+
 def test_nothing_fits(qwen):
     card = qwen(per_device_train_batch_size=1)
     assert alternatives(card, 1, 2) == []

@@ -1,0 +1,151 @@
+"""Whether a run degenerates, and what is done about it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from types import SimpleNamespace
+
+import pytest
+from llamafactory.train import tuner
+from tiny import recipe
+from transformers import TrainerControl
+
+from llamafactory_ext.monitors import (
+    DEGENERATING,
+    FALL,
+    IN_A_ROW,
+    DegenerationMonitor,
+    describe,
+    problem,
+    read_trainer_log,
+)
+
+
+def log(chosen: float, rejected: float, **others: float) -> dict[str, float]:
+    return {
+        "loss": 0.5,
+        "logps/chosen": -50.0,
+        "logps/rejected": -60.0,
+        "normalized_rewards/chosen_per_token": chosen,
+        "normalized_rewards/rejected_per_token": rejected,
+        **others,
+    }
+
+
+SUNK, DPO_AS_USUAL, WELL = log(-2 * FALL, -3 * FALL), log(-FALL / 2, -3 * FALL), log(0.1, -0.1)
+
+
+@pytest.mark.parametrize(
+    ("history", "expected"),
+    [
+        ([], None),
+        ([WELL] * 5, None),
+        ([DPO_AS_USUAL] * 5, None),  # rejected answers alone are meant to fall
+        ([log(-2 * FALL, 0.0)] * 5, None),
+        ([SUNK] * (IN_A_ROW - 1), None),
+        ([SUNK] * IN_A_ROW, "fallen"),
+        ([WELL, *[SUNK] * IN_A_ROW], "fallen"),
+        ([SUNK, WELL, *[SUNK] * (IN_A_ROW - 1)], None),
+        ([*[SUNK] * IN_A_ROW, WELL], None),  # it has recovered
+        ([SUNK, {"eval_loss": 1.0}, *[SUNK] * (IN_A_ROW - 1), {"train_runtime": 9.0}], "fallen"),
+        ([log(-FALL, -FALL)] * 5, None),  # on the threshold
+        ([WELL, log(math.nan, math.nan, **{"logps/chosen": math.nan})], "not_a_number"),
+        ([WELL, log(-math.inf, 0.0, **{"logps/rejected": -math.inf})], "not_a_number"),
+        ([{"loss": 1.0, "logps/chosen": -1.0, "logps/rejected": -1.0}] * 5, None),  # a loss without reference
+        ([{"loss": 0.0, "logps/chosen": math.nan, "logps/rejected": -1.0}], "not_a_number"),
+    ],
+)
+def test_problem(history, expected):
+    assert problem(history) == expected
+
+
+def test_the_warning_says_how_far_and_what_to_try():
+    words = describe("fallen", log(-1.234, -2.0))
+    assert "-1.23 and -2.00 nats per token" in words
+    for remedy in ("minor_dpo", "dpop", "pref_beta", "learning_rate"):
+        assert remedy in words and remedy in describe("not_a_number", {})  # noqa: PT018
+
+
+def test_a_log_is_read_while_it_is_written_and_after_a_resumed_run(tmp_path):
+    path = tmp_path / "trainer_log.jsonl"
+    assert read_trainer_log(path) == []
+    lines = [{"current_steps": step, "loss": loss} for step, loss in ((1, 0.7), (2, 0.6), (3, 0.5), (4, 0.4))]
+    lines.insert(1, {"current_steps": 1, "eval_loss": 1.0})
+    killed = "".join(json.dumps(line) + "\n" for line in lines) + '{"current_steps": 5, "lo'
+    path.write_text(killed)
+    steps = [1, 2, 3, 4]
+    assert [line["step"] for line in read_trainer_log(path)] == steps
+    path.write_text(killed + "\n" + json.dumps({"current_steps": 3, "loss": 0.1}) + "\n")  # from checkpoint-2
+    assert [(line["step"], line["loss"]) for line in read_trainer_log(path)] == [(1, 0.7), (2, 0.6), (3, 0.1)]
+
+
+@pytest.fixture
+def said(monkeypatch):
+    """What LLaMA-Factory's logger is given, which the console and the board show."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    monkeypatch.setattr(handler, "emit", lambda record: lines.append(record.getMessage()))
+    logger = logging.getLogger("llamafactory")
+    monkeypatch.setattr(logger, "handlers", [*logger.handlers, handler])
+    return lines
+
+
+def test_it_is_said_once_and_again_after_a_recovery(said):
+    monitor, history = DegenerationMonitor(stops=False), []
+    for entry in [*[SUNK] * (IN_A_ROW + 2), WELL, *[SUNK] * IN_A_ROW]:
+        history.append({**entry, DEGENERATING: 0.0})
+        monitor.on_log(None, SimpleNamespace(log_history=history), TrainerControl())
+    assert len(said) == 2
+    assert all("The run degenerates" in line for line in said)
+
+
+# --- real runs -------------------------------------------------------------------------------------------------------
+
+
+def run(model, data, output, **changes):
+    settings = {"max_steps": 20, "learning_rate": 0.3, "optim": "adamw_torch", **changes}
+    tuner.run_exp(recipe(model, data, output, **settings))
+    return json.loads((output / "trainer_state.json").read_text())
+
+
+def test_a_run_that_degenerates_is_told_and_goes_on(model, data, tmp_path, said):
+    state = run(model, data, tmp_path / "run")
+    assert any("The run degenerates" in line for line in said)
+    assert not any("It ends here" in line for line in said)
+    flags = [entry[DEGENERATING] for entry in state["log_history"] if DEGENERATING in entry]
+    assert len(flags) == state["global_step"] == 20
+    assert flags[0] == 0.0
+    assert flags[-1] == 1.0
+    assert flags == [float(problem(state["log_history"][: step + 1]) is not None) for step in range(20)]
+
+
+def test_and_ends_after_a_checkpoint_if_that_is_wanted(model, data, tmp_path):
+    state = run(model, data, tmp_path / "run", pref_stop_on_degeneration=True)
+    last = state["global_step"]
+    assert IN_A_ROW <= last < 20
+    flags = [entry[DEGENERATING] for entry in state["log_history"] if DEGENERATING in entry]
+    assert flags == [0.0] * (last - 1) + [1.0]
+    assert (tmp_path / "run" / f"checkpoint-{last}" / "model.safetensors").is_file()
+
+
+def test_a_healthy_run_is_left_alone(model, data, tmp_path):
+    state = run(model, data, tmp_path / "run", pref_stop_on_degeneration=True, learning_rate=1e-4, max_steps=6)
+    assert state["global_step"] == 6
+    assert all(entry[DEGENERATING] == 0.0 for entry in state["log_history"] if DEGENERATING in entry)
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+
+def test_per_token_rewards_are_means_over_each_answers_tokens(model, other_model, data, tmp_path):
+    """Pairs one by one: the sum over an answer is its length times the mean."""
+    changes = {"ref_model": str(other_model), "per_device_train_batch_size": 1, "max_steps": 3, "learning_rate": 1e-4}
+    state = run(model, data, tmp_path / "run", disable_shuffling=True, **changes)
+    rows = [json.loads(line) for line in (data / "pairs.jsonl").read_text().splitlines()]
+    for row, entry in zip(rows, state["log_history"], strict=False):
+        if "loss" not in entry:
+            continue
+        for side in ("chosen", "rejected"):
+            length = len(row[side]) + 2  # tokens are bytes; <|im_end|> and a line break follow
+            total = entry[f"normalized_rewards/{side}"]
+            assert entry[f"normalized_rewards/{side}_per_token"] == pytest.approx(total / length, rel=1e-3)

@@ -1,0 +1,265 @@
+"""The board's fields: what they send, and what comes back. `integration/test_webui.py` looks at them in a browser."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from llamafactory.extras.constants import TRAINING_STAGES
+from llamafactory.webui import common
+from llamafactory.webui.engine import Engine
+from llamafactory.webui.interface import create_ui
+from llamafactory.webui.locales import LOCALES
+
+from llamafactory_ext import registry
+from llamafactory_ext.arguments import OTHER_OWN_KEYS, OWN_KEYS, STOCK_LOSSES, PreferenceArguments
+from llamafactory_ext.webui import fields, texts
+from llamafactory_ext.webui.fields import FIELDS, gathered, is_shown, losses_of, set_twice, spread
+
+LOSSES = losses_of("DPO", "")[0]
+EMPTY = {key: field.empty for key, field in FIELDS.items()}
+SET = {
+    "dpop_lambda": st.one_of(st.none(), st.integers(0, 99), st.floats(0, 99)),
+    "sr_lambda": st.one_of(st.none(), st.floats(0, 1)),
+    "sr_prompt": st.text(max_size=20),
+    "ipo_length_normalize": st.sampled_from(["auto", "true", "false"]),
+    "pref_loss_args": st.sampled_from(["", '{"tau": 0.5}', "not JSON"]),
+    "share_prefix": st.sampled_from(["auto", "true", "false"]),
+    "precompute_ref_log_probs": st.sampled_from(["auto", "true", "false"]),
+    "ref_log_probs_cache_dir": st.sampled_from(["", "/somewhere", "two words"]),
+    "pref_loss_file": st.sampled_from(["", "losses.py"]),
+    "pref_stop_on_degeneration": st.booleans(),
+}
+
+
+def test_every_key_of_the_plugin_has_a_field():
+    assert set(FIELDS) == {*OWN_KEYS, *OTHER_OWN_KEYS} == set(SET)
+
+
+def test_every_language_has_all_words():
+    for words in (texts.FIELDS, texts.LOSSES, texts.ALERTS):
+        assert set(words) == set(LOCALES["pref_loss"])
+        for lang, translated in words.items():
+            assert set(translated) == set(words["en"]), lang
+            assert lang == "en" or all(translated[name] != text for name, text in words["en"].items())
+    assert set(texts.LOSSES["en"]) == set(registry.loss_names())
+    assert all("{key}" in alerts["twice"] for alerts in texts.ALERTS.values())
+    assert LOCALES["dpop_lambda"]["zh"]["label"] == "DPOP lambda"
+    assert texts.about_loss("dpop", "a language of the future") == texts.LOSSES["en"]["dpop"]
+
+
+def test_fields_are_the_stages_and_the_losses_own():
+    shown = {name: {key for key in FIELDS if is_shown(key, "DPO", loss)} for name, loss in LOSSES.items()}
+    common_to_all = {"share_prefix", "pref_loss_file", "pref_stop_on_degeneration"}
+    cached = common_to_all | {"precompute_ref_log_probs", "ref_log_probs_cache_dir"}
+    assert shown["simpo"] == shown["orpo"] == common_to_all
+    assert shown["sigmoid"] == shown["hinge"] == shown["kto_pair"] == cached
+    assert shown["ipo"] == cached | {"ipo_length_normalize"}
+    assert shown["minor_dpo"] == shown["sr_dpo"] == cached | {"sr_lambda", "sr_prompt"}
+    assert shown["dpop"] == shown["minor_dpo"] | {"dpop_lambda"}
+    assert shown["sr_ipo"] == shown["minor_dpo"] | {"ipo_length_normalize"}
+    for stage in set(TRAINING_STAGES) - {"DPO"}:
+        assert not any(is_shown(key, stage, LOSSES["dpop"]) for key in FIELDS)
+
+
+@given(st.fixed_dictionaries(SET), st.sampled_from(list(LOSSES)))
+def test_what_is_set_comes_back(values, name):
+    loss = LOSSES[name]
+    extra_args = gathered('{"optim": "adamw_torch"}', values, "DPO", loss)
+    others, returned = spread(extra_args)
+    assert json.loads(others) == {"optim": "adamw_torch"}
+    assert returned == {key: values[key] if is_shown(key, "DPO", loss) else EMPTY[key] for key in FIELDS}
+    assert set_twice(extra_args, EMPTY, "DPO", loss) is None
+    assert (set_twice(extra_args, values, "DPO", loss) is None) == (returned == EMPTY)
+
+
+@pytest.mark.parametrize("extra_args", ['{"optim":   "sgd"}', "{not JSON", "[1]", "3"])
+def test_extra_arguments_are_left_alone_where_nothing_is_set(extra_args):
+    assert gathered(extra_args, EMPTY, "DPO", LOSSES["dpop"]) == extra_args
+    assert spread(extra_args) == (extra_args, EMPTY)
+
+
+@pytest.mark.parametrize("extra_args", ["{not JSON", "[1]"])
+def test_malformed_extra_arguments_are_left_to_the_board(extra_args):
+    values = EMPTY | {"dpop_lambda": 5}
+    assert gathered(extra_args, values, "DPO", LOSSES["dpop"]) == extra_args
+
+
+def test_other_stages_send_nothing():
+    values = EMPTY | {"dpop_lambda": 5, "share_prefix": "true"}
+    assert gathered("{}", values, "KTO", LOSSES["dpop"]) == "{}"
+
+
+def test_losses_of_a_file_are_this_sessions_own(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from llamafactory_ext import register_loss\n"
+        '@register_loss("mine")\n'
+        "def mine(pairs, *, beta: float, tau: float = 1.0):\n"
+        "    return pairs.margin\n"
+    )
+    losses, error = losses_of("DPO", str(path))
+    assert error is None
+    assert list(losses)[-1] == "mine"
+    assert is_shown("pref_loss_args", "DPO", losses["mine"])
+    assert "mine" not in losses_of("DPO", "")[0]
+    other = tmp_path / "other.py"  # another session's, of the same name
+    other.write_text(path.read_text())
+    assert "mine" in losses_of("DPO", str(other))[0]
+    assert list(losses_of("KTO", str(path))[0]) == list(STOCK_LOSSES)
+    losses, error = losses_of("DPO", str(tmp_path / "nowhere.py"))
+    assert "is not a file" in error
+    assert set(losses) == set(texts.LOSSES["en"])
+
+
+@pytest.mark.parametrize("default", ["", " = 3.0", " = None"])
+def test_a_loss_of_ones_own_that_takes_the_plugins_keys(board, tmp_path, default):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from llamafactory_ext import register_loss\n"
+        '@register_loss("mine")\n'
+        f"def mine(pairs, *, beta: float, dpop_lambda: float{default}):\n"
+        '    """Mine."""\n'
+    )
+    page = board[0].manager
+    show = next(fn.fn for fn in board[2].fns.values() if fn.name == "show" and len(fn.outputs) > len(FIELDS))
+    update = show("en", "DPO", "mine", str(path))
+    shown = update[page.get_elem_by_id("train.dpop_lambda")].constructor_args
+    assert shown == {"visible": True, "placeholder": {"": "(required)", " = 3.0": "3", " = None": "None"}[default]}
+
+
+def test_a_script_for_a_loss_file_ends_nothing_but_itself(tmp_path):
+    path = tmp_path / "script.py"
+    path.write_text("import sys\nsys.exit(2)\n")
+    assert "could not be run: SystemExit: 2" in losses_of("DPO", str(path))[1]
+
+
+def test_false_reaches_the_recipe_and_texts_the_shell():
+    args = {"share_prefix": False, "precompute_ref_log_probs": None, "bf16": False, "sr_prompt": "Rate it: ", "x": 1}
+    assert common._clean_cmd(args) == {"share_prefix": False, "sr_prompt": "Rate it: ", "x": 1}
+    assert "--sr_prompt 'Rate it: ' " in common.gen_cmd(args)
+    assert args["sr_prompt"] == "Rate it: "
+
+
+# --- the runner, with the board's real components --------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def board(tmp_path_factory):
+    """The engine of a whole board, and what a page sends when nothing has been touched."""
+    engines = []
+    init = Engine.__init__
+
+    def remember(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        engines.append(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Engine, "__init__", remember)
+        patch.chdir(tmp_path_factory.mktemp("board"))  # it writes DeepSpeed settings
+        page = create_ui()
+    clicked = next(fn for fn in page.fns.values() if fn.name == "run_train")
+    return engines[0], {elem: elem.value for elem in clicked.inputs}, page
+
+
+@pytest.fixture
+def filled_in(board, tmp_path, monkeypatch):
+    """The runner, and a page's data with some of them changed."""
+    monkeypatch.chdir(tmp_path)
+    engine, data, _ = board
+    setting = {
+        "top.lang": "en",
+        "top.model_name": "Custom",
+        "top.model_path": "model",
+        "train.dataset": ["pairs"],
+        "train.training_stage": "DPO",
+        "train.output_dir": "run",
+        "train.config_path": "mine.yaml",
+    }
+
+    def fill_in(**changes):
+        named = setting | {f"train.{name}": value for name, value in changes.items()}
+        return engine.runner, data | {engine.manager.get_elem_by_id(name): value for name, value in named.items()}
+
+    return fill_in
+
+
+def settings_of(runner, data):
+    args = runner._parse_train_args(data)
+    return {key: args[key] for key in FIELDS if key in args}
+
+
+def test_fields_become_settings(filled_in):
+    runner, data = filled_in(pref_loss="dpop", dpop_lambda=5, share_prefix="false", ipo_length_normalize="true")
+    assert runner._initialize(data, do_train=True, from_preview=True) == ""
+    assert settings_of(runner, data) == {"dpop_lambda": 5, "share_prefix": False}  # and not what dpop does not take
+    assert runner._parse_train_args(data)["optim"] == "adamw_torch"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"pref_loss": "dpop", "dpop_lambda": -1}, "`dpop_lambda` is -1"),
+        ({"pref_beta": 0}, "`pref_beta` is 0: write a number above 0"),
+        ({"pref_loss": "minordpo"}, "Did you mean 'minor_dpo'"),
+        ({"pref_loss_file": "nowhere.py"}, "is not a file"),
+        ({"pref_loss": "sr_dpo", "sr_lambda": 0, "sr_prompt": "x: "}, "`sr_prompt` belongs to the refinement term"),
+        ({"extra_args": "{"}, "Invalid JSON schema"),
+        ({"extra_args": "[]"}, "Invalid JSON schema"),
+        ({"extra_args": '{"ld_alpha": 0.5}', "pref_loss": "dpop"}, "`ld_alpha` weights the policy"),
+        ({"extra_args": '{"sr_lambda": 1}', "pref_loss": "sr_dpo", "sr_lambda": 1}, "clear one of them"),
+        ({"learning_rate": "fast"}, "fast"),
+        ({"training_stage": "KTO", "extra_args": '{"dpop_lambda": 5}'}, "`dpop_lambda` belongs to `stage: dpo`"),
+        ({"extra_args": '{"ref_model_quantization_bit": 3}'}, "4-bit or 8-bit"),
+    ],
+)
+def test_wrong_settings_are_named(filled_in, changes, words):
+    runner, data = filled_in(**changes)
+    assert words in runner._initialize(data, do_train=True, from_preview=False)
+
+
+def test_other_stages_are_not_checked_for_losses(filled_in):
+    runner, data = filled_in(training_stage="Supervised Fine-Tuning", pref_beta=0, dpop_lambda=-1)
+    assert runner._initialize(data, do_train=True, from_preview=True) == ""
+    assert settings_of(runner, data) == {}
+
+
+def test_a_configuration_holds_stock_names_only_and_comes_back(filled_in):
+    runner, data = filled_in(pref_loss="sr_ipo", sr_lambda=0.5, sr_prompt="Rate: ", pref_stop_on_degeneration=True)
+    runner.save_args(data)
+    saved = yaml.safe_load(Path("llamaboard_config/mine.yaml").read_text())
+    assert not {f"train.{key}" for key in FIELDS} & set(saved)
+    update = runner.load_args("en", "mine.yaml")
+    named = {runner.manager.get_id_by_elem(elem): value for elem, value in update.items()}
+    assert {key: named[f"train.{key}"] for key in FIELDS} == EMPTY | {
+        "sr_lambda": 0.5,
+        "sr_prompt": "Rate: ",
+        "pref_stop_on_degeneration": True,
+    }
+    assert json.loads(named["train.extra_args"]) == {"optim": "adamw_torch"}
+    assert named["train.pref_loss"] == "sr_ipo"
+
+
+def test_a_missing_configuration_changes_no_field(filled_in):
+    runner, _ = filled_in()
+    update = runner.load_args("en", "missing.yaml")
+    assert [runner.manager.get_id_by_elem(elem) for elem in update] == ["train.output_box"]
+
+
+def test_keys_typed_by_hand_move_to_their_fields():
+    assert spread('{"dpop_lambda": 7, "pref_loss_args": {"tau": 1}, "share_prefix": true}')[1] == EMPTY | {
+        "dpop_lambda": 7,
+        "pref_loss_args": '{"tau": 1}',
+        "share_prefix": "true",
+    }
+
+
+def test_fields_follow_the_arguments():
+    """A key that the plugin has must be known to the board, with a value that the arguments take for `not set`."""
+    defaults = {name: field.default for name, field in PreferenceArguments.__dataclass_fields__.items()}
+    assert all(defaults[key] is None for key in FIELDS)
+    assert all(field.to_yaml(field.empty) is None for field in fields.FIELDS.values())
