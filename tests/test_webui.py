@@ -1,4 +1,4 @@
-"""The board's fields: what they send, and what comes back. `integration/test_webui.py` looks at them in a browser."""
+"""The board's fields: what they send, and what comes back. `integration/test_board.py` looks at them in a browser."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -128,10 +129,15 @@ class _Curves:
     def show(self, lang: str, model_name: str | None, finetuning_type: str, output_dir: str | None) -> Update:
         logs: list[dict[str, Any]] = []
         if model_name and output_dir:
-            logs = read_trainer_log(Path(get_save_dir(model_name, finetuning_type, output_dir)) / TRAINER_LOG)
+            logs = read_trainer_log(_folder(model_name, finetuning_type, output_dir) / TRAINER_LOG)
         figure, found = reward_figure(logs), problem(logs)
         words = found and f"⚠️ {texts.alert(found, lang)} {texts.alert('remedies', lang)}"
         return {
             self.viewer: gr.Plot(figure, visible=figure is not None),
             self.warning: gr.Markdown(words or "", visible=found is not None),
         }
+
+
+@cache  # LLaMA-Factory warns of folders elsewhere than its own each time it is asked
+def _folder(*names: str) -> Path:
+    return Path(get_save_dir(*names))

@@ -429,6 +429,7 @@ def test_a_run_is_started_and_watched(open_page, address, workspace):
 
     expect(page.get_by_text(re.compile(rf"Running \d+/{steps}"))).to_be_visible(timeout=180_000)  # the board's own
     expect(page.locator("#reward_viewer img")).to_be_visible(timeout=60_000)
+    expect(page.get_by_test_id("matplotlib").locator("img")).to_have_count(2)  # the loss, and ours
     expect(page.get_by_text("Finished.").first).to_be_visible(timeout=120_000)
     expect(page.get_by_text("Normalized rewards")).to_be_visible()
     expect(page.locator("#reward_warning")).to_be_hidden()
