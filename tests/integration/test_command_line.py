@@ -64,8 +64,9 @@ def test_help_lists_the_keys(tmp_path):
 def test_training_that_the_board_spawns(model, data, tmp_path, monkeypatch):
     """The board's own runner, fed with its own components, starts its own `llamafactory-cli train`."""
     import gradio as gr
-    from llamafactory.webui.components import create_top, create_train_tab
+    from llamafactory.webui.components import create_top
     from llamafactory.webui.engine import Engine
+    from llamafactory.webui.interface import create_train_tab
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", PATH)
