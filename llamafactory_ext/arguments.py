@@ -133,7 +133,6 @@ class PreferenceArguments(FinetuningArguments):
         default=None,
         metadata={"help": "Keyword arguments for the loss of `pref_loss_file`, as a mapping or as JSON."},
     )
-
     pref_stop_on_degeneration: bool | None = field(
         default=None,
         metadata={

@@ -148,9 +148,9 @@ def _context(model_args: Any) -> int | None:
 
 
 class _replaced:  # noqa: N801  (reads as a verb)
-    """A module's attribute, replaced for the time of a with block."""
+    """An attribute of a module or an object, replaced for the time of a with block."""
 
-    def __init__(self, module: ModuleType, name: str, value: object) -> None:
+    def __init__(self, module: Any, name: str, value: object) -> None:
         self.module, self.name, self.value = module, name, value
 
     def __enter__(self) -> None:
@@ -249,9 +249,14 @@ def _add_fields(module: ModuleType) -> None:
 
 
 def _create_train_tab(stock: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    from .webui.section import extended_train_tab
+    from .webui.section import extend_train_tab, make_fields
 
-    return extended_train_tab(stock, *args, **kwargs)
+    (engine,) = args
+    # What the tab's buttons hand over must be there before they are made; the place for it, only afterwards.
+    fields, base = make_fields(), engine.manager.get_base_elems
+    with _replaced(engine.manager, "get_base_elems", lambda: base() | set(fields.values())):
+        elems = stock(engine)
+    return extend_train_tab(engine, elems, fields)
 
 
 PATCHES = (

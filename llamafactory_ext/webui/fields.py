@@ -42,14 +42,19 @@ class Field:
         """What it holds when nothing is set."""
         return self.properties.get("value")
 
+    @property
+    def is_flag(self) -> bool:
+        """Whether it is true, false or left to the plugin; false means something then."""
+        return "choices" in self.properties
+
     def to_yaml(self, value: Any) -> Any:
         """The value of the key; None where nothing is set."""
-        if self.properties.get("choices"):
+        if self.is_flag:
             return TRI_STATE.get(value, value)
         return None if value == "" or value is False else value
 
     def from_yaml(self, value: Any) -> Any:
-        if self.properties.get("choices"):
+        if self.is_flag:
             return next((name for name, meaning in TRI_STATE.items() if meaning is value), value)
         if isinstance(value, dict):
             return json.dumps(value, ensure_ascii=False)
@@ -94,7 +99,7 @@ STAGE_FIELDS: dict[str, Field] = {
 }
 FIELDS = LOSS_FIELDS | STAGE_FIELDS
 TEXT_KEYS = [key for key, field in FIELDS.items() if field.kind is gr.Textbox]
-FLAGS = [key for key, field in FIELDS.items() if "choices" in field.properties]  # whose False means something
+FLAGS = [key for key, field in FIELDS.items() if field.is_flag]
 
 
 def is_dpo(stage: str) -> bool:

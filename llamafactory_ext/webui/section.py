@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,22 +20,19 @@ from .fields import FIELDS, LOSS_FIELDS, STAGE_FIELDS, is_dpo, is_shown, losses_
 Update = dict[Component, Component]
 
 
-def extended_train_tab(stock: Callable[[Any], dict[str, Any]], engine: Any) -> dict[str, Any]:
-    """The board's train tab with the plugin's fields and curves: its components by name.
+def make_fields() -> dict[str, Any]:
+    """The fields' components by key, not standing anywhere yet."""
+    return {key: field.kind(**field.properties, visible=False, render=False) for key, field in FIELDS.items()}
+
+
+def extend_train_tab(engine: Any, elems: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
+    """The board's train tab with the plugin's fields and curves in their places: its components by name.
 
     Args:
-        stock: LLaMA-Factory's `create_train_tab`.
         engine: the board's.
+        elems: the tab's components, by name.
+        fields: of `make_fields`.
     """
-    # What stock's buttons are to hand over must be there before they are made; the place for it, only afterwards.
-    fields = {key: field.kind(**field.properties, visible=False, render=False) for key, field in FIELDS.items()}
-    base = engine.manager.get_base_elems
-    engine.manager.get_base_elems = lambda: base() | set(fields.values())
-    try:
-        elems = stock(engine)
-    finally:
-        engine.manager.get_base_elems = base
-
     lang = engine.manager.get_elem_by_id("top.lang")
     _take_any_loss(elems["pref_loss"])
     with elems["rlhf_tab"]:
