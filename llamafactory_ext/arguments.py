@@ -6,7 +6,7 @@ import inspect
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -181,6 +181,33 @@ def keys_of(loss: Loss) -> dict[str, Any]:
     keys |= {keyword: key for key, (keyword, _) in STOCK_KEYS.items()}
     defaults = {"beta": PREF_BETA, **loss.defaults()}
     return {keys.get(name, f"pref_loss_args.{name}"): defaults.get(name, "(required)") for name in loss.parameters}
+
+
+def keys_not_taken(settings: Mapping[str, Any]) -> list[str]:
+    """The keys of a recipe's settings that its loss would refuse, or that change nothing about it.
+
+    For recipes that differ in their `pref_loss` and share all other keys.
+
+    Raises:
+        ValueError: if the loss is unknown, or its file cannot be run.
+    """
+    name, file = settings.get("pref_loss", "sigmoid"), settings.get("pref_loss_file")
+    is_own = file is not None and name in load_loss_file(file)
+    loss = get_loss(name)
+    keywords = OWN_KEYS | {key: keyword for key, (keyword, _) in STOCK_KEYS.items()} | {"pref_beta": "beta"}
+    taken = {key: keyword in loss.parameters for key, keyword in keywords.items()}
+    refined = bool(settings.get("sr_lambda", loss.defaults().get("sr_lambda"))) and taken["sr_lambda"]
+    taken |= {
+        "sr_prompt": refined,
+        "ld_alpha": not refined and name not in WITHOUT_LD_ALPHA,
+        "pref_loss_file": is_own,
+        "pref_loss_args": is_own,
+        "precompute_ref_log_probs": loss.needs_reference,
+        "ref_log_probs_cache_dir": loss.needs_reference,
+        "ref_model": loss.needs_reference,
+        "pref_bco_weight": loss.needs_reference,
+    }
+    return [key for key in settings if not taken.get(key, True)]
 
 
 def _resolve(args: PreferenceArguments) -> tuple[Loss, dict[str, Any]]:

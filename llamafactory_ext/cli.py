@@ -14,6 +14,7 @@ from rich.table import Table
 from . import __version__
 from .errors import UserError
 from .pairs.commands import app as data
+from .sweep.commands import sweep
 
 if TYPE_CHECKING:
     from .correlation import Summary
@@ -25,6 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(data, name="data")
+app.command()(sweep)
 console = Console()
 
 

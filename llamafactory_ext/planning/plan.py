@@ -5,9 +5,8 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
@@ -15,7 +14,7 @@ from ..recipe import Settings, parse_recipe
 from .engine import FLOAT16, FLOAT32, read_engine
 from .memory import GIB, memory_parts, model_states, reference_bytes
 from .model_shape import lora_adapter, read_model
-from .schedule import Schedule, count_pairs, make_schedule, padded
+from .schedule import Schedule, count_pairs, make_schedule, padded, training_args_of
 from .training import ADAM, INT8, NF4, NF4_DOUBLE, OPTIMIZERS, Optimizer, Training
 
 if TYPE_CHECKING:
@@ -95,7 +94,7 @@ def make_plan(
         raise UserError(f"tokens is {tokens}: write the typical length of one sequence, at least 1.")
 
     model_args, data_args, finetuning_args = parse_recipe(settings)
-    training_args = _training_args(settings)
+    training_args = training_args_of(settings)
     _check_supported(model_args, finetuning_args, training_args)
 
     notes: list[str] = []
@@ -122,19 +121,6 @@ def make_plan(
 
 
 # --- the recipe -------------------------------------------------------------------------------------------------------
-
-
-def _training_args(settings: Settings) -> SimpleNamespace:
-    """The training arguments of the recipe over their defaults, without the set-up that building them would start."""
-    from llamafactory.hparams import TrainingArguments
-
-    defaults = {field.name: field.default for field in fields(TrainingArguments) if field.default is not MISSING}
-    args = SimpleNamespace(**{**defaults, **settings, "do_train": True})
-    for key in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-        value = getattr(args, key)
-        if type(value) is not int or value < 1:
-            raise UserError(f"{key} is {value!r}: write a whole number of at least 1.")
-    return args
 
 
 def _check_supported(model_args: Any, finetuning_args: Any, training_args: Any) -> None:
@@ -317,7 +303,7 @@ def alternatives(
 
 def _batch_splits(settings: Settings) -> Iterator[Settings]:
     """Micro-batches from the recipe's own downwards, with the accumulation that keeps the global batch."""
-    args = _training_args(settings)
+    args = training_args_of(settings)
     micro = args.per_device_train_batch_size
     product = micro * args.gradient_accumulation_steps
     for size in range(micro, 0, -1):

@@ -6,11 +6,13 @@ import csv
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from ..errors import UserError
+from ..recipe import Settings
 
 PAD_TO = 8  # LLaMA-Factory's collator pads to a multiple of it
 
@@ -45,6 +47,19 @@ class Schedule:
 
 def padded(tokens: int) -> int:
     return math.ceil(tokens / PAD_TO) * PAD_TO
+
+
+def training_args_of(settings: Settings) -> SimpleNamespace:
+    """The training arguments of the recipe over their defaults, without the set-up that building them would start."""
+    from llamafactory.hparams import TrainingArguments
+
+    defaults = {field.name: field.default for field in fields(TrainingArguments) if field.default is not MISSING}
+    args = SimpleNamespace(**{**defaults, **settings, "do_train": True})
+    for key in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        value = getattr(args, key)
+        if type(value) is not int or value < 1:
+            raise UserError(f"{key} is {value!r}: write a whole number of at least 1.")
+    return args
 
 
 def make_schedule(training_args: Any, pairs: int | None, gpus: int, tokens: int) -> Schedule:

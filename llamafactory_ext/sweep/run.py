@@ -1,0 +1,122 @@
+"""Runs a sweep's commands: one after another, or one per group of GPUs."""
+
+from __future__ import annotations
+
+import os
+import queue
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+from ..errors import UserError
+from .spec import Sweep
+from .work import Record, Task, ended, start
+
+Slot = dict[str, str]  # the environment of a place where one cell at a time runs
+Report = Callable[[Task, Record], None]
+POLL = 0.2  # seconds
+
+
+def slots(sweep: Sweep) -> list[Slot]:
+    """A place per group of `gpus_per_cell` GPUs, or `at_once` places that share the cores where there is no GPU.
+
+    Raises:
+        UserError: if there are fewer GPUs than a cell is to have.
+    """
+    import torch
+
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]
+    if not gpus:
+        threads = max(1, (os.cpu_count() or 1) // sweep.at_once)
+        return [{"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}] * sweep.at_once
+    size = sweep.gpus_per_cell
+    if len(gpus) < size:
+        raise UserError(f"gpus_per_cell is {size}, but there are {len(gpus)} GPUs here: write a smaller number.")
+    groups = [gpus[first : first + size] for first in range(0, len(gpus) - size + 1, size)]
+    return [{"CUDA_VISIBLE_DEVICES": ",".join(group)} for group in groups]
+
+
+@dataclass
+class Runner:
+    """Carries tasks out, as many at a time as there are slots.
+
+    Args:
+        slots: the places.
+        rerun_failed: whether what failed is tried again.
+        report: is told how each command went, as soon as it has ended.
+    """
+
+    slots: Sequence[Slot]
+    rerun_failed: bool
+    report: Report
+
+    def __post_init__(self) -> None:
+        self.running: dict[Task, BaseProcess] = {}
+        self.stopping = False
+        self._free: queue.Queue[Slot] = queue.Queue()
+        for slot in self.slots:
+            self._free.put(slot)
+        # Read by the server that the commands are forked from when it loads its libraries.
+        os.environ.setdefault("OMP_NUM_THREADS", self.slots[0].get("OMP_NUM_THREADS", "1"))
+
+    def run(self, chains: Sequence[Sequence[Task]], watch: Callable[[], None]) -> None:
+        """Carry out chains of commands, each until one of it fails; `watch` is called meanwhile, again and again.
+
+        Interrupted, the commands that go on are ended, and the interruption goes up.
+        """
+        with ThreadPoolExecutor(max_workers=len(self.slots)) as pool:
+            futures = [pool.submit(self._chain, chain) for chain in chains]
+            try:
+                _watch(futures, watch)
+            except BaseException:
+                self.stop()
+                raise
+
+    def stop(self) -> None:
+        self.stopping = True
+        for process in list(self.running.values()):
+            process.terminate()
+
+    def _chain(self, chain: Sequence[Task]) -> None:
+        slot = self._free.get()
+        try:
+            for task in chain:
+                if self.stopping or not self._is_done_or_runs(task, slot):
+                    return
+        finally:
+            self._free.put(slot)
+
+    def _is_done_or_runs(self, task: Task, slot: Slot) -> bool:
+        record = task.record()
+        if record.state == "done":
+            return True
+        if record.state == "failed" and not self.rerun_failed:
+            return False
+        process = start(task, _environment(slot))
+        self.running[task] = process
+        process.join()
+        del self.running[task]
+        if self.stopping:
+            return False
+        record = ended(task, process)
+        self.report(task, record)
+        return record.state == "done"
+
+
+def _watch(futures: Sequence[Future[None]], watch: Callable[[], None]) -> None:
+    pending = set(futures)
+    while pending:
+        finished, pending = wait(pending, timeout=POLL)
+        for future in finished:
+            future.result()  # raises what the thread raised
+        watch()
+
+
+def _environment(slot: Mapping[str, str]) -> dict[str, str]:
+    # The scripts of this environment, torchrun among them, also where it is not activated.
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    return {"PATH": path, **slot}

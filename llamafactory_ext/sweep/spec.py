@@ -1,0 +1,213 @@
+"""A sweep's file: a base recipe, axes, and the cells that they make."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Container, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ..arguments import keys_not_taken
+from ..errors import UserError
+from ..recipe import Settings, read_recipe
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+SHORT = {"pref_loss": "", "learning_rate": "lr", "pref_beta": "beta", "num_train_epochs": "epochs"}
+SWEEP_OWN = ("output_dir",)  # keys of a recipe that the sweep writes itself
+BASE = "base"  # the name of the untrained model, in place of a cell's
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+
+
+class Evaluation(_Strict):
+    """How trained models are scored: what `evaluation/gsm8k.py` is called with.
+
+    Args:
+        data: a GSM8K file, or a hub's name of it.
+        engine: what generates.
+        python: the interpreter of the environment that the engine lives in; None: this one (`hf` only).
+        script: gsm8k.py, where it is not that of this checkout.
+        options: more options of its command line, by name without the dashes.
+        base: whether the untrained model is scored, too.
+    """
+
+    data: str
+    engine: Literal["vllm", "openai", "hf"] = "vllm"
+    python: str | None = None
+    script: Path = CHECKOUT / "evaluation" / "gsm8k.py"
+    options: dict[str, str | int | float] = {}
+    base: bool = True
+
+
+class HeldOut(_Strict):
+    """Pairs that each trained model is scored on by `llamafactory-ext score`.
+
+    Args:
+        dataset: of the recipe's `dataset_dir`.
+        max_samples: only so many of its pairs.
+    """
+
+    dataset: str
+    max_samples: int | None = Field(default=None, ge=1)
+
+
+class Sweep(_Strict):
+    """A sweep as its file describes it.
+
+    Args:
+        recipe: the path of the base recipe, or its keys.
+        axes: a list of values per key; or several such grids, whose cells are joined.
+        output: the folder of the sweep.
+        evaluation, held_out: how trained models are scored; None: they are not.
+        gpus_per_cell: the GPUs of one training.
+        at_once: cells at a time where there is no GPU.
+        launcher: parameters of submitit's executor, or of Ray's client.
+    """
+
+    recipe: str | dict[str, Any]
+    axes: dict[str, Any] | list[dict[str, Any]]
+    output: Path
+    evaluation: Evaluation | None = None
+    held_out: HeldOut | None = None
+    gpus_per_cell: int = Field(default=1, ge=1)
+    at_once: int = Field(default=1, ge=1)
+    launcher: dict[str, Any] = {}
+
+    @property
+    def references(self) -> Path:
+        """Where the reference's log-probabilities are kept, which all cells look up."""
+        return self.output / "references"
+
+    def base_recipe(self) -> Settings:
+        return read_recipe([self.recipe]) if isinstance(self.recipe, str) else dict(self.recipe)
+
+    def cells(self) -> list[Cell]:
+        """Every combination of each grid, in their order. What a loss does not take is dropped from its cells, and
+        combinations that are the same without it are one cell.
+
+        Raises:
+            UserError: for a wrong axis or loss.
+        """
+        base = self.base_recipe()
+        cells: dict[str, Cell] = {}
+        for grid in self.axes if isinstance(self.axes, list) else [self.axes]:
+            for place in _combinations(grid):
+                place, settings = self._recipe(base, place)
+                if all(settings != cell.settings for cell in cells.values()):
+                    name = _unused(_name(place), cells)
+                    cells[name] = Cell(name, place, settings, self.output / "cells" / name)
+        if not cells:
+            raise UserError("the sweep has no cells: write at least one grid under `axes`.")
+        return list(cells.values())
+
+    def _recipe(self, base: Settings, place: Settings) -> tuple[Settings, Settings]:
+        """A combination without the keys that its loss does not take, and the recipe that it makes of the base's."""
+        settings = {"report_to": "none", "ref_log_probs_cache_dir": str(self.references), **base, **place}
+        if settings.get("stage") == "dpo":
+            try:
+                foreign = keys_not_taken(settings)
+            except ValueError as error:
+                raise UserError(str(error)) from error
+            settings = {key: value for key, value in settings.items() if key not in foreign}
+        else:
+            del settings["ref_log_probs_cache_dir"]
+        return {key: value for key, value in place.items() if key in settings}, settings
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training of a sweep.
+
+    Args:
+        name: of its folder; says where on the axes it is.
+        place: its values on the axes, those that its loss takes.
+        settings: its recipe, but for the `output_dir`.
+        folder: recipe, logs, records of what has been done, the trained model, its scores.
+    """
+
+    name: str
+    place: Mapping[str, Any]
+    settings: Settings
+    folder: Path
+
+    @property
+    def model(self) -> Path:
+        return self.folder / "model"
+
+    @property
+    def recipe_file(self) -> Path:
+        return self.folder / "recipe.yaml"
+
+    @property
+    def recipe(self) -> Settings:
+        return {**self.settings, "output_dir": str(self.model)}
+
+    @property
+    def base_model(self) -> str:
+        return str(self.settings.get("model_name_or_path"))
+
+    @property
+    def is_adapter(self) -> bool:
+        return self.settings.get("finetuning_type", "lora") in ("lora", "oft")
+
+
+def read_sweep(path: Path) -> Sweep:
+    """
+    Raises:
+        UserError: if there is no such file, or a key or value of it is wrong; one sentence says what to write instead.
+    """
+    settings = read_recipe([str(path)])
+    try:
+        sweep = Sweep(**settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("dict", "list", "str")))
+        raise UserError(f"{path}: `{place}`: {first['msg'].lower()}; see `llamafactory-ext sweep --help`.") from error
+    evaluation = sweep.evaluation
+    if evaluation is not None:
+        _check_evaluation(evaluation)
+    return sweep
+
+
+def _check_evaluation(evaluation: Evaluation) -> None:
+    if not evaluation.script.is_file():
+        raise UserError(f"there is no {evaluation.script}: name evaluation/gsm8k.py as `script` under `evaluation`.")
+    if evaluation.data.endswith((".jsonl", ".parquet")) and not Path(evaluation.data).is_file():
+        raise UserError(f"there is no {evaluation.data}: name the problems to score on as `data` under `evaluation`.")
+    if evaluation.engine == "vllm" and evaluation.python is None:
+        raise UserError(
+            "vLLM lives in an environment of its own: name its interpreter as `python` under `evaluation` "
+            "(`make eval-env` makes .venv-eval/bin/python), or write `engine: hf`."
+        )
+
+
+def _combinations(grid: Mapping[str, Any]) -> Iterator[Settings]:
+    axes = {key: value if isinstance(value, list) else [value] for key, value in grid.items()}
+    for key, values in axes.items():
+        if not values:
+            raise UserError(f"the axis `{key}` has no values: write a list of them.")
+        if key in SWEEP_OWN:
+            raise UserError(f"`{key}` cannot be an axis, because every cell has a folder of its own: remove it.")
+    for point in itertools.product(*axes.values()):
+        yield dict(zip(axes, point, strict=True))
+
+
+def _name(place: Mapping[str, Any]) -> str:
+    """`minor_dpo-lr1e-05-beta0.1`: what is unusual in a file's name becomes `_`."""
+    words = [f"{SHORT.get(key, key)}{_written(value)}" for key, value in place.items()]
+    return re.sub(r"[^\w.+=-]", "_", "-".join(words))[:200] or "cell"
+
+
+def _unused(name: str, taken: Container[str]) -> str:
+    """The name, or with a number where other values are written alike."""
+    return next(n for n in itertools.chain([name], (f"{name}.{i}" for i in itertools.count(2))) if n not in taken)
+
+
+def _written(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
