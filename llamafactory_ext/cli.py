@@ -120,6 +120,22 @@ def plan(
 
 
 @app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="The `output` of a sweep, finished or not.")],
+    output: Annotated[Path | None, typer.Option(help="A folder [default: FOLDER/report].")] = None,
+) -> None:
+    """One page of a sweep: figures, tests against DPO, every cell, and all that is needed to repeat it.
+
+    The page needs no network; its figures are beside it as PNG and SVG, its tables as CSV.
+
+    llamafactory-ext report outputs/metamath
+    """
+    from .report.page import write_report
+
+    console.print(f"{write_report(folder, output or folder / 'report')}", soft_wrap=True)
+
+
+@app.command()
 def score(
     recipe: Annotated[list[str], typer.Argument(help="A recipe and key=value words, as for llamafactory-cli train.")],
     output: Annotated[Path, typer.Option(help="A .jsonl or .parquet file; appears when all pairs are scored.")],

@@ -35,7 +35,7 @@ def plot_runs(runs: Mapping[str, LogHistory], path: Path) -> Path | None:
     figure = _reward_figure(runs)
     if figure is None:
         return None
-    _save(figure, path)
+    save(figure, path)
     return path
 
 
@@ -52,7 +52,7 @@ def _reward_figure(runs: Mapping[str, LogHistory]) -> Figure | None:
     if not runs:
         return None
 
-    figure = _figure(width=5.0 * len(runs), height=3.8)
+    figure = new_figure(width=5.0 * len(runs), height=3.8)
     panels = figure.subplots(1, len(runs), sharey=True, squeeze=False)[0]
     for axes, (title, history) in zip(panels, runs.items(), strict=True):
         _draw(axes, history, title)
@@ -78,13 +78,15 @@ def _points(history: LogHistory, curve: str) -> tuple[list[int], list[float]]:
     return [log["step"] for log in logs], [log[key] for log in logs]
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of so many inches."""
     from matplotlib.figure import Figure  # not pyplot: no global state, no display
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as its suffix says, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.unfinished")
     figure.savefig(unfinished, format=path.suffix[1:], dpi=120)

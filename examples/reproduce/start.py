@@ -14,7 +14,9 @@ from stories import stories
 from llamafactory_ext.pairs.corruption import Problem, make_pair
 
 # Problems are dealt from one stream, so that none is in two sets.
-SIZES = {"sft": 60_000, "pairs": 1_024, "pilot": 256, "test": 400}
+SIZES = {"sft": 40_000, "pairs": 1_024, "pilot": 1_024, "held_out": 200, "test": 400}
+
+RANKED = ("pairs", "pilot", "held_out")
 
 # What the refinement puts in front of a query must mean something to the model. A model of the Sr paper's kind knows
 # what a rating is from its pretraining; this one is told in SFT: some queries stand behind a rating, and of those rated
@@ -30,19 +32,19 @@ VOCABULARY = 512
 
 
 def make_data(folder: Path, seed: int = 0) -> Path:
-    """The folder for LLaMA-Factory's `dataset_dir`, with the sets `sft`, `pairs`, `pilot`, and test.jsonl beside."""
+    """The folder for LLaMA-Factory's `dataset_dir`, with the sets `sft`, `pairs`, `pilot`, `held_out`, and test.jsonl."""
     folder.mkdir(parents=True, exist_ok=True)
     stream = stories(seed)
     sets = {name: list(itertools.islice(stream, size)) for name, size in SIZES.items()}
     rng = random.Random(seed)
     write_rows(folder / "sft.jsonl", (sft_row(problem, rng) for problem in sets["sft"]))
-    for name in ("pairs", "pilot"):
+    for name in RANKED:
         write_rows(folder / f"{name}.jsonl", filter(None, (make_pair(p, rng, prompt="") for p in sets[name])))
     rows = ({"question": p.question, "answer": f"{p.steps}\n#### {p.answer}"} for p in sets["test"])
     write_rows(folder / "test.jsonl", rows)
     columns = {"prompt": "instruction", "chosen": "chosen", "rejected": "rejected"}
     info: dict[str, Any] = {"sft": {"file_name": "sft.jsonl"}}
-    info |= {name: {"file_name": f"{name}.jsonl", "ranking": True, "columns": columns} for name in ("pairs", "pilot")}
+    info |= {name: {"file_name": f"{name}.jsonl", "ranking": True, "columns": columns} for name in RANKED}
     write_text(folder / "dataset_info.json", json.dumps(info, indent=1))
     return folder
 

@@ -1,6 +1,6 @@
 """A cluster job per cell, through submitit (Slurm) or Ray's job interface: each job runs this same sweep with `--only`.
 
-What a job leaves behind is on the shared disk, as after a run here. So are the jobs' ids: the same command watches those
+What a job leaves behind is on the shared disk, as after a run here. So are the jobs' ids: the same command watches jobs
 that still go on and submits the others.
 """
 

@@ -53,6 +53,12 @@ class Result:
         return "train" in self.records and self.records["train"].state == "done"
 
     @property
+    def train_seconds(self) -> float | None:
+        """Of the training itself, without loading and saving, as transformers measures it."""
+        file = self.model / "train_results.json"
+        return json.loads(file.read_text(encoding="utf-8")).get("train_runtime") if file.is_file() else None
+
+    @property
     def log_history(self) -> list[dict[str, Any]]:
         state = self.model / "trainer_state.json"
         return json.loads(state.read_text(encoding="utf-8"))["log_history"] if state.is_file() else []

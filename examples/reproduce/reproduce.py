@@ -1,0 +1,184 @@
+"""The two papers' studies in small: a model from scratch, a pilot, the grid, a report, and what became of each claim.
+
+    python examples/reproduce/reproduce.py                        about an hour on two CPU cores
+    python examples/reproduce/reproduce.py --gsm8k /path/to/gsm8k also SmolLM2-135M on the real GSM8K (needs a GPU)
+
+Everything is under outputs/reproduce; interrupted, even by kill -9, the same command goes on. Run it in the checkout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llamafactory_ext.report.page import write_report
+from llamafactory_ext.report.table import groups, learning_rate_of
+from llamafactory_ext.sweep.results import SweepResults, read_results
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+
+from claims import Finding, Study, findings  # noqa: E402
+from rates import choose_rates  # noqa: E402
+from start import make_data, make_model, write_text  # noqa: E402
+
+RESULTS = Path("outputs/reproduce")  # what the recipes name
+SIGNS = {"holds": "holds", "does not hold": "**does not hold**", "cannot tell": "*cannot tell*"}
+
+
+def main() -> None:
+    args = parse_arguments()
+    make_start()
+    train_start()
+    pilot = sweep(HERE / "pilot.yaml", RESULTS / "pilot")
+    low, high = rates_of(pilot)
+    print(f"The grid's learning rates, by the pilot: {low:g} and {high:g}", flush=True)
+    grid = sweep(fill_in(HERE / "grid.yaml", {"LOW": low, "HIGH": high}), RESULTS / "grid")
+    for name in ("pilot", "grid"):
+        print(write_report(RESULTS / name, RESULTS / name / "report"))
+    write_text(RESULTS / "claims.md", as_table(findings(study_of(grid))))
+    print(RESULTS / "claims.md")
+    if args.gsm8k:
+        reproduce_gsm8k(args.gsm8k)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gsm8k", type=Path, help="a folder with GSM8K's train.jsonl and test.jsonl")
+    args = parser.parse_args()
+    if args.gsm8k:
+        missing = [name for name in ("train.jsonl", "test.jsonl") if not (args.gsm8k / name).is_file()]
+        if missing:
+            parser.error(f"{args.gsm8k} holds no {missing[0]}: name a folder with GSM8K's train.jsonl and test.jsonl.")
+        import torch
+
+        if not torch.cuda.is_available():
+            parser.error("--gsm8k trains SmolLM2-135M 60 times, which needs a GPU: leave it out here.")
+    if not (Path.cwd() / "examples" / "reproduce").is_dir():
+        parser.error("run it in the checkout's folder, which its recipes' paths start from.")
+    return args
+
+
+# --- the model -------------------------------------------------------------------------------------------------------
+
+
+def make_start() -> None:
+    """Data and random weights, whole or not at all."""
+    for name, make in (("data", make_data), ("random", lambda folder: make_model(folder, RESULTS / "data"))):
+        folder, unfinished = RESULTS / name, RESULTS / f".{name}.unfinished"
+        if not folder.is_dir():
+            shutil.rmtree(unfinished, ignore_errors=True)
+            make(unfinished)
+            unfinished.replace(folder)
+
+
+def train_start() -> None:
+    """SFT; LLaMA-Factory resumes from its last checkpoint, and writes all_results.json last."""
+    if not (RESULTS / "sft" / "all_results.json").is_file():
+        print("SFT of the model that all trainings start from: under ten minutes on two cores", flush=True)
+        run("llamafactory-cli", "train", str(HERE / "sft.yaml"), log=RESULTS / "sft.log")
+
+
+# --- the sweeps ------------------------------------------------------------------------------------------------------
+
+
+def sweep(file: Path, folder: Path) -> SweepResults:
+    begun = time.monotonic()
+    run("llamafactory-ext", "sweep", str(file), may_end_with=(0, 1))  # 1: some cells failed, which the report shows
+    print(f"{file.stem}: {(time.monotonic() - begun) / 60:.1f} min", flush=True)
+    return read_results(folder)
+
+
+def rates_of(pilot: SweepResults) -> tuple[float, float]:
+    accuracies = {learning_rate_of(c): c.summary["strict"]["accuracy"] for c in pilot.cells if c.summary}
+    return choose_rates(accuracies, untrained_accuracy(pilot))
+
+
+def untrained_accuracy(results: SweepResults) -> float:
+    summary = results.bases[0].summary
+    if summary is None:
+        sys.exit(f"The untrained model was not scored: see {results.bases[0].folder}/score.log.")
+    return float(summary["strict"]["accuracy"])
+
+
+def fill_in(template: Path, values: dict[str, float]) -> Path:
+    """A sweep's file with words in its axes replaced by numbers, in the results' folder."""
+
+    def filled(value: Any) -> Any:
+        if isinstance(value, list):
+            return [filled(item) for item in value]
+        return values.get(value, value) if isinstance(value, str) else value
+
+    settings = yaml.safe_load(template.read_text(encoding="utf-8"))
+    settings["axes"] = [{key: filled(value) for key, value in grid.items()} for grid in settings["axes"]]
+    write_text(RESULTS / template.name, yaml.safe_dump(settings, sort_keys=False))
+    return RESULTS / template.name
+
+
+def reproduce_gsm8k(gsm8k: Path) -> None:
+    """The MinorDPO grid with SmolLM2-135M-Instruct on pairs from GSM8K's train file, scored on its test file."""
+    sys.path.insert(0, str(HERE.parent / "demo"))
+    from model import default_model
+
+    folder = RESULTS / "gsm8k"
+    default_model(folder)
+    if not (folder / "data" / "gsm8k_pairs.jsonl").is_file():
+        (folder / "data").mkdir(parents=True, exist_ok=True)
+        run(
+            "llamafactory-ext",
+            "data",
+            "corrupt",
+            str(gsm8k / "train.jsonl"),
+            "--output",
+            str(folder / "data/gsm8k_pairs.jsonl"),
+        )
+    for name in ("pilot", "grid"):
+        settings = yaml.safe_load((HERE / f"gsm8k_{name}.yaml").read_text(encoding="utf-8"))
+        settings["evaluation"]["data"] = str(gsm8k / "test.jsonl")
+        write_text(folder / f"gsm8k_{name}.yaml", yaml.safe_dump(settings, sort_keys=False))
+    low, high = rates_of(sweep(folder / "gsm8k_pilot.yaml", folder / "pilot"))
+    grid = sweep(fill_in(folder / "gsm8k_grid.yaml", {"LOW": low, "HIGH": high}), folder / "grid")
+    print(write_report(folder / "grid", folder / "grid" / "report"))
+    write_text(folder / "claims.md", as_table(findings(study_of(grid))))
+
+
+# --- claims ----------------------------------------------------------------------------------------------------------
+
+
+def study_of(grid: SweepResults) -> Study:
+    return Study(groups([cell for cell in grid.cells if cell.is_trained]), untrained_accuracy(grid))
+
+
+def as_table(found: list[Finding]) -> str:
+    lines = ["| paper | claim | verdict | measured | criterion |", "|---|---|---|---|---|"]
+    for finding in found:
+        cells = (finding.paper, finding.claim, SIGNS[finding.verdict], finding.numbers, finding.criterion)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+# --- commands --------------------------------------------------------------------------------------------------------
+
+
+def run(*words: str, log: Path | None = None, may_end_with: tuple[int, ...] = (0,)) -> None:
+    """A command of this environment, also where it is not activated; what it prints goes to a log if one is named."""
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    if log is None:
+        status = subprocess.run(words, env=environment, check=False).returncode
+    else:
+        with log.open("ab") as output:
+            status = subprocess.run(words, env=environment, stdout=output, stderr=output, check=False).returncode
+    if status not in may_end_with:
+        sys.exit(f"{' '.join(words)} ended with {status}{f'; see {log}' if log else ''}.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,194 @@
+"""The figures of a sweep, after those of the two papers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..plots import CURVES, new_figure
+from .table import Group, Log
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Colours that the colour-blind can tell apart (Okabe and Ito).
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+PANEL = 2.6  # inches
+
+
+def coefficient_figure(betas: Sequence[float]) -> Figure:
+    """beta sigma(-argument) of DPO against the margin, per beta, and what each loss makes of a rejected answer.
+
+    arXiv 2408.09834, Figure 1; the right panel is the gradient of the losses themselves.
+    """
+    figure = new_figure(9.0, 3.4)
+    left, right = figure.subplots(1, 2)
+    nats = np.linspace(-60, 60, 241)
+    for beta, colour in zip(betas, _shades(len(betas)), strict=True):
+        left.plot(nats, beta / (1 + np.exp(beta * nats)), color=colour, label=f"β = {beta:g}")
+    left.set_xlabel("margin (nats)")
+    left.set_title("coefficient β σ(-β margin)")
+    left.legend(frameon=False)
+    beta = betas[len(betas) // 2]
+    for loss, label, hue in (("sigmoid", "DPO", COLOURS[0]), ("minor_dpo", "MinorDPO", COLOURS[1])):
+        right.plot(nats, rejected_gradient(loss, nats, beta), color=hue, label=label)
+    right.axvline(0, color="0.7", linewidth=0.8, zorder=0)
+    right.set_xlabel("log-ratio of the rejected answer (nats)")
+    right.set_title(f"push on the rejected answer, β = {beta:g}")
+    right.legend(frameon=False)
+    return figure
+
+
+def rejected_gradient(loss: str, nats: np.ndarray, beta: float) -> np.ndarray:
+    """d loss / d log pi(rejected) at a chosen log-ratio of 0 and each of these rejected log-ratios, by autograd."""
+    import torch
+
+    from ..registry import PairLogps, get_loss
+
+    rejected = torch.tensor(nats, dtype=torch.float64, requires_grad=True)
+    zeros, ones = torch.zeros_like(rejected), torch.ones_like(rejected)
+    get_loss(loss)(PairLogps(zeros, rejected, zeros, zeros, ones, ones), beta=beta).sum().backward()
+    assert rejected.grad is not None
+    return rejected.grad.numpy()
+
+
+def reward_figure(groups: Sequence[Group], title: str) -> Figure | None:
+    """Normalized rewards over the steps: a row per method, a column per beta (arXiv 2408.09834, Figures 2 to 5).
+
+    Thin lines are seeds, thick ones their mean. None if no cell has logged any.
+    """
+    panels = {(g.method, g.beta): g for g in groups if any(_curve(c.log_history, "chosen") for c in g.cells)}
+    if not panels:
+        return None
+    methods = list(dict.fromkeys(method for method, _ in panels))
+    betas = sorted({beta for _, beta in panels})
+    figure = new_figure(PANEL * len(betas) + 0.6, 0.85 * PANEL * len(methods) + 0.6)
+    grid = figure.subplots(len(methods), len(betas), sharex=True, sharey="row", squeeze=False)
+    for row, method in zip(grid, methods, strict=True):
+        row[0].set_ylabel(f"{method}\nlog-ratio (nats)")
+        for axes, beta in zip(row, betas, strict=True):
+            axes.axhline(0, color="0.7", linewidth=0.8, zorder=0)
+            if (method, beta) in panels:
+                _draw_rewards(axes, panels[method, beta])
+            else:
+                axes.text(0.5, 0.5, "missing", ha="center", va="center", transform=axes.transAxes, color="0.4")
+    for axes, beta in zip(grid[0], betas, strict=True):
+        axes.set_title(f"β = {beta:g}")
+    for axes in grid[-1]:
+        axes.set_xlabel("step")
+    handles, labels = next(axes for axes in grid.flat if axes.get_lines()[1:]).get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    figure.suptitle(title)
+    return figure
+
+
+def _draw_rewards(axes: Axes, group: Group) -> None:
+    for curve, colour in CURVES.items():
+        runs = [points for cell in group.cells if (points := _curve(cell.log_history, curve))]
+        if len(runs) > 1:
+            for points in runs:
+                axes.plot(*zip(*points, strict=True), color=colour, linewidth=0.6, alpha=0.5)
+        axes.plot(*zip(*_mean_curve(runs), strict=True), color=colour, label=curve.removesuffix("s"))
+
+
+def _curve(history: Sequence[Log], curve: str) -> list[tuple[int, float]]:
+    return _points(history, f"normalized_rewards/{curve}")
+
+
+def _points(history: Sequence[Log], metric: str) -> list[tuple[int, float]]:
+    return [(log["step"], log[metric]) for log in history if metric in log]
+
+
+def _mean_curve(runs: Sequence[Sequence[tuple[int, float]]]) -> list[tuple[int, float]]:
+    """The mean of runs at the steps that all of them have logged."""
+    values = [dict(points) for points in runs]
+    steps = sorted(set.intersection(*(set(points) for points in values)))
+    return [(step, float(np.mean([points[step] for points in values]))) for step in steps]
+
+
+def score_figure(groups: Sequence[Group], base: float | None) -> Figure | None:
+    """Strict GSM8K accuracy with Wilson's intervals, a panel per learning rate (arXiv 2408.09834, Figure 6).
+
+    Dots are seeds; the dashed line is the untrained model. None if nothing was scored.
+    """
+    scored = [group for group in groups if group.accuracy is not None]
+    if not scored:
+        return None
+    rates = sorted({group.learning_rate for group in scored})
+    methods = list(dict.fromkeys(group.method for group in scored))
+    betas = sorted({group.beta for group in scored})
+    width = max(4.0, 0.28 * len(methods) * len(betas) + 1.0)
+    figure = new_figure(width * len(rates), 3.8)
+    panels = figure.subplots(1, len(rates), sharey=True, squeeze=False)[0]
+    for axes, rate in zip(panels, rates, strict=True):
+        for number, method in enumerate(methods):
+            place = (number - (len(methods) - 1) / 2) * 0.8 / len(methods)
+            members = [g for g in scored if (g.method, g.learning_rate) == (method, rate)]
+            _draw_bars(axes, members, betas, place, 0.8 / len(methods), COLOURS[number % len(COLOURS)], method)
+        if base is not None:
+            axes.axhline(100 * base, color="0.3", linestyle="--", linewidth=1, label="untrained")
+        axes.set_xticks(range(len(betas)), [f"{beta:g}" for beta in betas])
+        axes.set_xlabel("β")
+        axes.set_title(f"learning rate {rate:g}")
+    panels[0].set_ylabel("accuracy, strict (%)")
+    panels[0].set_ylim(0, 100)
+    handles = {
+        label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(
+        handles.values(),
+        handles.keys(),
+        loc="outside lower center",
+        ncols=max(2, int(width * len(rates) / 1.6)),
+        frameon=False,
+    )
+    return figure
+
+
+def _draw_bars(
+    axes: Axes, groups: Sequence[Group], betas: Sequence[float], place: float, width: float, colour: str, label: str
+) -> None:
+    for group in groups:
+        x = betas.index(group.beta) + place
+        assert group.accuracy is not None
+        assert group.wilson is not None
+        low, high = group.wilson
+        errors = [[100 * (group.accuracy - low)], [100 * (high - group.accuracy)]]
+        axes.bar(x, 100 * group.accuracy, 0.92 * width, color=colour, label=label)
+        axes.errorbar(x, 100 * group.accuracy, yerr=errors, color="0.15", linewidth=1, capsize=2)
+        shares = [100 * cell.summary["strict"]["accuracy"] for cell in group.scored if cell.summary]
+        if len(shares) > 1:
+            axes.scatter([x] * len(shares), shares, s=6, color="0.15", zorder=3)
+
+
+def curves_figure(groups: Sequence[Group], metrics: Mapping[str, str]) -> Figure | None:
+    """Metrics over the steps, a panel per metric and a line per method (arXiv 2405.21040, Figure 1).
+
+    Args:
+        groups: with one learning rate and beta.
+        metrics: metric -> what its panel is called.
+    """
+    groups = [group for group in groups if group.cells[0].log_history]
+    if not groups:
+        return None
+    figure = new_figure(4.4 * len(metrics), 3.6)
+    for axes, (metric, title) in zip(figure.subplots(1, len(metrics), squeeze=False)[0], metrics.items(), strict=True):
+        for number, group in enumerate(groups):
+            runs = [points for cell in group.cells if (points := _points(cell.log_history, metric))]
+            if runs:
+                colour = COLOURS[number % len(COLOURS)]
+                axes.plot(*zip(*_mean_curve(runs), strict=True), color=colour, label=group.method, linewidth=1.2)
+        axes.set_title(title)
+        axes.set_xlabel("step")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    return figure
+
+
+def _shades(count: int) -> list[tuple[float, float, float, float]]:
+    from matplotlib import colormaps
+
+    return [colormaps["viridis"](value) for value in np.linspace(0.1, 0.85, count)]

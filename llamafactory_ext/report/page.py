@@ -1,0 +1,261 @@
+"""`llamafactory-ext report`: the page, its figures as files, and its tables as CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from ..monitors import PER_TOKEN
+from ..pairs.files import whole_file
+from ..plots import CURVES, save
+from ..sweep.results import Result, SweepResults, read_results
+from .figures import coefficient_figure, curves_figure, reward_figure, score_figure
+from .table import BASELINE, Comparison, Group, compare_with_dpo, degenerated, final, groups
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PIXELS_PER_INCH = 96
+TEMPLATE = Path(__file__).with_name("page.html.j2")
+SR_LOSSES = ("sr_dpo", "sr_ipo")
+SR_CURVES = {
+    "normalized_rewards/margins": "margin (nats)",
+    "rewards/accuracies": "accuracy",
+    "sr/augmented_margins": "margin under the augmented prompt",
+}
+
+
+@dataclass(frozen=True)
+class Section:
+    """A figure of the page.
+
+    Args:
+        name: of its files.
+        title, caption: above and below it.
+        svg: the figure.
+        width: its natural one, in pixels of the page.
+    """
+
+    name: str
+    title: str
+    caption: str
+    svg: str
+    width: int
+
+
+def write_report(folder: Path, output: Path) -> Path:
+    """Write the page of a sweep, and each figure as PNG and SVG and the cells and tests as CSV beside it.
+
+    Args:
+        folder: the sweep's.
+        output: a folder.
+
+    Raises:
+        UserError: if the folder is not that of a sweep.
+    """
+    results = read_results(folder)
+    found = groups([cell for cell in results.cells if cell.recipe])
+    comparisons = compare_with_dpo(found)
+    sections = [_written(output, *figure) for figure in _figures(results, found)]
+    _write_csv(output / "cells.csv", [_row(cell) for cell in [*results.bases, *results.cells]])
+    _write_csv(output / "tests.csv", [_test_row(comparison) for comparison in comparisons])
+    with whole_file(output / "index.html") as page:
+        page.write(_render(results, found, comparisons, sections))
+    return output / "index.html"
+
+
+# --- figures ---------------------------------------------------------------------------------------------------------
+
+
+def _figures(results: SweepResults, found: Sequence[Group]) -> Iterator[tuple[str, str, str, Figure]]:
+    """name, title, caption and figure, for all that the sweep has something for."""
+    base = _base_accuracy(results)
+    scores = score_figure([group for group in found if not _has_size(group)], base)
+    if scores is not None:
+        yield (
+            "scores",
+            "Accuracy",
+            "Strict accuracy with Wilson's 95% interval for one run's number of problems; dots are seeds. "
+            "After Figure 6 of arXiv 2408.09834.",
+            scores,
+        )
+    for rate in sorted({group.learning_rate for group in found}):
+        members = [g for g in found if g.learning_rate == rate and not _has_size(g)]
+        figure = reward_figure(members, f"learning rate {rate:g}")
+        if figure is not None:
+            yield (
+                f"rewards_lr{rate:g}",
+                f"Normalized rewards, learning rate {rate:g}",
+                "Log-ratios to the reference in nats, free of β: thin lines are seeds, thick ones their mean. "
+                "After Figures 2 to 5 of arXiv 2408.09834.",
+                figure,
+            )
+    yield from _refinement_figures(found)
+    betas = sorted({group.beta for group in found})
+    if betas:
+        yield (
+            "coefficient",
+            "Coefficient",
+            "Left: the factor before DPO's gradient. Right: the gradient of the losses with respect to a rejected "
+            "answer's log-probability, where the chosen answer is as likely as under the reference: MinorDPO's stops "
+            "at 0. After Figure 1 of arXiv 2408.09834.",
+            coefficient_figure(betas),
+        )
+
+
+def _refinement_figures(found: Sequence[Group]) -> Iterator[tuple[str, str, str, Figure]]:
+    refined = [group for group in found if group.cells[0].loss in SR_LOSSES]
+    for rate, beta in sorted({(group.learning_rate, group.beta) for group in refined}):
+        members = [g for g in found if (g.learning_rate, g.beta) == (rate, beta) and not _has_size(g)]
+        members = [g for g in members if g.cells[0].loss in (*SR_LOSSES, BASELINE, "ipo")]
+        figure = curves_figure(members, SR_CURVES)
+        if figure is not None:
+            yield (
+                f"refinement_lr{rate:g}_beta{beta:g}",
+                f"Self-refinement, learning rate {rate:g}, β = {beta:g}",
+                "Margins and the share of pairs with a margin above 0, as means over seeds. After Figure 1 of arXiv "
+                "2405.21040.",
+                figure,
+            )
+
+
+def _has_size(group: Group) -> bool:
+    """Whether the group is on an axis of data set sizes, which the page has a table for."""
+    return "max_samples" in group.cells[0].place
+
+
+def _written(output: Path, name: str, title: str, caption: str, figure: Figure) -> Section:
+    for suffix in (".png", ".svg"):
+        save(figure, output / f"{name}{suffix}")
+    # Without the XML declaration, which has no place in the middle of a page.
+    svg = (output / f"{name}.svg").read_text(encoding="utf-8")
+    width = round(PIXELS_PER_INCH * float(figure.get_figwidth()))
+    return Section(name, title, caption, svg[svg.index("<svg") :], width)
+
+
+def _base_accuracy(results: SweepResults) -> float | None:
+    """The untrained model's accuracy, where there is one such model."""
+    scored = [base.summary["strict"]["accuracy"] for base in results.bases if base.summary]
+    return scored[0] if len(scored) == 1 else None
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def _row(cell: Result) -> dict[str, Any]:
+    history = cell.log_history
+    summary = cell.summary
+    curves = {f"final {curve}": final(history, f"normalized_rewards/{curve}") for curve in CURVES}
+    return {
+        "cell": cell.name,
+        **cell.place,
+        **{step: record.state for step, record in cell.records.items()},
+        "error": "; ".join(record.error for record in cell.records.values() if record.error),
+        "train seconds": _seconds(cell, "train"),
+        **curves,
+        **{f"final {name.split('/')[1]}": final(history, name) for name in PER_TOKEN},
+        "degenerating": degenerated(history),
+        "strict": summary["strict"]["accuracy"] if summary else None,
+        "wilson low": summary["strict"]["wilson_95"][0] if summary else None,
+        "wilson high": summary["strict"]["wilson_95"][1] if summary else None,
+        "flexible": summary["flexible"]["accuracy"] if summary else None,
+        "degenerate outputs": summary["degeneration"]["degenerate"] if summary else None,
+        "cut off": summary["degeneration"]["cut_off"] if summary else None,
+        "held-out margin": cell.pairs.means.get("margin") if cell.pairs else None,
+        "held-out accuracy": cell.pairs.accuracy if cell.pairs else None,
+        "held-out augmented accuracy": cell.pairs.augmented_accuracy if cell.pairs else None,
+    }
+
+
+def _seconds(cell: Result, step: Any) -> float | None:
+    return cell.records[step].seconds if step in cell.records else None
+
+
+def _test_row(comparison: Comparison) -> dict[str, Any]:
+    group = comparison.group
+    return {
+        "method": group.method,
+        "learning rate": group.learning_rate,
+        "beta": group.beta,
+        "accuracy": group.accuracy,
+        "accuracy of DPO": comparison.baseline.accuracy,
+        "difference": comparison.difference,
+        "problems better": comparison.better,
+        "problems worse": comparison.worse,
+        "p": comparison.p,
+        "p (Holm)": comparison.p_holm,
+    }
+
+
+def _write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    text = io.StringIO()
+    columns = dict.fromkeys(key for row in rows for key in row)
+    writer = csv.DictWriter(text, list(columns))
+    writer.writeheader()
+    writer.writerows(rows)
+    with whole_file(path) as file:
+        file.write(text.getvalue())
+
+
+# --- the page --------------------------------------------------------------------------------------------------------
+
+
+def _render(
+    results: SweepResults, found: Sequence[Group], comparisons: Sequence[Comparison], sections: Sequence[Section]
+) -> str:
+    import jinja2
+
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"percent": _percent, "number": _number, "duration": _duration}
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        about=results.about,
+        axes=yaml.safe_dump(results.about["sweep"]["axes"], sort_keys=False),
+        recipe=_shared_recipe(results.cells),
+        bases=results.bases,
+        cells=results.cells,
+        states=_states(results.cells),
+        groups=found,
+        betas=sorted({group.beta for group in found}),
+        rates=sorted({group.learning_rate for group in found}),
+        comparisons=comparisons,
+        sections=sections,
+        degenerated=degenerated,
+        final=final,
+    )
+
+
+def _states(cells: Sequence[Result]) -> dict[str, int]:
+    """How many cells are in which state: that of the first command that is not done."""
+    states: dict[str, int] = {}
+    for cell in cells:
+        unfinished = [record.state for record in cell.records.values() if record.state != "done"]
+        state = unfinished[0] if unfinished else "done" if cell.is_trained else "missing"
+        states[state] = states.get(state, 0) + 1
+    return states
+
+
+def _shared_recipe(cells: Sequence[Result]) -> str:
+    """What all recipes have in common, as YAML."""
+    recipes = [cell.recipe for cell in cells if cell.recipe]
+    if not recipes:
+        return ""
+    shared = {key: value for key, value in recipes[0].items() if all(recipe.get(key) == value for recipe in recipes)}
+    return yaml.safe_dump(shared, sort_keys=False, allow_unicode=True)
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f}"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"
+
+
+def _duration(seconds: float | None) -> str:
+    return "" if seconds is None else f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 60:.0f} min"

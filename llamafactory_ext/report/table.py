@@ -1,0 +1,253 @@
+"""A sweep as a table, a row per cell; groups of cells that differ in their seed only; paired tests against DPO."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..arguments import OWN_KEYS, PREF_BETA
+from ..correlation import Summary
+from ..monitors import DEGENERATING
+from ..sweep.results import Result
+
+NAMES = {
+    "sigmoid": "DPO",
+    "minor_dpo": "MinorDPO",
+    "dpop": "DPOP",
+    "sr_dpo": "Sr-DPO",
+    "sr_ipo": "Sr-IPO",
+    "ipo": "IPO",
+}
+WORDS = {"max_samples": "pairs"}
+SEEDS = ("seed", "data_seed")
+BASELINE = "sigmoid"  # DPO
+LAST = 0.1  # of a run's logs are averaged for its final numbers
+RESAMPLES = 20_000
+
+Log = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Cells that differ in their seed only.
+
+    Args:
+        method: the loss, with its values on axes of its own: `Sr-DPO sr_lambda=0.3`.
+        learning_rate, beta: where it is on the paper's axes.
+        cells: one per seed.
+    """
+
+    method: str
+    learning_rate: float
+    beta: float
+    cells: tuple[Result, ...]
+
+    @property
+    def scored(self) -> list[Result]:
+        return [cell for cell in self.cells if cell.summary is not None]
+
+    @property
+    def accuracy(self) -> float | None:
+        """Mean strict accuracy of the cells that were scored."""
+        return _mean([cell.summary["strict"]["accuracy"] for cell in self.scored if cell.summary])
+
+    @property
+    def degenerate(self) -> float | None:
+        """Mean share of outputs that are empty, loop or repeat themselves."""
+        return _mean([cell.summary["degeneration"]["degenerate"] for cell in self.scored if cell.summary])
+
+    @property
+    def wilson(self) -> tuple[float, float] | None:
+        """Wilson's 95% interval of the mean accuracy, for one run's number of problems: seeds share the problems, so
+        that more of them do not make it narrower."""
+        from statsmodels.stats.proportion import proportion_confint
+
+        if self.accuracy is None:
+            return None
+        problems = min(len(cell.correct) for cell in self.scored)
+        low, high = proportion_confint(self.accuracy * problems, problems, method="wilson")
+        return float(low), float(high)
+
+    @property
+    def flagged(self) -> int:
+        """How many of the runs degenerate at their end, going by the monitor."""
+        return sum(bool(degenerated(cell.log_history)) for cell in self.cells)
+
+    @property
+    def held_out(self) -> HeldOut | None:
+        scored = [cell.pairs for cell in self.cells if cell.pairs is not None]
+        if not scored:
+            return None
+        shares = [pairs.augmented_accuracy for pairs in scored if pairs.augmented_accuracy is not None]
+        return HeldOut(
+            margin=_mean([pairs.means["margin"] for pairs in scored]),
+            accuracy=_mean([pairs.accuracy for pairs in scored]),
+            augmented=_mean(shares),
+            correlations=_correlations(scored),
+        )
+
+    def final(self, metric: str) -> float | None:
+        """A metric of the training's last logs, averaged over them and the seeds."""
+        return _mean([value for cell in self.cells if (value := final(cell.log_history, metric)) is not None])
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What a group's models make of held-out pairs, as means over the seeds.
+
+    Args:
+        margin: in nats.
+        accuracy, augmented: share of pairs with a margin above 0, and the same under the augmented prompt.
+        correlations: of margins with the data's own scores, in words; empty if it has none.
+    """
+
+    margin: float | None
+    accuracy: float | None
+    augmented: float | None
+    correlations: str
+
+
+def _correlations(scored: Sequence[Summary]) -> str:
+    methods = [pairs.correlations.get("margin", {}) for pairs in scored]
+    means = {name: _mean([found[name][0] for found in methods]) for name in (methods[0] if methods else {})}
+    return ", ".join(f"{name} {value:.3f}" for name, value in means.items() if value is not None)
+
+
+def final(history: Sequence[Log], metric: str) -> float | None:
+    """Mean of a metric over the last tenth of a run's logs, None if it was never logged."""
+    values = [log[metric] for log in history if metric in log]
+    return _mean(values[-max(1, round(LAST * len(values))) :])
+
+
+def degenerated(history: Sequence[Log]) -> bool | None:
+    """Whether the monitor found the run degenerating at its end; None if it has no monitor."""
+    flags = [log[DEGENERATING] for log in history if DEGENERATING in log]
+    return flags[-1] > 0 if flags else None
+
+
+def groups(cells: Sequence[Result]) -> list[Group]:
+    """The cells by method, learning rate and beta, in the order of the sweep."""
+    found: dict[tuple[str, float, float], list[Result]] = {}
+    for cell in cells:
+        found.setdefault((method_of(cell), learning_rate_of(cell), beta_of(cell)), []).append(cell)
+    return [Group(*key, tuple(members)) for key, members in found.items()]
+
+
+def learning_rate_of(cell: Result) -> float:
+    return float(cell.recipe.get("learning_rate", 5e-5))  # transformers' default
+
+
+def beta_of(cell: Result) -> float:
+    return float(cell.recipe.get("pref_beta", PREF_BETA))
+
+
+def method_of(cell: Result) -> str:
+    """`MinorDPO`, `Sr-DPO sr_lambda=0.3`: the loss and the other axes that the cell has a value on."""
+    standard = ("pref_loss", "learning_rate", "pref_beta", *SEEDS)
+    others = [f"{WORDS.get(key, key)}={_short(value)}" for key, value in cell.place.items() if key not in standard]
+    return " ".join([NAMES.get(cell.loss, cell.loss), *others])
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+# --- tests -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A group against DPO with the same settings, on the same problems.
+
+    Args:
+        group, baseline: what is compared.
+        difference: of their accuracies.
+        better, worse: problems that the group solves more often than DPO over the seeds, and less often.
+        p: two-sided, of the hypothesis that which of the two is which makes no difference to any problem.
+        p_holm: corrected over all comparisons (Holm).
+    """
+
+    group: Group
+    baseline: Group
+    difference: float
+    better: int
+    worse: int
+    p: float
+    p_holm: float
+
+
+def compare_with_dpo(found: Sequence[Group]) -> list[Comparison]:
+    """Every group against the group of DPO that differs in the loss only, seed by seed and problem by problem.
+
+    A problem is the unit: the difference between the two groups' shares of seeds that solve it changes its sign at
+    random under the hypothesis. With one seed and without ties that is McNemar's exact test.
+    """
+    from statsmodels.stats.multitest import multipletests
+
+    pairs = [(group, baseline) for group in found if (baseline := _baseline(group, found)) is not None]
+    rows = [(group, baseline, differences(group, baseline)) for group, baseline in pairs]
+    rows = [(group, baseline, values) for group, baseline, values in rows if len(values)]
+    if not rows:
+        return []
+    p_values = [sign_flip_p(values) for _, _, values in rows]
+    corrected = multipletests(p_values, method="holm")[1]
+    return [
+        Comparison(
+            group, baseline, float(values.mean()), int((values > 0).sum()), int((values < 0).sum()), p, float(p_holm)
+        )
+        for (group, baseline, values), p, p_holm in zip(rows, p_values, corrected, strict=True)
+    ]
+
+
+def _baseline(group: Group, found: Sequence[Group]) -> Group | None:
+    if group.cells[0].loss == BASELINE:
+        return None
+    wanted = _shared_place(group.cells[0])
+    return next((g for g in found if g.cells[0].loss == BASELINE and _shared_place(g.cells[0]) == wanted), None)
+
+
+def _shared_place(cell: Result) -> dict[str, Any]:
+    """Where a cell is on the axes that DPO has too, but for the seed."""
+    own = ("pref_loss", "sr_prompt", *OWN_KEYS, *SEEDS)
+    return {key: value for key, value in cell.place.items() if key not in own}
+
+
+def differences(group: Group, baseline: Group) -> NDArray[np.float64]:
+    """Per problem: the share of seeds with which the group solves it, minus the baseline's; over the seeds of both."""
+    seeds = {_seed(cell): cell for cell in baseline.scored}
+    pairs = [(cell, seeds[_seed(cell)]) for cell in group.scored if _seed(cell) in seeds]
+    if not pairs:
+        return np.zeros(0)
+    problems = sorted(set.intersection(*(set(cell.correct) for pair in pairs for cell in pair)))
+    values = [[a.correct[i] - b.correct[i] for i in problems] for a, b in pairs]
+    return np.mean(np.asarray(values, dtype=np.float64), axis=0)
+
+
+def _seed(cell: Result) -> tuple[Any, ...]:
+    return tuple(cell.recipe.get(key) for key in SEEDS)
+
+
+def sign_flip_p(values: NDArray[np.float64]) -> float:
+    """Two-sided p-value of mean 0 under random signs: exact where few values are not 0, else by `RESAMPLES` draws."""
+    from scipy.stats import permutation_test
+
+    values = values[values != 0]
+    if len(values) == 0:
+        return 1.0
+    result = permutation_test(
+        (values,),
+        lambda sample, axis: sample.mean(axis=axis),
+        permutation_type="samples",
+        n_resamples=RESAMPLES,
+        vectorized=True,
+        rng=np.random.default_rng(0),
+    )
+    return float(result.pvalue)
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return float(np.mean(values)) if len(values) else None
