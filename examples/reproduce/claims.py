@@ -148,11 +148,11 @@ def minor_dpo_survives(study: Study) -> Finding:
     return Finding(
         MINOR,
         "At the high rate and a low beta DPO degenerates and MinorDPO does not.",
-        f"At {rate:g} and beta {beta:g}, MinorDPO solves more than half of what the untrained model solves, and more than "
-        "DPO (paired test over problems, p < 0.05). That DPO breaks there is how the rate was chosen, and no finding.",
+        f"At {rate:g} and beta {beta:g}, MinorDPO solves more than half of what the untrained model solves, and more "
+        "than DPO (paired test over problems, p < 0.05). That DPO breaks there is how the rate was chosen, and no finding.",
         verdict,
-        f"Accuracy at {rate:g} by beta (untrained {study.untrained:.1%}): {', '.join(lines)}; MinorDPO against DPO at beta "
-        f"{beta:g}: {difference:+.1%}, p = {p:.2g}.",
+        f"Accuracy at {rate:g} by beta (untrained {study.untrained:.1%}): {', '.join(lines)}; MinorDPO against DPO at "
+        f"beta {beta:g}: {difference:+.1%}, p = {p:.2g}.",
     )
 
 
@@ -164,7 +164,7 @@ def minor_dpo_scores_best(study: Study) -> Finding:
         p, difference = _test(best["MinorDPO"], rival)
         verdicts.append("cannot tell" if p >= SIGNIFICANT else "holds" if difference > 0 else "does not hold")
         scores = ", ".join(f"{m} {_percent(g)} (beta {g.beta:g})" for m, g in best.items() if g)
-        words.append(f"at {rate:g}: {scores}, MinorDPO against the better of the others {difference:+.1%}, p = {p:.2g}")
+        words.append(f"at {rate:g}: {scores}, MinorDPO minus the better of the others {difference:+.1%}, p = {p:.2g}")
     verdict: Verdict = "cannot tell"
     if "does not hold" in verdicts:
         verdict = "does not hold"
@@ -195,8 +195,8 @@ def refinement_lowers_margins(study: Study, refined: str, plain: str) -> Finding
     return Finding(
         SR,
         f"{refined} has lower margins than {plain} at like accuracy.",
-        f"At the lower rate, beta 0.1 and lambda 0.3, the mean margin of held-out pairs is lower than {plain}'s, and the "
-        f"accuracies on problems differ by less than {LIKE:.0%}, not significantly.",
+        f"At the lower rate, beta 0.1 and lambda 0.3, the mean margin of held-out pairs is lower than {plain}'s, and "
+        f"the accuracies on problems differ by less than {LIKE:.0%}, not significantly.",
         verdict,
         f"Margins {_nats(ours)} against {_nats(theirs)}; accuracy {_percent(group)} against {_percent(baseline)} "
         f"({difference:+.1%}, p = {p:.2g}).",
@@ -215,8 +215,8 @@ def more_lambda_lower_margins(study: Study) -> Finding:
     return Finding(
         SR,
         "The larger lambda, the lower the margin.",
-        f"The mean margin of held-out pairs is lower at the next larger lambda, from 0 on, in {MOST:.0%} of the steps; it "
-        f"does not hold if in {1 - MOST:.0%}.",
+        f"The mean margin of held-out pairs is lower at the next larger lambda, from 0 on, in {MOST:.0%} of the steps; "
+        f"it does not hold if in {1 - MOST:.0%}.",
         _share_verdict(falls),
         f"Lower in {_count(falls)} steps. {'; '.join(words)}.",
     )

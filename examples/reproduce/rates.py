@@ -9,8 +9,8 @@ def choose_rates(accuracies: Mapping[float, float], untrained: float) -> tuple[f
     """The grid's lower and upper learning rate.
 
     Upper: the smallest rate of the pilot's ladder at which DPO solves at most half of what the untrained model solves;
-    the largest of the ladder if there is none. Lower: a tenth of it, as in arXiv 2408.09834 (1e-6 and 1e-5). So that DPO
-    degenerates at the upper rate is how the rate was found, and no finding.
+    the largest of the ladder if there is none. Lower: a tenth of it, as in arXiv 2408.09834 (1e-6 and 1e-5). So
+    that DPO degenerates at the upper rate is how the rate was found, and no finding.
 
     Args:
         accuracies: of DPO in the pilot, by learning rate.

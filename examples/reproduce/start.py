@@ -32,7 +32,7 @@ VOCABULARY = 512
 
 
 def make_data(folder: Path, seed: int = 0) -> Path:
-    """The folder for LLaMA-Factory's `dataset_dir`, with the sets `sft`, `pairs`, `pilot`, `held_out`, and test.jsonl."""
+    """A folder for LLaMA-Factory's `dataset_dir`: the sets `sft`, `pairs`, `pilot`, `held_out`, and test.jsonl."""
     folder.mkdir(parents=True, exist_ok=True)
     stream = stories(seed)
     sets = {name: list(itertools.islice(stream, size)) for name, size in SIZES.items()}
