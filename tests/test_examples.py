@@ -19,10 +19,14 @@ from omegaconf import OmegaConf
 from transformers import AutoTokenizer, HfArgumentParser, Qwen2Config
 
 from llamafactory_ext.planning.plan import make_plan
-from llamafactory_ext.recipe import read_recipe
+from llamafactory_ext.recipe import parse_recipe, read_recipe
+from llamafactory_ext.sweep.spec import Sweep, read_sweep
 
 ROOT = Path(__file__).parents[1]
-RECIPES = sorted((ROOT / "examples").rglob("*.yaml"))
+FILES = sorted((ROOT / "examples").rglob("*.yaml"))
+STUDY = ROOT / "examples" / "reproduce"  # recipes and sweeps that `make reproduce` makes the data of
+SWEEPS = [path for path in FILES if "axes" in yaml.safe_load(path.read_text(encoding="utf-8"))]
+RECIPES = [path for path in FILES if path not in SWEEPS and path.parent != STUDY]
 INFO = json.loads((ROOT / "data" / "dataset_info.json").read_text(encoding="utf-8"))
 # Made by `llamafactory-ext data`, far too large to ship; each has a sample in its place to try recipes with.
 MADE = {"metamath_zero_shot", "gsm8k_pairs", "hh_rlhf", "hh_rlhf_chosen", "ultrafeedback"}
@@ -70,6 +74,24 @@ def test_recipe(path, monkeypatch):
     for name in data_args.dataset:
         assert INFO[name].get("ranking", False) is (finetuning_args.stage == "dpo")
         assert name in MADE or (ROOT / data_args.dataset_dir / INFO[name]["file_name"]).is_file()
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_sweep(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    settings = yaml.safe_load(path.read_text(encoding="utf-8").replace("LOW", "1.0e-6").replace("HIGH", "1.0e-5"))
+    cells = Sweep(**settings).cells()
+    for cell in cells:
+        parse_recipe(cell.recipe)
+    assert len({cell.name for cell in cells}) == len(cells)
+
+
+def test_the_papers_grid(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    cells = read_sweep(Path("examples/metamath_qwen1.5_7b/sweep.yaml")).cells()
+    assert len(cells) == 3 * 2 * 5
+    assert {cell.settings["learning_rate"] for cell in cells} == {1e-6, 1e-5}
+    assert all(("dpop_lambda" in cell.settings) is (cell.settings["pref_loss"] == "dpop") for cell in cells)
 
 
 @pytest.mark.parametrize("name", sorted(INFO))

@@ -140,7 +140,9 @@ def minor_dpo_survives(study: Study) -> Finding:
     half = study.untrained / 2
     survives = minor is not None and (minor.accuracy or 0.0) > half
     verdict: Verdict = "cannot tell"
-    if survives and difference > 0 and p < SIGNIFICANT:
+    if minor is None or dpo is None:
+        pass
+    elif survives and difference > 0 and p < SIGNIFICANT:
         verdict = "holds"
     elif not survives or (difference < 0 and p < SIGNIFICANT):
         verdict = "does not hold"
@@ -149,7 +151,7 @@ def minor_dpo_survives(study: Study) -> Finding:
         MINOR,
         "At the high rate and a low beta DPO degenerates and MinorDPO does not.",
         f"At {rate:g} and beta {beta:g}, MinorDPO solves more than half of what the untrained model solves, and more "
-        "than DPO (paired test over problems, p < 0.05). That DPO breaks there is how the rate was chosen, and no finding.",
+        "than DPO (paired test over problems, p < 0.05). That DPO breaks there is how the rate was chosen: no finding.",
         verdict,
         f"Accuracy at {rate:g} by beta (untrained {study.untrained:.1%}): {', '.join(lines)}; MinorDPO against DPO at "
         f"beta {beta:g}: {difference:+.1%}, p = {p:.2g}.",
@@ -173,8 +175,8 @@ def minor_dpo_scores_best(study: Study) -> Finding:
     return Finding(
         MINOR,
         "MinorDPO's best score tops those of DPO and DPOP at both rates.",
-        "The best of MinorDPO's betas solves more than the best of the others' at both rates, each with p < 0.05 (paired "
-        "test over problems); it does not hold if it solves fewer at one, with p < 0.05.",
+        "The best of MinorDPO's betas solves more than the best of the others' at both rates, each with p < 0.05 "
+        "(paired test over problems); it does not hold if it solves fewer at one, with p < 0.05.",
         verdict,
         f"Best of each: {'; '.join(words)}.",
     )
@@ -237,7 +239,7 @@ def lower_at_every_size(study: Study) -> Finding:
         SR,
         "Sr-DPO's margins are lower than DPO's however many pairs there are.",
         "The mean margin of held-out pairs is lower with every number of pairs; it does not hold if with none.",
-        "holds" if lower and all(lower) else "does not hold" if not any(lower) else "cannot tell",
+        "cannot tell" if len(lower) < len(names) else _all_verdict(lower),
         f"Sr-DPO and DPO with {'; '.join(words)}.",
     )
 
@@ -271,6 +273,10 @@ def _share_verdict(agree: Sequence[bool]) -> Verdict:
     return "holds" if share >= MOST else "does not hold" if share <= 1 - MOST else "cannot tell"
 
 
+def _all_verdict(agree: Sequence[bool]) -> Verdict:
+    return "holds" if all(agree) else "cannot tell" if any(agree) else "does not hold"
+
+
 def _test(group: Group | None, other: Group | None) -> tuple[float, float]:
     """p-value and mean difference, problem by problem; no difference where one is missing."""
     values = differences(group, other) if group and other else []
@@ -290,7 +296,7 @@ def _by_rate(study: Study, method: str, curve: str) -> str:
     parts = []
     for rate in study.rates:
         values = [_final(group, curve) for group in study.of(method, rate)]
-        parts.append(f"{min(values):.1f} to {max(values):.1f} at {rate:g}")
+        parts.append(f"{min(values):.1f} to {max(values):.1f} at {rate:g}" if values else f"(missing) at {rate:g}")
     return f"{curve} from {' and '.join(parts)} (nats)"
 
 

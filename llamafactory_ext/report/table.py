@@ -236,7 +236,7 @@ def sign_flip_p(values: NDArray[np.float64]) -> float:
     from scipy.stats import permutation_test
 
     values = values[values != 0]
-    if len(values) == 0:
+    if len(values) < 2:  # both signs of one value are as far from 0
         return 1.0
     result = permutation_test(
         (values,),

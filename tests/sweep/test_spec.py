@@ -1,0 +1,102 @@
+"""A sweep's file becomes cells: what is dropped, what is merged, what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llamafactory_ext.arguments import keys_not_taken
+from llamafactory_ext.errors import UserError
+from llamafactory_ext.recipe import parse_recipe
+from llamafactory_ext.sweep.spec import Sweep, read_sweep
+
+BASE = {"stage": "dpo", "model_name_or_path": "model", "dataset": "pairs", "finetuning_type": "full"}
+OUR_LOSSES = ("sigmoid", "hinge", "ipo", "kto_pair", "orpo", "simpo", "minor_dpo", "dpop", "sr_dpo", "sr_ipo")
+
+
+def cells(axes, **changes):
+    return Sweep(recipe=BASE | changes, axes=axes, output="out").cells()
+
+
+def test_every_combination_is_a_cell():
+    found = cells({"pref_loss": ["sigmoid", "minor_dpo"], "learning_rate": [1e-6, 1e-5], "pref_beta": [0.02, 0.2]})
+    assert [cell.name for cell in found] == [
+        f"{loss}-lr{rate}-beta{beta}"
+        for loss in ("sigmoid", "minor_dpo")
+        for rate in ("1e-06", "1e-05")
+        for beta in ("0.02", "0.2")
+    ]
+    assert found[0].settings["pref_beta"] == 0.02
+    assert found[0].recipe["output_dir"] == "out/cells/sigmoid-lr1e-06-beta0.02/model"
+    assert all(cell.settings["ref_log_probs_cache_dir"] == "out/references" for cell in found)
+
+
+def test_what_a_loss_does_not_take_is_dropped_and_equal_cells_are_one():
+    found = cells({"pref_loss": ["sigmoid", "dpop"], "dpop_lambda": [5, 50]})
+    assert [cell.name for cell in found] == ["sigmoid", "dpop-dpop_lambda5", "dpop-dpop_lambda50"]
+    assert "dpop_lambda" not in found[0].settings
+
+
+def test_several_grids_are_joined_and_single_values_need_no_list():
+    found = cells([{"pref_loss": "sigmoid", "seed": [1, 2]}, {"pref_loss": ["sigmoid", "ipo"], "seed": 2}])
+    assert [cell.name for cell in found] == ["sigmoid-seed1", "sigmoid-seed2", "ipo-seed2"]
+
+
+def test_values_that_are_written_alike_have_cells_of_their_own():
+    found = cells({"model_name_or_path": ["a/b", "a_b"], "learning_rate": [1.0000001e-5, 1e-5]})
+    assert len({cell.folder for cell in found}) == len(found) == 4
+
+
+@given(
+    st.sampled_from(OUR_LOSSES),
+    st.dictionaries(
+        st.sampled_from(("dpop_lambda", "sr_lambda", "simpo_gamma", "dpo_label_smoothing", "ld_alpha")),
+        st.sampled_from((0.0, 0.25)),
+    ),
+    st.sampled_from(({}, {"sr_prompt": "Well: "}, {"ipo_length_normalize": True}, {"precompute_ref_log_probs": True})),
+)
+def test_what_is_left_of_a_recipe_is_never_refused(loss, numbers, others):
+    """LLaMA-Factory's own parser takes each cell, whatever the base recipe holds for other losses."""
+    (cell,) = cells({"pref_loss": [loss]}, **numbers, **others)
+    parse_recipe(cell.recipe)
+
+
+def test_a_loss_file_stays_with_its_own_losses(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from llamafactory_ext import register_loss\n"
+        '@register_loss("of_the_sweep")\n'
+        "def of_the_sweep(pairs, *, tau: float = 1.0):\n    return tau * pairs.margin\n"
+    )
+    settings = BASE | {"pref_loss_file": str(file), "pref_loss_args": {"tau": 2.0}, "pref_beta": 0.3}
+    assert keys_not_taken(settings | {"pref_loss": "of_the_sweep"}) == ["pref_beta"]
+    assert keys_not_taken(settings | {"pref_loss": "sigmoid"}) == ["pref_loss_file", "pref_loss_args"]
+
+
+def test_a_recipe_of_another_stage_is_left_as_it_is():
+    (cell,) = cells({"learning_rate": 1e-4}, stage="sft")
+    assert "ref_log_probs_cache_dir" not in cell.settings
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"axes": {"pref_beta": []}}, "`pref_beta` has no values"),
+        ({"axes": {"output_dir": ["a"]}}, "cannot be an axis"),
+        ({"axes": []}, "has no cells"),
+        ({"axes": {"pref_loss": ["minor_dp"]}}, "Did you mean 'minor_dpo'"),
+        ({"gpus_per_cell": 0}, "`gpus_per_cell`: input should be greater than or equal to 1"),
+        ({"axis": {}}, "`axis`: extra inputs are not permitted"),
+        ({"evaluation": {"data": "missing.jsonl", "engine": "hf"}}, "there is no missing.jsonl"),
+        ({"evaluation": {"data": "openai/gsm8k"}}, "vLLM lives in an environment of its own"),
+        ({"evaluation": {"data": "x", "engine": "hf", "script": "nowhere.py"}}, "there is no nowhere.py"),
+    ],
+)
+def test_a_wrong_file_is_refused_in_a_sentence(changes, words, tmp_path):
+    file = tmp_path / "sweep.yaml"
+    file.write_text(yaml.safe_dump({"recipe": BASE, "axes": {"seed": [1]}, "output": "out"} | changes))
+    with pytest.raises(UserError, match=r".") as error:
+        read_sweep(file).cells()
+    assert words in str(error.value)

@@ -1,0 +1,132 @@
+"""Commands in processes of their own: how they end, and what is left where they do not."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+
+import pytest
+from filelock import FileLock
+
+from llamafactory_ext.sweep.work import Record, Task, ended, keep_checkpoints, read_record, start
+
+pytestmark = pytest.mark.slow
+
+
+def task(folder, code, **changes):
+    script = folder / "script.py"
+    folder.mkdir(exist_ok=True)
+    script.write_text(code)
+    return Task(**{"name": "cell", "step": "train", "folder": folder, "words": (sys.executable, str(script))} | changes)
+
+
+def carry_out(command, environment=None):
+    process = start(command, environment or {})
+    process.join(60)
+    return ended(command, process)
+
+
+def test_a_command_that_ends_well(tmp_path):
+    command = task(tmp_path / "cell", "import os; print('hello', os.environ['WORD'])")
+    assert command.record() == Record("to do")
+    record = carry_out(command, {"WORD": "there"})
+    assert (record.state, record.error) == ("done", None)
+    assert record.seconds > 0
+    assert "hello there" in command.log.read_text()
+    assert command.record() == record
+    assert os.environ.get("WORD") is None
+
+
+@pytest.mark.parametrize(
+    ("code", "error"),
+    [
+        ("raise ValueError('no such thing\\nand more')", "ValueError: no such thing"),
+        ("import sys; sys.exit(3)", "ended with status 3"),
+        ("import os; os._exit(7)", "ended by status 7"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "ended by signal 9 (9 is what the system sends"),
+    ],
+)
+def test_a_command_that_fails(code, error, tmp_path):
+    record = carry_out(task(tmp_path / "cell", code))
+    assert record.state == "failed"
+    assert record.error.startswith(error)
+
+
+def test_an_exit_status_of_0_is_no_failure(tmp_path):
+    assert carry_out(task(tmp_path / "cell", "import sys; sys.exit(0)")).state == "done"
+
+
+def test_another_interpreter(tmp_path):
+    command = task(tmp_path / "cell", "", words=("/bin/sh", "-c", "echo from a shell; exit 4"))
+    assert carry_out(command).error == "ended with status 4"
+    assert "from a shell" in command.log.read_text()
+
+
+def test_a_record_of_another_command_line_does_not_count(tmp_path):
+    carry_out(task(tmp_path / "cell", ""))
+    other = task(tmp_path / "cell", "", words=(sys.executable, "elsewhere.py"))
+    assert other.record() == Record("to do")
+    assert read_record(tmp_path / "cell", "train").state == "done"
+
+
+def test_a_killed_command_is_interrupted_and_begins_afresh(tmp_path):
+    model = tmp_path / "cell" / "model"
+    code = f"""
+import pathlib, time
+assert not pathlib.Path({str(model)!r}).exists()
+pathlib.Path({str(model)!r}).mkdir()
+while pathlib.Path({str(tmp_path / "wait")!r}).exists(): time.sleep(0.05)
+"""
+    command = task(tmp_path / "cell", code, fresh=model)
+    (tmp_path / "wait").touch()
+    process = start(command, {})
+    wait_for(model.is_dir)
+    assert command.record().state == "running"
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert command.record().state == "interrupted"
+    (tmp_path / "wait").unlink()
+    assert carry_out(command).state == "done"
+
+
+def test_a_command_waits_for_one_that_a_killed_sweep_has_left_and_takes_its_result(tmp_path):
+    count = tmp_path / "count"
+    command = task(tmp_path / "cell", f"open({str(count)!r}, 'a').write('x'); import time; time.sleep(1)")
+    first = start(command, {})
+    wait_for(count.exists)
+    second = start(command, {})
+    for process in (first, second):
+        process.join()
+    assert ended(command, second).state == "done"
+    assert count.read_text() == "x"
+
+
+def test_checkpoints_that_a_kill_cut_off_are_removed(tmp_path):
+    for name, state in {
+        "checkpoint-2": '{"global_step": 2}',
+        "checkpoint-4": '{"global_st',
+        "checkpoint-6": None,
+    }.items():
+        (tmp_path / name).mkdir()
+        if state is not None:
+            (tmp_path / name / "trainer_state.json").write_text(state)
+    assert keep_checkpoints(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
+    assert not keep_checkpoints(tmp_path / "nowhere")
+
+
+def test_a_record_is_readable_while_another_process_holds_the_lock(tmp_path):
+    command = task(tmp_path / "cell", "")
+    command.write(Record("running", command.words))
+    with FileLock(command.lock.lock_file):
+        assert json.loads((command.folder / "train.json").read_text())["state"] == "running"
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.05)
