@@ -140,11 +140,9 @@ def minor_dpo_survives(study: Study) -> Finding:
     half = study.untrained / 2
     survives = minor is not None and (minor.accuracy or 0.0) > half
     verdict: Verdict = "cannot tell"
-    if minor is None or dpo is None:
-        pass
-    elif survives and difference > 0 and p < SIGNIFICANT:
-        verdict = "holds"
-    elif not survives or (difference < 0 and p < SIGNIFICANT):
+    if minor is not None and dpo is not None and p < SIGNIFICANT:
+        verdict = "holds" if survives and difference > 0 else "does not hold"
+    elif minor is not None and not survives:
         verdict = "does not hold"
     lines = [f"{m} {_percent(study.one(m, rate, b))}" for m in ("DPO", "DPOP", "MinorDPO") for b in study.betas]
     return Finding(

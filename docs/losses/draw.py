@@ -1,0 +1,68 @@
+"""Draws the curve of every loss's page from the loss itself: python docs/losses/draw.py"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from matplotlib.axes import Axes
+
+from llamafactory_ext import PairLogps, get_loss
+from llamafactory_ext.plots import new_figure, save
+
+HERE = Path(__file__).parent
+BETAS = {"simpo": 2.0}  # its paper's
+BETA = 0.1  # of the others
+TOKENS = 20  # of an answer, where a loss takes means per token
+CHOSEN, REJECTED = "#0072b2", "#d55e00"
+
+
+def main() -> None:
+    for name in ("sigmoid", "minor_dpo", "dpop", "sr_dpo", "sr_ipo", "hinge", "ipo", "kto_pair", "orpo", "simpo"):
+        figure = new_figure(9.0, 3.4)
+        left, right = figure.subplots(1, 2)
+        draw(name, left, right)
+        save(figure, HERE / f"{name}.png")
+
+
+def draw(name: str, left: Axes, right: Axes) -> None:
+    """The loss, and how hard it pushes each answer, along a chosen and along a rejected log-ratio."""
+    x = torch.linspace(-60, 60, 481, dtype=torch.float64)
+    start = 0.0
+    label = "log-ratio of the answer, the other's at 0 (nats)"
+    if not get_loss(name).needs_reference:
+        x, start = torch.linspace(-60, -0.5, 481, dtype=torch.float64), -30.0
+        label = f"log-probability of its {TOKENS} tokens (nats)"
+    for side, colour in (("chosen", CHOSEN), ("rejected", REJECTED)):
+        values = {"chosen": torch.full_like(x, start), "rejected": torch.full_like(x, start), side: x}
+        loss, push = along(name, values["chosen"], values["rejected"], side)
+        left.plot(x, loss, color=colour, label=f"along the {side} answer")
+        right.plot(x, push, color=colour, label=f"{side} answer")
+    left.set_title(f"{name}: loss of a pair, β = {BETAS.get(name, BETA):g}")
+    right.set_title("gradient with respect to its log-probability")
+    for axes in (left, right):
+        axes.axvline(start, color="0.8", linewidth=0.8, zorder=0)
+        axes.set_xlabel(label)
+        axes.legend(frameon=False)
+    right.axhline(0, color="0.8", linewidth=0.8, zorder=0)
+
+
+def along(name: str, chosen: torch.Tensor, rejected: torch.Tensor, side: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss and gradient at each point: pair by pair, because kto_pair looks at its whole batch."""
+    chosen, rejected = chosen.clone().requires_grad_(), rejected.clone().requires_grad_()
+    needs_delta = name in ("sr_dpo", "sr_ipo")
+    losses = []
+    for winner, loser in zip(chosen, rejected, strict=True):
+        zero, length = torch.zeros(1, dtype=winner.dtype), torch.full((1,), float(TOKENS), dtype=winner.dtype)
+        delta = torch.ones_like(zero) if needs_delta else None  # as if the augmented margin were 10 nats
+        pairs = PairLogps(winner.reshape(1), loser.reshape(1), zero, zero, length, length, delta)
+        losses.append(get_loss(name)(pairs, beta=BETAS.get(name, BETA)))
+    loss = torch.cat(losses)
+    loss.sum().backward()
+    gradient = {"chosen": chosen, "rejected": rejected}[side].grad
+    assert gradient is not None
+    return loss.detach(), gradient
+
+
+if __name__ == "__main__":
+    main()
