@@ -11,7 +11,7 @@ FIND_LINKS := $(addprefix --find-links ,$(shell $(PYTHON) -m pip config get glob
 # Without a GPU: PyPI's torchvision and torchaudio are CUDA builds, which break beside a CPU build of torch.
 OVERRIDES := $(if $(shell command -v nvidia-smi),,--override $(VENV)/cpu-only.txt)
 
-.PHONY: help venv browser demo model test test-fast test-compat check format bench bench-data clean
+.PHONY: help venv browser demo model reproduce test test-fast test-compat check format bench bench-data clean
 
 help:
 	@echo "make demo         train DPO, DPOP and MinorDPO on a small model, score and plot them (DATA=, MODEL=)"
@@ -19,6 +19,7 @@ help:
 	@echo "make test         run all tests; make test-fast: those that launch no processes"
 	@echo "make test-compat  run all tests with LLaMA-Factory 0.9.4"
 	@echo "make eval         score a model on GSM8K with vLLM: MODEL=, DATA=, ARGS= (make eval-env, test-eval, bench-eval)"
+	@echo "make reproduce    the papers' studies in small, and what became of their claims: an hour (with a GPU: GSM8K=)"
 	@echo "make bench        speed and memory of DPO, LLaMA-Factory's and the plugin's: an hour on two cores (ARGS=--quick)"
 	@echo "make bench-data   time and memory of \`llamafactory-ext data metamath\` for 395,000 pairs"
 	@echo "make check        lint, format and type checks"
@@ -67,6 +68,9 @@ format: venv
 
 bench: venv
 	$(BIN)/python benchmarks/training.py $(ARGS)
+
+reproduce: venv
+	$(BIN)/python examples/reproduce/reproduce.py $(if $(GSM8K),--gsm8k "$(GSM8K)")
 
 bench-data: venv
 	$(BIN)/python benchmarks/metamath.py

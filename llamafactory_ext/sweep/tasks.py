@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 import sys
 from collections.abc import Sequence
@@ -104,8 +103,7 @@ def write_recipes(cells: Sequence[Cell]) -> None:
                 f"{cell.folder} was trained with another `{other}`: name another `output`, or remove this folder."
             )
     for cell in cells:
-        with whole_file(cell.recipe_file) as lines:
-            yaml.safe_dump(cell.recipe, lines, sort_keys=False, allow_unicode=True)
+        _write_if_new(cell.recipe_file, yaml.safe_dump(cell.recipe, sort_keys=False, allow_unicode=True))
 
 
 def write_sweep(sweep: Sweep, cells: Sequence[Cell], file: Path) -> None:
@@ -119,10 +117,16 @@ def write_sweep(sweep: Sweep, cells: Sequence[Cell], file: Path) -> None:
         "data": _data_hashes(cells),
         "versions": {name: number for name in ("llamafactory-ext", *PACKAGES) if (number := version(name))},
         "python": platform.python_version(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "machine": platform.machine(),
     }
-    with whole_file(sweep.output / SWEEP_FILE) as text:
-        json.dump(about, text, indent=1)
+    _write_if_new(sweep.output / SWEEP_FILE, json.dumps(about, indent=1))
+
+
+def _write_if_new(path: Path, text: str) -> None:
+    """Jobs of a cluster that share a folder come to write the same again; then nobody writes."""
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        with whole_file(path) as file:
+            file.write(text)
 
 
 def _data_hashes(cells: Sequence[Cell]) -> dict[str, str]:
