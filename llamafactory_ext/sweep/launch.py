@@ -21,6 +21,7 @@ from .spec import Cell, Sweep
 from .tasks import chains_of
 from .work import Task
 
+PROGRAM = (sys.executable, "-m", "llamafactory_ext.cli")
 POLL = 5.0  # seconds
 EVERYTHING = "everything"  # the name of the last job, which does what is left: scores models and adapters together
 
@@ -40,15 +41,20 @@ class Submitit:
 
     def __init__(self, executor: Any) -> None:
         self.executor = executor
+        self.jobs: dict[str, Any] = {}  # those of earlier runs of the sweep are looked up by their id
 
     def submit(self, name: str, words: Sequence[str]) -> str:
         from submitit.helpers import CommandFunction
 
         self.executor.update_parameters(name=name)
-        return str(self.executor.submit(CommandFunction(list(words))).job_id)
+        job = self.executor.submit(CommandFunction(list(words)))
+        self.jobs[job.job_id] = job
+        return str(job.job_id)
 
     def goes_on(self, job: str) -> bool:
-        return not self.executor.job_class(folder=self.executor.folder, job_id=job).done()
+        if job not in self.jobs:
+            self.jobs[job] = self.executor.job_class(folder=self.executor.folder, job_id=job)
+        return not self.jobs[job].done()
 
 
 class Ray:
@@ -110,7 +116,7 @@ def run_on_cluster(
         options: further options of the jobs' command line.
         watch: is shown the ids of the jobs that go on, by cell, every few seconds.
     """
-    command = [sys.executable, "-m", "llamafactory_ext.cli", "sweep", str(file), *options]
+    command = [*PROGRAM, "sweep", str(file), *options]
     jobs = _Jobs(cluster, sweep.output / "jobs.json")
     for cell in cells:
         chain = next(chain for chain in chains_of(sweep, cells) if chain[0].name == cell.name)

@@ -1,0 +1,112 @@
+"""Jobs of a cluster: submitit's own executor for this machine, and a stand-in for nothing but the waiting."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+
+import pytest
+import submitit
+
+from llamafactory_ext.errors import UserError
+from llamafactory_ext.sweep import launch
+from llamafactory_ext.sweep.spec import Sweep
+from llamafactory_ext.sweep.tasks import train_task
+from llamafactory_ext.sweep.work import Record
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def sweep(tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "POLL", 0.1)
+    recipe = {"stage": "dpo", "model_name_or_path": "model", "finetuning_type": "full"}
+    return Sweep(recipe=recipe, axes={"seed": [1, 2, 3]}, output=tmp_path / "out")
+
+
+def submit(sweep, tmp_path, monkeypatch, options=()):
+    """The command lines of the jobs that were run, by cell."""
+    seen = tmp_path / "seen"
+    seen.mkdir(exist_ok=True)
+    # In place of the sweep's own command line, which needs a model: one that writes its words into a file.
+    program = tmp_path / "program.py"
+    target = f"pathlib.Path({str(seen)!r}, sys.argv[sys.argv.index('--only') + 1])"
+    program.write_text(f"import pathlib, sys\n{target}.write_text(repr(sys.argv))\n")
+    monkeypatch.setattr(launch, "PROGRAM", (sys.executable, str(program)))
+    executor = submitit.LocalExecutor(folder=tmp_path / "jobs")
+    watched = []
+    cluster = launch.Submitit(executor)
+    launch.run_on_cluster(
+        cluster, sweep, tmp_path / "s.yaml", sweep.cells(), options, lambda jobs: watched.append(set(jobs))
+    )
+    return {path.name: path.read_text() for path in seen.iterdir()}, watched
+
+
+def test_a_job_per_cell_and_none_for_what_is_done(sweep, tmp_path, monkeypatch):
+    done, *_ = sweep.cells()
+    train_task(done).write(Record("done", train_task(done).words))
+    seen, watched = submit(sweep, tmp_path, monkeypatch, ["--rerun-failed"])
+    assert set(seen) == {"seed2", "seed3"}
+    assert "'sweep'" in seen["seed2"]
+    assert "'--rerun-failed', '--only', 'seed2']" in seen["seed2"]
+    assert watched[0] <= {"seed2", "seed3"}
+    assert set(json.loads((sweep.output / "jobs.json").read_text())) == {"seed2", "seed3"}
+
+
+class Held:
+    """A cluster whose jobs stay queued until they have been asked after a few times."""
+
+    def __init__(self):
+        self.submitted, self.asked = [], 0
+
+    def submit(self, name, words):
+        self.submitted.append(name)
+        return f"job-{name}"
+
+    def goes_on(self, job):
+        self.asked += 1
+        return self.asked < 10
+
+
+def test_jobs_of_an_earlier_run_are_watched_and_not_submitted_again(sweep, tmp_path):
+    sweep.output.mkdir()
+    (sweep.output / "jobs.json").write_text(json.dumps({"seed1": "job-seed1"}))
+    cluster = Held()
+    launch.run_on_cluster(cluster, sweep, tmp_path / "s.yaml", sweep.cells(), [], lambda jobs: None)
+    assert cluster.submitted == ["seed2", "seed3"]
+    assert cluster.asked >= 10
+
+
+def test_adapters_are_trained_by_a_job_each_and_scored_by_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "POLL", 0.1)
+    script = tmp_path / "gsm8k.py"
+    script.touch()
+    sweep = Sweep(
+        recipe={"stage": "dpo", "finetuning_type": "lora"},
+        axes={"seed": [1, 2]},
+        output=tmp_path / "out",
+        evaluation={"data": "openai/gsm8k", "engine": "hf", "script": script},
+    )
+
+    class Recorded(Held):
+        def submit(self, name, words):
+            self.asked = 0
+            self.submitted.append((name, words[words.index("--only") :]))
+            return name
+
+    cluster = Recorded()
+    launch.run_on_cluster(cluster, sweep, tmp_path / "s.yaml", sweep.cells(), [], lambda jobs: None)
+    assert cluster.submitted == [
+        ("seed1", ["--only", "seed1", "--train-only"]),
+        ("seed2", ["--only", "seed2", "--train-only"]),
+        (launch.EVERYTHING, ["--only", "seed1", "--only", "seed2"]),
+    ]
+
+
+@pytest.mark.parametrize(("launcher", "words"), [("slurm", "needs Slurm's sbatch"), ("ray", "ray")])
+def test_without_a_cluster(launcher, words, sweep):
+    if launcher == "slurm" and shutil.which("sbatch"):
+        pytest.skip("there is a Slurm")
+    with pytest.raises(UserError, match=words):
+        launch.connect(launcher, sweep)
