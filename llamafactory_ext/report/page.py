@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import io
 from collections.abc import Iterator, Sequence
@@ -38,14 +39,14 @@ class Section:
     Args:
         name: of its files.
         title, caption: above and below it.
-        svg: the figure.
+        image: the figure, as the address of an image that holds it.
         width: its natural one, in pixels of the page.
     """
 
     name: str
     title: str
     caption: str
-    svg: str
+    image: str
     width: int
 
 
@@ -133,10 +134,9 @@ def _has_size(group: Group) -> bool:
 def _written(output: Path, name: str, title: str, caption: str, figure: Figure) -> Section:
     for suffix in (".png", ".svg"):
         save(figure, output / f"{name}{suffix}")
-    # Without the XML declaration, which has no place in the middle of a page.
-    svg = (output / f"{name}.svg").read_text(encoding="utf-8")
+    content = base64.b64encode((output / f"{name}.svg").read_bytes()).decode()
     width = round(PIXELS_PER_INCH * float(figure.get_figwidth()))
-    return Section(name, title, caption, svg[svg.index("<svg") :], width)
+    return Section(name, title, caption, f"data:image/svg+xml;base64,{content}", width)
 
 
 def _base_accuracy(results: SweepResults) -> float | None:

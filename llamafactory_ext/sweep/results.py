@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ class Result:
         file = self.model / "train_results.json"
         return json.loads(file.read_text(encoding="utf-8")).get("train_runtime") if file.is_file() else None
 
-    @property
+    @cached_property
     def log_history(self) -> list[dict[str, Any]]:
         state = self.model / "trainer_state.json"
         return json.loads(state.read_text(encoding="utf-8"))["log_history"] if state.is_file() else []

@@ -34,7 +34,7 @@ def cell_tasks(sweep: Sweep, cell: Cell) -> list[Task]:
     if sweep.evaluation is not None and not cell.is_adapter:
         tasks.append(_score(sweep.evaluation, cell.name, cell.folder, str(cell.model)))
     if sweep.held_out is not None:
-        tasks.append(Task(cell.name, "pairs", cell.folder, _score_pairs(sweep, cell)))
+        tasks.append(Task(cell.name, "pairs", cell.folder, _score_pairs(sweep, cell), fresh=cell.folder / PAIRS))
     return tasks
 
 

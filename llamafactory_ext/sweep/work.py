@@ -62,7 +62,8 @@ class Task:
         step: `train`, `score` (problems) or `pairs` (held-out pairs).
         folder: holds lock, log and record.
         words: the command line.
-        fresh: a folder that an attempt without checkpoints begins without.
+        fresh: a folder or file that is removed before an attempt, unless it holds checkpoints: left by one that was
+            killed before it could say that it was done.
     """
 
     name: str
@@ -128,7 +129,7 @@ def carry_out(task: Task, environment: Mapping[str, str]) -> None:
         if task.record().state == "done":
             return
         if task.fresh is not None and not keep_checkpoints(task.fresh):
-            shutil.rmtree(task.fresh, ignore_errors=True)
+            remove(task.fresh)
         with _recorded(task):
             run_here(task.words)
 
@@ -164,6 +165,13 @@ def _last_line(error: BaseException) -> str:
     if isinstance(error, SystemExit):
         return f"ended with status {error.code}"
     return f"{type(error).__name__}: {error}".strip().splitlines()[0]
+
+
+def remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def keep_checkpoints(folder: Path) -> bool:
