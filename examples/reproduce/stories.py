@@ -33,6 +33,7 @@ SHARES = [
 ]
 
 MOST = 99  # no number in a story is larger
+LARGEST_CHANGE = 20  # of what is added or taken away
 
 
 def story(rng: random.Random) -> Problem:
@@ -58,10 +59,10 @@ def _change(number: int, rng: random.Random) -> tuple[str, str, int, int]:
     kinds = ["+"] * (number < MOST) + ["-"] * (number > 1) + ["*"] * bool(factors) + ["/"] * bool(divisors)
     kind = rng.choice(kinds)
     if kind == "+":
-        n = rng.randint(1, min(40, MOST - number))
+        n = rng.randint(1, min(LARGEST_CHANGE, MOST - number))
         return rng.choice(GAINS), "+", n, number + n
     if kind == "-":
-        n = rng.randint(1, min(40, number - 1))
+        n = rng.randint(1, min(LARGEST_CHANGE, number - 1))
         return rng.choice(LOSSES), "-", n, number - n
     if kind == "*":
         n = rng.choice(factors)

@@ -1,0 +1,131 @@
+"""The page of a sweep in every state: nothing run, some failed, some missing, no scores, no reference, not finite."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from llamafactory_ext.report.page import write_report
+from llamafactory_ext.sweep.spec import Sweep
+from llamafactory_ext.sweep.tasks import chains_of, train_task, write_recipes, write_sweep
+from llamafactory_ext.sweep.work import Record
+
+RECIPE = {"stage": "dpo", "model_name_or_path": "model", "finetuning_type": "full", "dataset": "pairs"}
+AXES = {"pref_loss": ["sigmoid", "minor_dpo"], "learning_rate": [1e-5], "pref_beta": [0.02, 0.2]}
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    return make_sweep(tmp_path, AXES)
+
+
+def make_sweep(folder, axes, **changes):
+    evaluation = {"data": "openai/gsm8k", "engine": "hf", "script": folder / "gsm8k.py"}
+    sweep = Sweep(recipe=RECIPE, axes=axes, output=folder / "out", **{"evaluation": evaluation, **changes})
+    write_recipes(sweep.cells())
+    write_sweep(sweep, sweep.cells(), Path("sweep.yaml"))
+    return sweep
+
+
+def train(cell, value=1.0, metrics=("normalized_rewards/chosen", "normalized_rewards/rejected")):
+    cell.model.mkdir()
+    logs = [{"step": step, **dict.fromkeys(metrics, value * step), "monitor/degenerating": 1.0} for step in (1, 2, 3)]
+    for log in logs:
+        if metrics:
+            log["normalized_rewards/margins"] = log[metrics[0]] - log[metrics[1]] / 2
+    (cell.model / "trainer_state.json").write_text(json.dumps({"log_history": logs}))
+    train_task(cell).write(Record("done", train_task(cell).words, seconds=90.0))
+
+
+def score(folder, right, problems=10):
+    summary = {"accuracy": right / problems, "wilson_95": [0.1, 0.9]}
+    rows = [{"index": index, "strict": {"correct": index < right}} for index in range(problems)]
+    result = {
+        "summary": {
+            "problems": problems,
+            "strict": summary,
+            "flexible": summary,
+            "degeneration": {"degenerate": 0.3, "cut_off": 0.1},
+        },
+        "rows": rows,
+    }
+    (folder / "scores" / "base").mkdir(parents=True)
+    (folder / "scores" / "base" / "results.json").write_text(json.dumps(result))
+
+
+def report(sweep):
+    page = write_report(sweep.output, sweep.output / "report").read_text(encoding="utf-8")
+    with (sweep.output / "report" / "cells.csv").open() as file:
+        return page, {row["cell"]: row for row in csv.DictReader(file)}
+
+
+def test_nothing_has_run(sweep):
+    page, rows = report(sweep)
+    assert '<b class="missing">4</b> cells missing' in page
+    assert list(rows) == ["base", *(cell.name for cell in sweep.cells())]
+    assert not (sweep.output / "report" / "scores.png").exists()
+
+
+def test_some_cells_are_missing_and_some_have_failed(sweep):
+    first, second, third, _ = sweep.cells()
+    train(first)
+    score(first.folder, 4)
+    train(third)
+    score(third.folder, 9)
+    score(sweep.output / "base", 5)
+    failed = Record("failed", train_task(second).words, error="ValueError: <no> such thing")
+    train_task(second).write(failed)
+    page, rows = report(sweep)
+    for count, state in ((2, "done"), (1, "failed"), (1, "missing")):
+        assert f'<b class="{state}">{count}</b> cells {state}' in page
+    assert "ValueError: &lt;no&gt; such thing" in page
+    assert rows[first.name]["strict"] == "0.4"
+    assert rows[first.name]["final chosen"] == "3.0"
+    assert rows[second.name]["error"] == "ValueError: <no> such thing"
+    assert rows["base"]["strict"] == "0.5"
+    assert "50.0 %</b> base, untrained, of 10 problems" in page
+    assert (sweep.output / "report" / "rewards_lr1e-05.svg").is_file()
+    tests = (sweep.output / "report" / "tests.csv").read_text().splitlines()
+    assert tests[1].startswith("MinorDPO,1e-05,0.02,0.9,0.4,0.5,5,0,0.0625,0.0625")
+    assert 'title="1 of 1 runs"' in page  # the monitor's flag
+
+
+def test_without_a_reference_and_without_scores(tmp_path):
+    sweep = make_sweep(tmp_path, {"pref_loss": ["orpo"]}, evaluation=None)
+    (cell,) = sweep.cells()
+    train(cell, metrics=())
+    page, rows = report(sweep)
+    assert rows["orpo"]["final chosen"] == ""
+    assert "There is no scored cell" in page
+
+
+def test_numbers_that_are_not_finite(sweep):
+    first, *_ = sweep.cells()
+    train(first, value=float("nan"))
+    _, rows = report(sweep)
+    assert rows[first.name]["final chosen"] == "nan"
+
+
+def test_the_page_is_one_file(sweep):
+    page, _ = report(sweep)
+    assert "http" not in page.replace("http://www.w3.org", "")
+    assert "<script" not in page
+    assert "<link" not in page
+
+
+def test_commands_and_hashes_to_repeat_it_are_on_the_page(tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "dataset_info.json").write_text(json.dumps({"pairs": {"file_name": "pairs.jsonl"}}))
+    (data / "pairs.jsonl").write_text("{}\n")
+    sweep = Sweep(recipe=RECIPE | {"dataset_dir": str(data)}, axes={"seed": [1]}, output=tmp_path / "out")
+    write_recipes(sweep.cells())
+    write_sweep(sweep, sweep.cells(), Path("sweep.yaml"))
+    train(sweep.cells()[0])
+    page, _ = report(sweep)
+    assert "ca3d163bab055381827226140568f3bef7eaac187cebd76878e0b63e9e442356" in page  # sha256 of "{}\n"
+    assert " ".join(chains_of(sweep, sweep.cells())[0][0].words) in page
+    assert "llamafactory-ext sweep sweep.yaml" in page
