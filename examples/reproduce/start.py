@@ -14,7 +14,7 @@ from stories import stories
 from llamafactory_ext.pairs.corruption import Problem, make_pair
 
 # Problems are dealt from one stream, so that none is in two sets.
-SIZES = {"sft": 32_000, "pairs": 1_024, "pilot": 1_024, "held_out": 200, "test": 400}
+SIZES = {"sft": 50_000, "pairs": 1_024, "pilot": 1_024, "held_out": 200, "test": 400}
 
 RANKED = ("pairs", "pilot", "held_out")
 
