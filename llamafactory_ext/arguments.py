@@ -31,6 +31,16 @@ OTHER_OWN_KEYS = (
     "pref_loss_args",
     "pref_stop_on_degeneration",
 )
+# Keys that only say which loss is trained, and how it is shaped; beta is every loss's.
+LOSS_KEYS = (
+    "pref_loss",
+    "pref_loss_file",
+    "pref_loss_args",
+    "sr_prompt",
+    *OWN_KEYS,
+    "dpo_label_smoothing",
+    "simpo_gamma",
+)
 PREF_BETA = 0.1  # LLaMA-Factory's default
 STOCK_KEYS = {"dpo_label_smoothing": ("label_smoothing", 0.0), "simpo_gamma": ("simpo_gamma", 0.5)}
 
@@ -196,7 +206,8 @@ def keys_not_taken(settings: Mapping[str, Any]) -> list[str]:
     loss = get_loss(name)
     keywords = OWN_KEYS | {key: keyword for key, (keyword, _) in STOCK_KEYS.items()} | {"pref_beta": "beta"}
     taken = {key: keyword in loss.parameters for key, keyword in keywords.items()}
-    refined = bool(settings.get("sr_lambda", loss.defaults().get("sr_lambda"))) and taken["sr_lambda"]
+    weight = settings.get("sr_lambda")
+    refined = taken["sr_lambda"] and bool(loss.defaults().get("sr_lambda") if weight is None else weight)
     taken |= {
         "sr_prompt": refined,
         "ld_alpha": not refined and name not in WITHOUT_LD_ALPHA,

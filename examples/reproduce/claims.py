@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
-from llamafactory_ext.report.table import Group, differences, sign_flip_p
+from llamafactory_ext.report.table import Group, shares_solved, sign_flip_p
 
 Verdict = Literal["holds", "does not hold", "cannot tell"]
 
 MINOR, SR = "MinorDPO (2408.09834)", "Sr (2405.21040)"
-MOST = 4 / 5  # of the settings must agree for a verdict on curves
+MOST = 80  # per cent of the settings must agree for a verdict on curves, or at most the rest
 SIGNIFICANT = 0.05
 LIKE = 0.02  # accuracies that differ by less, and not significantly, are alike
 
@@ -94,7 +94,7 @@ def dpo_drives_both_down(study: Study) -> Finding:
     return Finding(
         MINOR,
         "DPO drives the rewards of chosen and rejected answers alike below 0.",
-        f"Both final log-ratios are below 0 in {MOST:.0%} of DPO's settings; it does not hold if in {1 - MOST:.0%}.",
+        f"Both final log-ratios are below 0 in {MOST} % of DPO's settings; it does not hold if in {100 - MOST} %.",
         _share_verdict(below),
         f"Both below 0 in {_count(below)} settings; {_by_rate(study, 'DPO', 'chosen')}; "
         f"{_by_rate(study, 'DPO', 'rejected')}.",
@@ -106,8 +106,8 @@ def minor_dpo_keeps_chosen_up(study: Study) -> Finding:
     return Finding(
         MINOR,
         "MinorDPO keeps the rewards of chosen answers above 0.",
-        f"The final chosen log-ratio is above 0 in {MOST:.0%} of MinorDPO's settings; it does not hold if in "
-        f"{1 - MOST:.0%}.",
+        f"The final chosen log-ratio is above 0 in {MOST} % of MinorDPO's settings; it does not hold if in "
+        f"{100 - MOST} %.",
         _share_verdict(above),
         f"Above 0 in {_count(above)} settings; {_by_rate(study, 'MinorDPO', 'chosen')}.",
     )
@@ -123,8 +123,8 @@ def higher_beta_smaller_margins(study: Study) -> Finding:
     return Finding(
         MINOR,
         "A higher beta gives smaller margins.",
-        f"The final margin (log-ratios) is smaller at the next higher beta in {MOST:.0%} of the steps along beta; it "
-        f"does not hold if in {1 - MOST:.0%}.",
+        f"The final margin (log-ratios) is smaller at the next higher beta in {MOST} % of the steps along beta; it "
+        f"does not hold if in {100 - MOST} %.",
         _share_verdict(falls),
         f"Smaller in {_count(falls)} steps. Margins in nats by beta: {'; '.join(words)}.",
     )
@@ -215,8 +215,8 @@ def more_lambda_lower_margins(study: Study) -> Finding:
     return Finding(
         SR,
         "The larger lambda, the lower the margin.",
-        f"The mean margin of held-out pairs is lower at the next larger lambda, from 0 on, in {MOST:.0%} of the steps; "
-        f"it does not hold if in {1 - MOST:.0%}.",
+        f"The mean margin of held-out pairs is lower at the next larger lambda, from 0 on, in {MOST} % of the steps; "
+        f"it does not hold if in {100 - MOST} %.",
         _share_verdict(falls),
         f"Lower in {_count(falls)} steps. {'; '.join(words)}.",
     )
@@ -267,8 +267,10 @@ def _final(group: Group, curve: str) -> float:
 def _share_verdict(agree: Sequence[bool]) -> Verdict:
     if not agree:
         return "cannot tell"
-    share = sum(agree) / len(agree)
-    return "holds" if share >= MOST else "does not hold" if share <= 1 - MOST else "cannot tell"
+    share = 100 * sum(agree)
+    if share >= MOST * len(agree):
+        return "holds"
+    return "does not hold" if share <= (100 - MOST) * len(agree) else "cannot tell"
 
 
 def _all_verdict(agree: Sequence[bool]) -> Verdict:
@@ -277,8 +279,10 @@ def _all_verdict(agree: Sequence[bool]) -> Verdict:
 
 def _test(group: Group | None, other: Group | None) -> tuple[float, float]:
     """p-value and mean difference, problem by problem; no difference where one is missing."""
-    values = differences(group, other) if group and other else []
-    return (sign_flip_p(values), float(values.mean())) if len(values) else (1.0, 0.0)
+    if group is None or other is None:
+        return 1.0, 0.0
+    ours, theirs = shares_solved(group, other)
+    return (sign_flip_p(ours - theirs), float((ours - theirs).mean())) if len(ours) else (1.0, 0.0)
 
 
 def _held_out(group: Group | None) -> float | None:

@@ -83,7 +83,7 @@ def make_start() -> None:
 def train_start() -> None:
     """SFT; LLaMA-Factory resumes from its last checkpoint, and writes all_results.json last."""
     if not (RESULTS / "sft" / "all_results.json").is_file():
-        print("SFT of the model that all trainings start from: under ten minutes on two cores", flush=True)
+        print("SFT of the model that all trainings start from: about a quarter of an hour on two cores", flush=True)
         run("llamafactory-cli", "train", str(HERE / "sft.yaml"), log=RESULTS / "sft.log")
 
 

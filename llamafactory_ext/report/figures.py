@@ -156,7 +156,8 @@ def _draw_bars(
         assert group.accuracy is not None
         assert group.wilson is not None
         low, high = group.wilson
-        errors = [[100 * (group.accuracy - low)], [100 * (high - group.accuracy)]]
+        # At 0 and at 100 % a bound is off by the last bit, on the wrong side.
+        errors = [[100 * max(0.0, group.accuracy - low)], [100 * max(0.0, high - group.accuracy)]]
         axes.bar(x, 100 * group.accuracy, 0.92 * width, color=colour, label=label)
         axes.errorbar(x, 100 * group.accuracy, yerr=errors, color="0.15", linewidth=1, capsize=2)
         shares = [100 * cell.summary["strict"]["accuracy"] for cell in group.scored if cell.summary]
@@ -171,7 +172,7 @@ def curves_figure(groups: Sequence[Group], metrics: Mapping[str, str]) -> Figure
         groups: with one learning rate and beta.
         metrics: metric -> what its panel is called.
     """
-    groups = [group for group in groups if group.cells[0].log_history]
+    groups = [group for group in groups if any(cell.log_history for cell in group.cells)]
     if not groups:
         return None
     figure = new_figure(4.4 * len(metrics), 3.6)

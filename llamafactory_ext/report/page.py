@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 PIXELS_PER_INCH = 96
 TEMPLATE = Path(__file__).with_name("page.html.j2")
 SR_LOSSES = ("sr_dpo", "sr_ipo")
+COEFFICIENT = ("sigmoid", "minor_dpo", "dpop", "sr_dpo")  # the log-sigmoid losses, which have one
 SR_CURVES = {
     "normalized_rewards/margins": "margin (nats)",
     "rewards/accuracies": "accuracy",
@@ -98,7 +99,7 @@ def _figures(results: SweepResults, found: Sequence[Group]) -> Iterator[tuple[st
                 figure,
             )
     yield from _refinement_figures(found)
-    betas = sorted({group.beta for group in found})
+    betas = sorted({group.beta for group in found if group.cells[0].loss in COEFFICIENT})
     if betas:
         yield (
             "coefficient",
@@ -183,8 +184,8 @@ def _test_row(comparison: Comparison) -> dict[str, Any]:
         "method": group.method,
         "learning rate": group.learning_rate,
         "beta": group.beta,
-        "accuracy": group.accuracy,
-        "accuracy of DPO": comparison.baseline.accuracy,
+        "accuracy": comparison.accuracy,
+        "accuracy of DPO": comparison.baseline_accuracy,
         "difference": comparison.difference,
         "problems better": comparison.better,
         "problems worse": comparison.worse,

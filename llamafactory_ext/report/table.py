@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..arguments import OWN_KEYS, PREF_BETA
+from ..arguments import LOSS_KEYS, PREF_BETA
 from ..correlation import Summary
 from ..monitors import DEGENERATING
 from ..sweep.results import Result
@@ -24,6 +24,7 @@ NAMES = {
 }
 WORDS = {"max_samples": "pairs"}
 SEEDS = ("seed", "data_seed")
+DEFAULTS = {"pref_beta": PREF_BETA, "learning_rate": 5e-5}  # LLaMA-Factory's and transformers'
 BASELINE = "sigmoid"  # DPO
 LAST = 0.1  # of a run's logs are averaged for its final numbers
 RESAMPLES = 20_000
@@ -84,7 +85,7 @@ class Group:
             return None
         shares = [pairs.augmented_accuracy for pairs in scored if pairs.augmented_accuracy is not None]
         return HeldOut(
-            margin=_mean([pairs.means["margin"] for pairs in scored]),
+            margin=_mean([pairs.means["margin"] for pairs in scored if "margin" in pairs.means]),
             accuracy=_mean([pairs.accuracy for pairs in scored]),
             augmented=_mean(shares),
             correlations=_correlations(scored),
@@ -138,11 +139,11 @@ def groups(cells: Sequence[Result]) -> list[Group]:
 
 
 def learning_rate_of(cell: Result) -> float:
-    return float(cell.recipe.get("learning_rate", 5e-5))  # transformers' default
+    return float(cell.recipe.get("learning_rate", DEFAULTS["learning_rate"]))
 
 
 def beta_of(cell: Result) -> float:
-    return float(cell.recipe.get("pref_beta", PREF_BETA))
+    return float(cell.recipe.get("pref_beta", DEFAULTS["pref_beta"]))
 
 
 def method_of(cell: Result) -> str:
@@ -165,7 +166,7 @@ class Comparison:
 
     Args:
         group, baseline: what is compared.
-        difference: of their accuracies.
+        accuracy, baseline_accuracy: with the seeds that both have.
         better, worse: problems that the group solves more often than DPO over the seeds, and less often.
         p: two-sided, of the hypothesis that which of the two is which makes no difference to any problem.
         p_holm: corrected over all comparisons (Holm).
@@ -173,11 +174,16 @@ class Comparison:
 
     group: Group
     baseline: Group
-    difference: float
+    accuracy: float
+    baseline_accuracy: float
     better: int
     worse: int
     p: float
     p_holm: float
+
+    @property
+    def difference(self) -> float:
+        return self.accuracy - self.baseline_accuracy
 
 
 def compare_with_dpo(found: Sequence[Group]) -> list[Comparison]:
@@ -189,42 +195,49 @@ def compare_with_dpo(found: Sequence[Group]) -> list[Comparison]:
     from statsmodels.stats.multitest import multipletests
 
     pairs = [(group, baseline) for group in found if (baseline := _baseline(group, found)) is not None]
-    rows = [(group, baseline, differences(group, baseline)) for group, baseline in pairs]
-    rows = [(group, baseline, values) for group, baseline, values in rows if len(values)]
+    rows = [(group, baseline, *shares_solved(group, baseline)) for group, baseline in pairs]
+    rows = [row for row in rows if len(row[2])]
     if not rows:
         return []
-    p_values = [sign_flip_p(values) for _, _, values in rows]
+    p_values = [sign_flip_p(ours - theirs) for _, _, ours, theirs in rows]
     corrected = multipletests(p_values, method="holm")[1]
     return [
         Comparison(
-            group, baseline, float(values.mean()), int((values > 0).sum()), int((values < 0).sum()), p, float(p_holm)
+            group,
+            baseline,
+            accuracy=float(ours.mean()),
+            baseline_accuracy=float(theirs.mean()),
+            better=int((ours > theirs).sum()),
+            worse=int((ours < theirs).sum()),
+            p=p,
+            p_holm=float(p_holm),
         )
-        for (group, baseline, values), p, p_holm in zip(rows, p_values, corrected, strict=True)
+        for (group, baseline, ours, theirs), p, p_holm in zip(rows, p_values, corrected, strict=True)
     ]
 
 
 def _baseline(group: Group, found: Sequence[Group]) -> Group | None:
     if group.cells[0].loss == BASELINE:
         return None
-    wanted = _shared_place(group.cells[0])
-    return next((g for g in found if g.cells[0].loss == BASELINE and _shared_place(g.cells[0]) == wanted), None)
+    wanted = _apart_from_the_loss(group.cells[0])
+    return next((g for g in found if g.cells[0].loss == BASELINE and _apart_from_the_loss(g.cells[0]) == wanted), None)
 
 
-def _shared_place(cell: Result) -> dict[str, Any]:
-    """Where a cell is on the axes that DPO has too, but for the seed."""
-    own = ("pref_loss", "sr_prompt", *OWN_KEYS, *SEEDS)
-    return {key: value for key, value in cell.place.items() if key not in own}
+def _apart_from_the_loss(cell: Result) -> dict[str, Any]:
+    """The recipe without the keys that belong to losses, and without seed and folder."""
+    settings = {**DEFAULTS, **cell.recipe}
+    return {key: value for key, value in settings.items() if key not in (*LOSS_KEYS, *SEEDS, "output_dir")}
 
 
-def differences(group: Group, baseline: Group) -> NDArray[np.float64]:
-    """Per problem: the share of seeds with which the group solves it, minus the baseline's; over the seeds of both."""
-    seeds = {_seed(cell): cell for cell in baseline.scored}
+def shares_solved(group: Group, other: Group) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Per problem, the shares of seeds with which the two solve it: of the seeds and problems that both have."""
+    seeds = {_seed(cell): cell for cell in other.scored}
     pairs = [(cell, seeds[_seed(cell)]) for cell in group.scored if _seed(cell) in seeds]
     if not pairs:
-        return np.zeros(0)
+        return np.zeros(0), np.zeros(0)
     problems = sorted(set.intersection(*(set(cell.correct) for pair in pairs for cell in pair)))
-    values = [[a.correct[i] - b.correct[i] for i in problems] for a, b in pairs]
-    return np.mean(np.asarray(values, dtype=np.float64), axis=0)
+    ours, theirs = ([[cell.correct[i] for i in problems] for cell in side] for side in zip(*pairs, strict=True))
+    return np.mean(np.array(ours, dtype=np.float64), axis=0), np.mean(np.array(theirs, dtype=np.float64), axis=0)
 
 
 def _seed(cell: Result) -> tuple[Any, ...]:
@@ -232,12 +245,15 @@ def _seed(cell: Result) -> tuple[Any, ...]:
 
 
 def sign_flip_p(values: NDArray[np.float64]) -> float:
-    """Two-sided p-value of mean 0 under random signs: exact where few values are not 0, else by `RESAMPLES` draws."""
-    from scipy.stats import permutation_test
+    """Two-sided p-value of mean 0 under random signs: exact where values differ in their signs only or are few, else by
+    `RESAMPLES` draws."""
+    from scipy.stats import binomtest, permutation_test
 
     values = values[values != 0]
-    if len(values) < 2:  # both signs of one value are as far from 0
+    if len(values) == 0:
         return 1.0
+    if len(set(np.abs(values))) == 1:  # McNemar's
+        return float(binomtest(int((values > 0).sum()), len(values)).pvalue)
     result = permutation_test(
         (values,),
         lambda sample, axis: sample.mean(axis=axis),

@@ -11,19 +11,19 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from ..errors import UserError
 from ..pairs.files import whole_file
 from .spec import Cell, Sweep
-from .tasks import chains_of
+from .tasks import Agenda
 from .work import Task
 
 PROGRAM = (sys.executable, "-m", "llamafactory_ext.cli")
 POLL = 5.0  # seconds
-EVERYTHING = "everything"  # the name of the last job, which does what is left: scores models and adapters together
+TOGETHER = "scores"  # the name of the last job, which scores untrained models, and adapters together
 
 
 class Cluster(Protocol):
@@ -58,16 +58,20 @@ class Submitit:
 
 
 class Ray:
-    """A Ray cluster's job server."""
+    """A Ray cluster's job server. Its jobs start in this folder, which the cluster's machines must share."""
 
     def __init__(self, client: Any, gpus: int) -> None:
         self.client, self.gpus = client, gpus
 
     def submit(self, name: str, words: Sequence[str]) -> str:
-        return str(self.client.submit_job(entrypoint=shlex.join(words), entrypoint_num_gpus=self.gpus))
+        entrypoint = f"cd {shlex.quote(str(Path.cwd()))} && {shlex.join(words)}"
+        return str(self.client.submit_job(entrypoint=entrypoint, entrypoint_num_gpus=self.gpus))
 
     def goes_on(self, job: str) -> bool:
-        return not self.client.get_job_status(job).is_terminal()
+        try:
+            return not self.client.get_job_status(job).is_terminal()
+        except RuntimeError:  # of a cluster that is gone
+            return False
 
 
 def connect(launcher: str, sweep: Sweep) -> Cluster:
@@ -102,52 +106,60 @@ def _imported(module: str, package: str) -> Any:
 
 def run_on_cluster(
     cluster: Cluster,
-    sweep: Sweep,
+    agenda: Agenda,
     file: Path,
     cells: Sequence[Cell],
-    options: Sequence[str],
-    watch: Callable[[Mapping[str, str]], None],
+    *,
+    rerun_failed: bool,
+    train_only: bool,
+    watch: Callable[[Sequence[str]], None],
 ) -> None:
-    """Submit a job per cell that is not done and has no job, wait for all, and let a last job do what is left.
+    """Submit a job per cell that has something to do and no job, wait for all, and let a last job do what is left.
 
     Args:
         cluster: where to.
-        sweep, file, cells: what to run.
-        options: further options of the jobs' command line.
-        watch: is shown the ids of the jobs that go on, by cell, every few seconds.
+        agenda, file, cells: what to run.
+        rerun_failed, train_only: as on the command line.
+        watch: is shown the cells whose jobs go on, every few seconds.
     """
-    command = [*PROGRAM, "sweep", str(file), *options]
-    jobs = _Jobs(cluster, sweep.output / "jobs.json")
+    command = [*PROGRAM, "sweep", str(file)]
+    again = ["--rerun-failed"] if rerun_failed else []
+    jobs = _Jobs(cluster, agenda.sweep.output / "jobs.json")
+    states = ("done",) if rerun_failed else ("done", "failed")
+
+    def is_left(tasks: Sequence[Task]) -> bool:
+        wanted = [task for task in tasks if task.step == "train" or not train_only]
+        return any(task.record().state not in states for task in wanted)
+
     for cell in cells:
-        chain = next(chain for chain in chains_of(sweep, cells) if chain[0].name == cell.name)
-        if not _done(chain):
-            # Adapters are scored together by the last job.
-            jobs.submit(cell.name, [*command, "--only", cell.name, *(["--train-only"] if cell.is_adapter else [])])
+        if is_left(agenda.cell_tasks(cell)):
+            part = "--train-only" if train_only else "--apart"
+            jobs.submit(cell.name, [*command, *again, part, "--only", cell.name])
     jobs.wait(watch)
-    if sweep.evaluation is not None and "--train-only" not in options:
-        jobs.submit(EVERYTHING, [*command, *(word for cell in cells for word in ("--only", cell.name))])
+    trained = [cell for cell in cells if agenda.train_task(cell).record().state == "done"]
+    if not train_only and is_left([*agenda.base_tasks(cells), *agenda.adapter_tasks(trained)]):
+        jobs.submit(TOGETHER, [*command, *(word for cell in trained for word in ("--only", cell.name))])
         jobs.wait(watch)
 
 
-def _done(chain: Sequence[Task]) -> bool:
-    return all(task.record().state == "done" for task in chain)
-
-
 class _Jobs:
-    """The jobs of a sweep, on disk."""
+    """The jobs of a sweep by name, their ids on disk."""
 
     def __init__(self, cluster: Cluster, file: Path) -> None:
         self.cluster, self.file = cluster, file
-        self.ids: dict[str, str] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        written = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        self.ids: dict[str, str] = written.get(type(cluster).__name__, {})
+        self.waited_for: list[str] = []
 
     def submit(self, name: str, words: Sequence[str]) -> None:
+        self.waited_for.append(name)
         if name in self.ids and self.cluster.goes_on(self.ids[name]):
             return
         self.ids[name] = self.cluster.submit(name, words)
         with whole_file(self.file) as text:
-            json.dump(self.ids, text, indent=1)
+            json.dump({type(self.cluster).__name__: self.ids}, text, indent=1)
 
-    def wait(self, watch: Callable[[Mapping[str, str]], None]) -> None:
-        while going := {name: job for name, job in self.ids.items() if self.cluster.goes_on(job)}:
+    def wait(self, watch: Callable[[Sequence[str]], None]) -> None:
+        while going := [name for name in self.waited_for if self.cluster.goes_on(self.ids[name])]:
             watch(going)
             time.sleep(POLL)

@@ -11,10 +11,9 @@ from typing import Any
 from ..correlation import Summary, summarize
 from ..errors import UserError
 from ..score import read_scores
-from .tasks import PAIRS, SCORES, SWEEP_FILE, read_yaml
+from .spec import ADAPTERS
+from .tasks import MODEL_ITSELF, PAIRS, SCORES, SWEEP_FILE, read_yaml
 from .work import STEPS, Record, Step, read_record
-
-GSM8K_BASE = "base"  # what gsm8k.py calls the model that it was given, beside adapters
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,9 @@ class Result:
 
     @property
     def loss(self) -> str:
-        return str(self.recipe.get("pref_loss", "sigmoid"))
+        """The loss; of another stage than dpo, the stage."""
+        stage = str(self.recipe.get("stage", "sft"))
+        return str(self.recipe.get("pref_loss", "sigmoid")) if stage == "dpo" else stage
 
     @property
     def model(self) -> Path:
@@ -57,12 +58,16 @@ class Result:
     def train_seconds(self) -> float | None:
         """Of the training itself, without loading and saving, as transformers measures it."""
         file = self.model / "train_results.json"
-        return json.loads(file.read_text(encoding="utf-8")).get("train_runtime") if file.is_file() else None
+        if not (self.is_trained and file.is_file()):
+            return None
+        return json.loads(file.read_text(encoding="utf-8")).get("train_runtime")
 
     @cached_property
     def log_history(self) -> list[dict[str, Any]]:
         state = self.model / "trainer_state.json"
-        return json.loads(state.read_text(encoding="utf-8"))["log_history"] if state.is_file() else []
+        if not (self.is_trained and state.is_file()):
+            return []
+        return json.loads(state.read_text(encoding="utf-8"))["log_history"]
 
 
 @dataclass(frozen=True)
@@ -89,8 +94,7 @@ def read_results(folder: Path) -> SweepResults:
         raise UserError(f"{folder} holds no {SWEEP_FILE}: name the `output` of a `llamafactory-ext sweep`.")
     about = json.loads(file.read_text(encoding="utf-8"))
     cells = [_cell(cell["name"], cell["place"], folder) for cell in about["cells"]]
-    names = [*about["bases"], *(group.name for group in sorted(folder.glob("adapters*")))]
-    bases = [_result(name, folder / name, folder, {}, {}) for name in names]
+    bases = [_result(name, folder / name, folder, {}, {}) for name in about["bases"]]
     return SweepResults(about, cells, bases)
 
 
@@ -116,6 +120,6 @@ def _result(name: str, own: Path, folder: Path, place: dict[str, Any], recipe: d
 
 def _scores(own: Path, folder: Path, name: str) -> dict[str, Any]:
     """Where gsm8k.py put them: alone, or together with other adapters of a model, the model itself as `base`."""
-    places = [own / SCORES / GSM8K_BASE, *(group / SCORES / name for group in sorted(folder.glob("adapters*")))]
+    places = [own / SCORES / MODEL_ITSELF, *(group / SCORES / name for group in sorted(folder.glob(f"{ADAPTERS}*")))]
     file = next((place / "results.json" for place in places if (place / "results.json").is_file()), None)
     return json.loads(file.read_text(encoding="utf-8")) if file else {}

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..errors import UserError
 from .spec import Sweep
-from .work import Record, Task, ended, start
+from .work import Record, Task, end, ended, start
 
 Slot = dict[str, str]  # the environment of a place where one cell at a time runs
 Report = Callable[[Task, Record], None]
@@ -29,10 +29,10 @@ def slots(sweep: Sweep) -> list[Slot]:
     import torch
 
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]
-    if not gpus:
+    if torch.cuda.device_count() == 0:
         threads = max(1, (os.cpu_count() or 1) // sweep.at_once)
         return [{"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}] * sweep.at_once
+    gpus = visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]
     size = sweep.gpus_per_cell
     if len(gpus) < size:
         raise UserError(f"gpus_per_cell is {size}, but there are {len(gpus)} GPUs here: write a smaller number.")
@@ -79,7 +79,7 @@ class Runner:
     def stop(self) -> None:
         self.stopping = True
         for process in list(self.running.values()):
-            process.terminate()
+            end(process)
 
     def _chain(self, chain: Sequence[Task]) -> None:
         slot = self._free.get()
@@ -98,6 +98,8 @@ class Runner:
             return False
         process = start(task, _environment(slot))
         self.running[task] = process
+        if self.stopping:  # since it was begun
+            end(process)
         process.join()
         del self.running[task]
         if self.stopping:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import shutil
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +15,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ..arguments import keys_not_taken
 from ..errors import UserError
 from ..recipe import Settings, read_recipe
+from ..registry import get_loss
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 SHORT = {"pref_loss": "", "learning_rate": "lr", "pref_beta": "beta", "num_train_epochs": "epochs"}
 SWEEP_OWN = ("output_dir",)  # keys of a recipe that the sweep writes itself
-BASE = "base"  # the name of the untrained model, in place of a cell's
+BASE, ADAPTERS = "base", "adapters"  # folders of untrained models, and of adapters that are scored together
 
 
 class _Strict(BaseModel):
@@ -156,6 +158,21 @@ class Cell:
     def is_adapter(self) -> bool:
         return self.settings.get("finetuning_type", "lora") in ("lora", "oft")
 
+    @property
+    def is_preference(self) -> bool:
+        return self.settings.get("stage") == "dpo"
+
+    @property
+    def has_reference(self) -> bool:
+        return self.is_preference and get_loss(self.settings.get("pref_loss", "sigmoid")).needs_reference
+
+    @property
+    def datasets(self) -> list[tuple[str, str]]:
+        """Folder and name of each data set."""
+        named = self.settings.get("dataset") or []
+        names = named.split(",") if isinstance(named, str) else named
+        return [(self.settings.get("dataset_dir", "data"), name.strip()) for name in names]
+
 
 def read_sweep(path: Path) -> Sweep:
     """
@@ -180,6 +197,8 @@ def _check_evaluation(evaluation: Evaluation) -> None:
         raise UserError(f"there is no {evaluation.script}: name evaluation/gsm8k.py as `script` under `evaluation`.")
     if evaluation.data.endswith((".jsonl", ".parquet")) and not Path(evaluation.data).is_file():
         raise UserError(f"there is no {evaluation.data}: name the problems to score on as `data` under `evaluation`.")
+    if evaluation.python is not None and shutil.which(evaluation.python) is None:
+        raise UserError(f"there is no {evaluation.python}: name an interpreter as `python` under `evaluation`.")
     if evaluation.engine == "vllm" and evaluation.python is None:
         raise UserError(
             "vLLM lives in an environment of its own: name its interpreter as `python` under `evaluation` "
@@ -201,7 +220,7 @@ def _combinations(grid: Mapping[str, Any]) -> Iterator[Settings]:
 def _name(place: Mapping[str, Any]) -> str:
     """`minor_dpo-lr1e-05-beta0.1`: what is unusual in a file's name becomes `_`."""
     words = [f"{SHORT.get(key, key)}{_written(value)}" for key, value in place.items()]
-    return re.sub(r"[^\w.+=-]", "_", "-".join(words))[:200] or "cell"
+    return re.sub(r"[^\w.+-]", "_", "-".join(words))[:200] or "cell"
 
 
 def _unused(name: str, taken: Container[str]) -> str:

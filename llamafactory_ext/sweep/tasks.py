@@ -15,55 +15,118 @@ import yaml
 from ..environment import PACKAGES, version
 from ..errors import UserError
 from ..pairs.files import whole_file
-from .spec import BASE, Cell, Evaluation, Sweep
-from .work import LLAMAFACTORY, OURS, Task
+from .spec import ADAPTERS, BASE, Cell, Sweep
+from .work import LLAMAFACTORY, OURS, Task, read_record
 
 SWEEP_FILE = "sweep.json"
 PAIRS = "pairs.jsonl"
-SCORES = "scores"  # the folder in a cell's that gsm8k.py writes to
+SCORES = "scores"  # the folder that gsm8k.py writes to
+MODEL_ITSELF = "base"  # what gsm8k.py calls the model that it was given, beside adapters
+WHERE = ("output_dir", "ref_log_probs_cache_dir")  # keys of a recipe that do not change what is trained
 
 
-def chains_of(sweep: Sweep, cells: Sequence[Cell]) -> list[list[Task]]:
-    """Commands that need each other stand in one chain, in their order: the untrained models', then the cells'."""
-    return [*([task] for task in base_tasks(sweep, cells)), *(cell_tasks(sweep, cell) for cell in cells)]
+class Agenda:
+    """The commands of a sweep.
 
+    Names and folders come from all of its cells, whichever are asked for: they stay the same with `--only`.
+    """
 
-def cell_tasks(sweep: Sweep, cell: Cell) -> list[Task]:
-    """The commands of a cell, each needing the one before; adapters are scored together, later."""
-    tasks = [train_task(cell)]
-    if sweep.evaluation is not None and not cell.is_adapter:
-        tasks.append(_score(sweep.evaluation, cell.name, cell.folder, str(cell.model)))
-    if sweep.held_out is not None:
-        tasks.append(Task(cell.name, "pairs", cell.folder, _score_pairs(sweep, cell), fresh=cell.folder / PAIRS))
-    return tasks
+    def __init__(self, sweep: Sweep, cells: Sequence[Cell]) -> None:
+        self.sweep = sweep
+        self.cells = cells
+        adapted = dict.fromkeys(cell.base_model for cell in cells if cell.is_adapter)
+        alone = dict.fromkeys(cell.base_model for cell in cells if cell.base_model not in adapted)
+        self.groups = _names(list(adapted), ADAPTERS)
+        self.bases = _names(list(alone), BASE)
 
+    def chains(self, cells: Sequence[Cell]) -> list[list[Task]]:
+        """Commands that need each other stand in one chain, in their order: the untrained models', then the cells'."""
+        return [*([task] for task in self.base_tasks(cells)), *(self.cell_tasks(cell) for cell in cells)]
 
-def train_task(cell: Cell) -> Task:
-    return Task(cell.name, "train", cell.folder, (LLAMAFACTORY, "train", str(cell.recipe_file)), fresh=cell.model)
+    def base_tasks(self, cells: Sequence[Cell]) -> list[Task]:
+        """Scoring each model that cells start from, but for those that are scored with adapters of theirs."""
+        if self.sweep.evaluation is None or not self.sweep.evaluation.base:
+            return []
+        models = dict.fromkeys(cell.base_model for cell in cells if cell.base_model in self.bases)
+        return [self._score(self.bases[model], self.sweep.output / self.bases[model], model) for model in models]
 
+    def cell_tasks(self, cell: Cell) -> list[Task]:
+        """Training a cell and scoring it; adapters are scored together, later."""
+        tasks = [self.train_task(cell)]
+        if self.sweep.evaluation is not None and not cell.is_adapter:
+            tasks.append(self._score(cell.name, cell.folder, str(cell.model)))
+        if self.sweep.held_out is not None and cell.has_reference:
+            tasks.append(self._pairs_task(cell))
+        return tasks
 
-def base_tasks(sweep: Sweep, cells: Sequence[Cell]) -> list[Task]:
-    """Scoring each model that cells start from, but for those that are scored with adapters of theirs."""
-    if sweep.evaluation is None or not sweep.evaluation.base:
-        return []
-    models = dict.fromkeys(cell.base_model for cell in cells)
-    alone = [model for model in models if not any(c.is_adapter and c.base_model == model for c in cells)]
-    names = _names(list(models), BASE)
-    return [_score(sweep.evaluation, names[model], sweep.output / names[model], model) for model in alone]
+    def train_task(self, cell: Cell) -> Task:
+        made = [cell.folder / SCORES, cell.folder / PAIRS, _unfinished(cell.folder / PAIRS)]
+        made += [self.sweep.output / group / SCORES / cell.name for group in self.groups.values()]
+        return Task(
+            cell.name,
+            "train",
+            cell.folder,
+            (LLAMAFACTORY, "train", str(cell.recipe_file)),
+            identity=_hash({key: value for key, value in cell.settings.items() if key not in WHERE}),
+            makes=(cell.model,),
+            spoils=tuple(made),
+        )
 
+    def adapter_tasks(self, trained: Sequence[Cell]) -> list[Task]:
+        """Scoring all trained adapters of a model in one load of the engine."""
+        if self.sweep.evaluation is None:
+            return []
+        tasks = []
+        for model, group in self.groups.items():
+            adapters = [cell for cell in trained if cell.is_adapter and cell.base_model == model]
+            words = [word for cell in adapters for word in ("--adapter", f"{cell.name}={cell.model}")]
+            names = [cell.name for cell in adapters]
+            if self.sweep.evaluation.base:
+                names.append(MODEL_ITSELF)
+            else:
+                words.append("--skip-base")
+            if adapters:
+                tasks.append(self._score(group, self.sweep.output / group, model, *words, runs=names))
+        return tasks
 
-def adapter_tasks(sweep: Sweep, trained: Sequence[Cell]) -> list[Task]:
-    """Scoring all trained adapters of a model in one load of the engine."""
-    adapters = [cell for cell in trained if cell.is_adapter]
-    if sweep.evaluation is None or not adapters:
-        return []
-    names = _names(list(dict.fromkeys(cell.base_model for cell in adapters)), "adapters")
-    tasks = []
-    for model, name in names.items():
-        words = [word for c in adapters if c.base_model == model for word in ("--adapter", f"{c.name}={c.model}")]
-        words += [] if sweep.evaluation.base else ["--skip-base"]
-        tasks.append(_score(sweep.evaluation, name, sweep.output / name, model, *words))
-    return tasks
+    def _score(self, name: str, folder: Path, model: str, *more: str, runs: Sequence[str] = (MODEL_ITSELF,)) -> Task:
+        evaluation = self.sweep.evaluation
+        assert evaluation is not None
+        words = [evaluation.python or sys.executable, str(evaluation.script), "--engine", evaluation.engine]
+        words += ["--model", model, "--data", evaluation.data, "--output", str(folder / SCORES)]
+        words += [f"--{key.replace('_', '-')}={value}" for key, value in evaluation.options.items()]
+        asked = evaluation.model_dump(mode="json", exclude={"python", "script", "base"})
+        return Task(
+            name,
+            "score",
+            folder,
+            (*words, *more),
+            identity=_hash(asked),
+            resumes=(folder / SCORES,),
+            results=tuple(folder / SCORES / run / "results.json" for run in runs),
+        )
+
+    def _pairs_task(self, cell: Cell) -> Task:
+        held_out = self.sweep.held_out
+        assert held_out is not None
+        output = cell.folder / PAIRS
+        most = "null" if held_out.max_samples is None else held_out.max_samples  # the recipe's is for training
+        words = [OURS, "score", str(cell.recipe_file), f"dataset={held_out.dataset}", f"max_samples={most}"]
+        if cell.is_adapter:
+            words.append(f"adapter_name_or_path={cell.model}")
+        else:
+            reference = cell.settings.get("ref_model", cell.base_model)
+            words += [f"model_name_or_path={cell.model}", f"ref_model={reference}"]
+        return Task(
+            cell.name,
+            "pairs",
+            cell.folder,
+            (*words, "--output", str(output)),
+            identity=_hash(held_out.model_dump()),
+            makes=(output,),
+            resumes=(_unfinished(output),),
+            results=(output,),
+        )
 
 
 def _names(models: Sequence[str], stem: str) -> dict[str, str]:
@@ -71,34 +134,28 @@ def _names(models: Sequence[str], stem: str) -> dict[str, str]:
     return {model: stem if len(models) == 1 else f"{stem}.{number}" for number, model in enumerate(models, start=1)}
 
 
-def _score(evaluation: Evaluation, name: str, folder: Path, model: str, *more: str) -> Task:
-    options = [word for key, value in evaluation.options.items() for word in (f"--{key.replace('_', '-')}", str(value))]
-    words = [evaluation.python or sys.executable, str(evaluation.script), "--engine", evaluation.engine]
-    words += ["--model", model, "--data", evaluation.data, "--output", str(folder / SCORES), *options, *more]
-    return Task(name, "score", folder, tuple(words))
+def _unfinished(output: Path) -> Path:
+    """Where `llamafactory-ext score` keeps what it has done so far."""
+    return output.with_name(f".{output.name}.unfinished")
 
 
-def _score_pairs(sweep: Sweep, cell: Cell) -> tuple[str, ...]:
-    assert sweep.held_out is not None
-    words = [OURS, "score", str(cell.recipe_file), f"dataset={sweep.held_out.dataset}"]
-    if sweep.held_out.max_samples is not None:
-        words.append(f"max_samples={sweep.held_out.max_samples}")
-    if cell.is_adapter:
-        words.append(f"adapter_name_or_path={cell.model}")
-    else:
-        words += [f"model_name_or_path={cell.model}", f"ref_model={cell.settings.get('ref_model', cell.base_model)}"]
-    return (*words, "--output", str(cell.folder / PAIRS))
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def write_recipes(cells: Sequence[Cell]) -> None:
+# --- files of the sweep ----------------------------------------------------------------------------------------------
+
+
+def write_recipes(agenda: Agenda, cells: Sequence[Cell]) -> None:
     """Write every cell's recipe into its folder.
 
     Raises:
         UserError: if a cell was trained with another one; nothing is written then.
     """
     for cell in cells:
-        is_trained = train_task(cell).record().state in ("done", "running")
-        if is_trained and (other := _difference(read_yaml(cell.recipe_file), cell.recipe)):
+        record = read_record(cell.folder, "train")
+        if record.state in ("done", "running") and record.identity != agenda.train_task(cell).identity:
+            other = _difference(read_yaml(cell.recipe_file), cell.recipe)
             raise UserError(
                 f"{cell.folder} was trained with another `{other}`: name another `output`, or remove this folder."
             )
@@ -106,14 +163,15 @@ def write_recipes(cells: Sequence[Cell]) -> None:
         _write_if_new(cell.recipe_file, yaml.safe_dump(cell.recipe, sort_keys=False, allow_unicode=True))
 
 
-def write_sweep(sweep: Sweep, cells: Sequence[Cell], file: Path) -> None:
+def write_sweep(agenda: Agenda, file: Path) -> None:
     """Write what the sweep is into its folder, for whoever finds it there, and for the report."""
+    sweep, cells = agenda.sweep, agenda.cells
     about = {
         "file": str(file),
         "command": f"{OURS} sweep {file}",
         "sweep": sweep.model_dump(mode="json"),
         "cells": [{"name": cell.name, "place": cell.place} for cell in cells],
-        "bases": {task.name: task.words[task.words.index("--model") + 1] for task in base_tasks(sweep, cells)},
+        "bases": {name: model for model, name in {**agenda.bases, **agenda.groups}.items()},
         "data": _data_hashes(cells),
         "versions": {name: number for name in ("llamafactory-ext", *PACKAGES) if (number := version(name))},
         "python": platform.python_version(),
@@ -132,16 +190,13 @@ def _write_if_new(path: Path, text: str) -> None:
 def _data_hashes(cells: Sequence[Cell]) -> dict[str, str]:
     """sha256 of every local file that cells train on, by data set."""
     hashes = {}
-    for folder, names in dict.fromkeys(
-        (c.settings.get("dataset_dir", "data"), c.settings.get("dataset")) for c in cells
-    ):
+    for folder, name in dict.fromkeys((folder, name) for cell in cells for folder, name in cell.datasets):
         info = Path(folder, "dataset_info.json")
         known = json.loads(info.read_text(encoding="utf-8")) if info.is_file() else {}
-        for name in str(names or "").split(","):
-            path = Path(folder, known.get(name.strip(), {}).get("file_name", ""))
-            if path.is_file():
-                with path.open("rb") as content:
-                    hashes[name.strip()] = hashlib.file_digest(content, "sha256").hexdigest()
+        path = Path(folder, known.get(name, {}).get("file_name", ""))
+        if path.is_file():
+            with path.open("rb") as content:
+                hashes[name] = hashlib.file_digest(content, "sha256").hexdigest()
     return hashes
 
 
@@ -150,22 +205,5 @@ def read_yaml(path: Path) -> Any:
 
 
 def _difference(recorded: dict[str, Any], now: dict[str, Any]) -> str | None:
-    return next((key for key in sorted({*recorded, *now}) if recorded.get(key) != now.get(key)), None)
-
-
-def progress_of(task: Task) -> tuple[int, int | None, str]:
-    """How far a running command is: done, in all (None: unknown), and a word about it."""
-    if task.step == "train" and task.fresh is not None:
-        lines = whole_lines(task.fresh / "trainer_log.jsonl")
-        if lines:
-            last = json.loads(lines[-1])
-            return last["current_steps"], last["total_steps"], f"loss {last['loss']:.3f}" if "loss" in last else ""
-    if task.step == "score":
-        return sum(len(whole_lines(file)) for file in (task.folder / SCORES).glob("*/generations.jsonl")), None, ""
-    return 0, None, ""
-
-
-def whole_lines(path: Path) -> list[str]:
-    """The complete lines of a file that another process may be writing to."""
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    return text[: text.rfind("\n") + 1].splitlines()
+    keys = sorted({*recorded, *now}.difference(WHERE))
+    return next((key for key in keys if recorded.get(key) != now.get(key)), None)

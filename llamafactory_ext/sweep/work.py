@@ -1,29 +1,32 @@
 """One command of a sweep: carried out in a process of its own, with a log and a record of how it ended.
 
 Processes are forked from a server that has imported LLaMA-Factory once, because that import takes longer than a small
-training. The process itself holds the lock and keeps the record, so that both are right whatever becomes of the sweep
-that started it: killed, and begun again, a sweep waits for a training that still goes on and takes its result.
+training (with GPUs they are spawned: the import looks at CUDA, which does not survive a fork). The process itself keeps
+the record, and its log is its lock: whoever prints to it still holds it, torchrun's workers included. So both are right
+whatever becomes of the sweep: killed, and begun again, it waits for what still goes on.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import multiprocessing
 import os
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Literal
 
-from filelock import FileLock, Timeout
+import psutil
 
 from ..pairs.files import whole_file
 
@@ -34,6 +37,7 @@ State = Literal["to do", "running", "done", "failed", "interrupted"]
 LLAMAFACTORY, OURS = "llamafactory-cli", "llamafactory-ext"
 # What a training imports; a list of names, because this file is read where LLaMA-Factory is not to be loaded.
 PRELOADED = ["llamafactory.cli", "llamafactory.launcher", "llamafactory.train.tuner", "llamafactory.train.dpo.workflow"]
+INTERRUPTED = 128 + signal.SIGINT  # the exit status of a command that Ctrl-C has ended
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,7 @@ class Record:
     """How a command went: `to do` where it has not begun, `interrupted` where its process is gone without a word.
 
     Args:
+        identity: of the task.
         seconds: of the last attempt, None until it has ended.
         error: the last line of a failure.
         started: of the last attempt, in UTC.
@@ -48,6 +53,7 @@ class Record:
 
     state: State
     command: tuple[str, ...] = ()
+    identity: str = ""
     started: str | None = None
     seconds: float | None = None
     error: str | None = None
@@ -60,30 +66,37 @@ class Task:
     Args:
         name: of the cell that it belongs to.
         step: `train`, `score` (problems) or `pairs` (held-out pairs).
-        folder: holds lock, log and record.
+        folder: holds log and record.
         words: the command line.
-        fresh: a folder or file that is removed before an attempt, unless it holds checkpoints: left by one that was
-            killed before it could say that it was done.
+        identity: a hash of what the results depend on: an attempt with another one is none.
+        makes: what it writes, removed before an attempt but for checkpoints to resume from.
+        resumes: what it writes and goes on from by itself, removed only where the identity has changed.
+        spoils: what has been made of its earlier results, removed before an attempt.
+        results: without them it is not done.
     """
 
     name: str
     step: Step
     folder: Path
     words: tuple[str, ...]
-    fresh: Path | None = None
+    identity: str = ""
+    makes: tuple[Path, ...] = ()
+    resumes: tuple[Path, ...] = ()
+    spoils: tuple[Path, ...] = ()
+    results: tuple[Path, ...] = ()
 
     @property
     def log(self) -> Path:
         return self.folder / f"{self.step}.log"
 
-    @property
-    def lock(self) -> FileLock:
-        return FileLock(_lock_file(self.folder, self.step))
-
     def record(self) -> Record:
-        """How it went; that of another command line, from before the sweep's file was changed, does not count."""
+        """How it went, going by what it is now: an attempt with other settings, or without results, does not count."""
         record = read_record(self.folder, self.step)
-        return record if record.command == self.words else Record("to do")
+        if record.identity != self.identity:
+            return Record("to do")
+        if record.state == "done" and not all(path.exists() for path in self.results):
+            return Record("to do")
+        return record
 
     def write(self, record: Record) -> None:
         with whole_file(_record_file(self.folder, self.step)) as file:
@@ -92,71 +105,81 @@ class Task:
 
 def read_record(folder: Path, step: Step) -> Record:
     """What the last command of this step in a folder has recorded."""
+    record = _written_record(folder, step)
+    if record.state == "running" and not _is_held(folder / f"{step}.log"):
+        return replace(record, state="interrupted")
+    return record
+
+
+def _written_record(folder: Path, step: Step) -> Record:
     file = _record_file(folder, step)
     if not file.is_file():
         return Record("to do")
     written = json.loads(file.read_text(encoding="utf-8"))
-    record = Record(**written | {"command": tuple(written["command"])})
-    if record.state == "running" and not _is_locked(_lock_file(folder, step)):
-        return replace(record, state="interrupted")
-    return record
+    return Record(**written | {"command": tuple(written["command"])})
 
 
 def _record_file(folder: Path, step: Step) -> Path:
     return folder / f"{step}.json"
 
 
-def _lock_file(folder: Path, step: Step) -> Path:
-    return folder / f".{step}.lock"
-
-
-def _is_locked(file: Path) -> bool:
-    try:
-        with FileLock(file).acquire(timeout=0):
-            return False
-    except Timeout:
-        return True
+def _is_held(log: Path) -> bool:
+    """Whether a process still prints to the log."""
+    with log.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 # --- in the process of the command -----------------------------------------------------------------------------------
 
 
 def carry_out(task: Task, environment: Mapping[str, str]) -> None:
-    """Run the command here, unless it is done when the lock is free; ends the process with 1 if it fails."""
+    """Run the command here, unless it is done when the log is free; ends the process with 1 if it fails."""
     os.environ.update(environment)
-    _write_to(task.log)
-    with task.lock:
-        if task.record().state == "done":
-            return
-        if task.fresh is not None and not keep_checkpoints(task.fresh):
-            remove(task.fresh)
-        with _recorded(task):
-            run_here(task.words)
+    _own(task.log)
+    if task.record().state == "done":
+        return
+    prepare(task)
+    with _recorded(task):
+        run_here(task.words)
 
 
-def _write_to(log: Path) -> None:
-    """From here on, everything that this process and those that it starts print goes to the end of the log."""
+def _own(log: Path) -> None:
+    """Wait until nobody prints to the log; from here on, this process and those that it starts do."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # stays with the copies of the descriptor
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
 
 
+def prepare(task: Task) -> None:
+    """Remove what cannot be gone on from, and what was made of results that are about to be made anew."""
+    is_same = _written_record(task.folder, task.step).identity == task.identity
+    for path in task.makes:
+        if not (is_same and keep_checkpoints(path)):
+            remove(path)
+    for path in (*task.spoils, *(() if is_same else task.resumes)):
+        remove(path)
+
+
 @contextmanager
 def _recorded(task: Task) -> Iterator[None]:
     begun = time.monotonic()
-    record = Record("running", task.words, datetime.now(UTC).isoformat(timespec="seconds"))
+    record = Record("running", task.words, task.identity, datetime.now(UTC).isoformat(timespec="seconds"))
     task.write(record)
     print(f"\n{record.started} $ {' '.join(task.words)}", flush=True)
     try:
         yield
-    except KeyboardInterrupt:  # not a failure: it is left as interrupted
-        raise
+    except KeyboardInterrupt:  # no failure: it is left as interrupted
+        sys.exit(INTERRUPTED)
     except BaseException as error:
         if not isinstance(error, SystemExit) or error.code not in (None, 0):
-            ended = replace(record, state="failed", error=_last_line(error), seconds=time.monotonic() - begun)
-            task.write(ended)
+            task.write(replace(record, state="failed", error=_last_line(error), seconds=time.monotonic() - begun))
             raise
     task.write(replace(record, state="done", seconds=time.monotonic() - begun))
 
@@ -222,20 +245,37 @@ def _entry(program: str) -> Callable[[], None]:
 
 def start(task: Task, environment: Mapping[str, str]) -> BaseProcess:
     """Begin a command in a process of its own."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    process = context.Process(target=carry_out, args=(task, dict(environment)), name=f"{task.step} {task.name}")
+    fork = multiprocessing.get_context("forkserver")
+    fork.set_forkserver_preload(PRELOADED)
+    process_of = multiprocessing.get_context("spawn").Process if "CUDA_VISIBLE_DEVICES" in environment else fork.Process
+    process = process_of(target=carry_out, args=(task, dict(environment)), name=f"{task.step} {task.name}")
     process.start()
     return process
 
 
+def end(process: BaseProcess) -> None:
+    """Ask a command, and everything that it has started, to end."""
+    with suppress(psutil.NoSuchProcess):
+        family = psutil.Process(process.pid).children(recursive=True)
+        process.terminate()
+        for member in family:
+            with suppress(psutil.NoSuchProcess):
+                member.terminate()
+
+
 def ended(task: Task, process: BaseProcess) -> Record:
-    """How a command whose process is gone has gone."""
+    """How a command whose process is gone has gone; what it could not record any more is recorded here."""
+    status = process.exitcode or 0
     record = task.record()
-    if record.state in ("to do", "interrupted"):
-        status = process.exitcode or 0
-        how = f"signal {-status}" if status < 0 else f"status {status}"
-        hint = " (9 is what the system sends when memory is short)" if status == -9 else ""
-        record = replace(record, state="failed", error=f"ended by {how}{hint}", command=task.words)
-        task.write(record)
+    if record.state in ("done", "failed"):
+        return record
+    if status in (-signal.SIGTERM, -signal.SIGINT, INTERRUPTED):
+        return replace(record, state="interrupted")
+    error = f"ended by {f'signal {-status}' if status < 0 else f'status {status}'}"
+    if status == -signal.SIGKILL:
+        error += " (which is what the system does where memory is short)"
+    if status == 0:
+        error = f"ended well, but left no {task.results[0].name}" if task.results else "ended without a record"
+    record = Record("failed", task.words, task.identity, record.started, error=error)
+    task.write(record)
     return record

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from llamafactory_ext.report.page import write_report
 from llamafactory_ext.sweep.spec import Sweep
-from llamafactory_ext.sweep.tasks import chains_of, train_task, write_recipes, write_sweep
-from llamafactory_ext.sweep.work import Record
+from llamafactory_ext.sweep.tasks import Agenda, write_recipes, write_sweep
+from llamafactory_ext.sweep.work import Record, Task
 
 RECIPE = {"stage": "dpo", "model_name_or_path": "model", "finetuning_type": "full", "dataset": "pairs"}
 AXES = {"pref_loss": ["sigmoid", "minor_dpo"], "learning_rate": [1e-5], "pref_beta": [0.02, 0.2]}
@@ -25,8 +26,9 @@ def sweep(tmp_path):
 def make_sweep(folder, axes, **changes):
     evaluation = {"data": "openai/gsm8k", "engine": "hf", "script": folder / "gsm8k.py"}
     sweep = Sweep(recipe=RECIPE, axes=axes, output=folder / "out", **{"evaluation": evaluation, **changes})
-    write_recipes(sweep.cells())
-    write_sweep(sweep, sweep.cells(), Path("sweep.yaml"))
+    agenda = Agenda(sweep, sweep.cells())
+    write_recipes(agenda, agenda.cells)
+    write_sweep(agenda, Path("sweep.yaml"))
     return sweep
 
 
@@ -37,7 +39,12 @@ def train(cell, value=1.0, metrics=("normalized_rewards/chosen", "normalized_rew
         if metrics:
             log["normalized_rewards/margins"] = log[metrics[0]] - log[metrics[1]] / 2
     (cell.model / "trainer_state.json").write_text(json.dumps({"log_history": logs}))
-    train_task(cell).write(Record("done", train_task(cell).words, seconds=90.0))
+    record(cell, Record("done", seconds=90.0))
+
+
+def record(cell, how):
+    words = ("llamafactory-cli", "train", str(cell.recipe_file))
+    Task(cell.name, "train", cell.folder, words).write(replace(how, command=words))
 
 
 def score(folder, right, problems=10):
@@ -76,8 +83,7 @@ def test_some_cells_are_missing_and_some_have_failed(sweep):
     train(third)
     score(third.folder, 9)
     score(sweep.output / "base", 5)
-    failed = Record("failed", train_task(second).words, error="ValueError: <no> such thing")
-    train_task(second).write(failed)
+    record(second, Record("failed", error="ValueError: <no> such thing"))
     page, rows = report(sweep)
     for count, state in ((2, "done"), (1, "failed"), (1, "missing")):
         assert f'<b class="{state}">{count}</b> cells {state}' in page
@@ -122,10 +128,11 @@ def test_commands_and_hashes_to_repeat_it_are_on_the_page(tmp_path):
     (data / "dataset_info.json").write_text(json.dumps({"pairs": {"file_name": "pairs.jsonl"}}))
     (data / "pairs.jsonl").write_text("{}\n")
     sweep = Sweep(recipe=RECIPE | {"dataset_dir": str(data)}, axes={"seed": [1]}, output=tmp_path / "out")
-    write_recipes(sweep.cells())
-    write_sweep(sweep, sweep.cells(), Path("sweep.yaml"))
+    agenda = Agenda(sweep, sweep.cells())
+    write_recipes(agenda, agenda.cells)
+    write_sweep(agenda, Path("sweep.yaml"))
     train(sweep.cells()[0])
     page, _ = report(sweep)
     assert "ca3d163bab055381827226140568f3bef7eaac187cebd76878e0b63e9e442356" in page  # sha256 of "{}\n"
-    assert " ".join(chains_of(sweep, sweep.cells())[0][0].words) in page
+    assert " ".join(agenda.chains(agenda.cells)[0][0].words) in page
     assert "llamafactory-ext sweep sweep.yaml" in page

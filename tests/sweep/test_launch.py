@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import submitit
@@ -12,7 +13,7 @@ import submitit
 from llamafactory_ext.errors import UserError
 from llamafactory_ext.sweep import launch
 from llamafactory_ext.sweep.spec import Sweep
-from llamafactory_ext.sweep.tasks import train_task
+from llamafactory_ext.sweep.tasks import Agenda
 from llamafactory_ext.sweep.work import Record
 
 pytestmark = pytest.mark.slow
@@ -25,7 +26,13 @@ def sweep(tmp_path, monkeypatch):
     return Sweep(recipe=recipe, axes={"seed": [1, 2, 3]}, output=tmp_path / "out")
 
 
-def submit(sweep, tmp_path, monkeypatch, options=()):
+def run(cluster, sweep, rerun_failed=False, watch=lambda jobs: None):
+    agenda = Agenda(sweep, sweep.cells())
+    options = {"rerun_failed": rerun_failed, "train_only": False, "watch": watch}
+    launch.run_on_cluster(cluster, agenda, Path("s.yaml"), agenda.cells, **options)
+
+
+def submit(sweep, tmp_path, monkeypatch):
     """The command lines of the jobs that were run, by cell."""
     seen = tmp_path / "seen"
     seen.mkdir(exist_ok=True)
@@ -37,21 +44,20 @@ def submit(sweep, tmp_path, monkeypatch, options=()):
     executor = submitit.LocalExecutor(folder=tmp_path / "jobs")
     watched = []
     cluster = launch.Submitit(executor)
-    launch.run_on_cluster(
-        cluster, sweep, tmp_path / "s.yaml", sweep.cells(), options, lambda jobs: watched.append(set(jobs))
-    )
+    run(cluster, sweep, rerun_failed=True, watch=lambda jobs: watched.append(set(jobs)))
     return {path.name: path.read_text() for path in seen.iterdir()}, watched
 
 
 def test_a_job_per_cell_and_none_for_what_is_done(sweep, tmp_path, monkeypatch):
     done, *_ = sweep.cells()
-    train_task(done).write(Record("done", train_task(done).words))
-    seen, watched = submit(sweep, tmp_path, monkeypatch, ["--rerun-failed"])
+    task = Agenda(sweep, sweep.cells()).train_task(done)
+    task.write(Record("done", task.words, task.identity))
+    seen, watched = submit(sweep, tmp_path, monkeypatch)
     assert set(seen) == {"seed2", "seed3"}
     assert "'sweep'" in seen["seed2"]
-    assert "'--rerun-failed', '--only', 'seed2']" in seen["seed2"]
+    assert "'--rerun-failed', '--apart', '--only', 'seed2']" in seen["seed2"]
     assert watched[0] <= {"seed2", "seed3"}
-    assert set(json.loads((sweep.output / "jobs.json").read_text())) == {"seed2", "seed3"}
+    assert set(json.loads((sweep.output / "jobs.json").read_text())["Submitit"]) == {"seed2", "seed3"}
 
 
 class Held:
@@ -71,9 +77,9 @@ class Held:
 
 def test_jobs_of_an_earlier_run_are_watched_and_not_submitted_again(sweep, tmp_path):
     sweep.output.mkdir()
-    (sweep.output / "jobs.json").write_text(json.dumps({"seed1": "job-seed1"}))
+    (sweep.output / "jobs.json").write_text(json.dumps({"Held": {"seed1": "job-seed1"}}))
     cluster = Held()
-    launch.run_on_cluster(cluster, sweep, tmp_path / "s.yaml", sweep.cells(), [], lambda jobs: None)
+    run(cluster, sweep)
     assert cluster.submitted == ["seed2", "seed3"]
     assert cluster.asked >= 10
 
@@ -89,18 +95,24 @@ def test_adapters_are_trained_by_a_job_each_and_scored_by_one(tmp_path, monkeypa
         evaluation={"data": "openai/gsm8k", "engine": "hf", "script": script},
     )
 
+    agenda = Agenda(sweep, sweep.cells())
+    trainings = [agenda.train_task(cell) for cell in agenda.cells]
+
     class Recorded(Held):
         def submit(self, name, words):
             self.asked = 0
-            self.submitted.append((name, words[words.index("--only") :]))
+            self.submitted.append((name, words[words.index("s.yaml") + 1 :]))
+            if name != launch.TOGETHER:  # what the job would do
+                task = next(task for task in trainings if task.name == name)
+                task.write(Record("done", task.words, task.identity))
             return name
 
     cluster = Recorded()
-    launch.run_on_cluster(cluster, sweep, tmp_path / "s.yaml", sweep.cells(), [], lambda jobs: None)
+    run(cluster, sweep)
     assert cluster.submitted == [
-        ("seed1", ["--only", "seed1", "--train-only"]),
-        ("seed2", ["--only", "seed2", "--train-only"]),
-        (launch.EVERYTHING, ["--only", "seed1", "--only", "seed2"]),
+        ("seed1", ["--apart", "--only", "seed1"]),
+        ("seed2", ["--apart", "--only", "seed2"]),
+        (launch.TOGETHER, ["--only", "seed1", "--only", "seed2"]),
     ]
 
 

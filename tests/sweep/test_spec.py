@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamafactory_ext.arguments import keys_not_taken
@@ -49,6 +49,7 @@ def test_values_that_are_written_alike_have_cells_of_their_own():
     assert len({cell.folder for cell in found}) == len(found) == 4
 
 
+@settings(deadline=None)
 @given(
     st.sampled_from(OUR_LOSSES),
     st.dictionaries(

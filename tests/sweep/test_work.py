@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
 import time
 
+import psutil
 import pytest
-from filelock import FileLock
 
-from llamafactory_ext.sweep.work import Record, Task, ended, keep_checkpoints, read_record, start
+from llamafactory_ext.sweep.work import Record, Task, end, ended, keep_checkpoints, prepare, read_record, start
 
 pytestmark = pytest.mark.slow
 
@@ -46,7 +45,7 @@ def test_a_command_that_ends_well(tmp_path):
         ("raise ValueError('no such thing\\nand more')", "ValueError: no such thing"),
         ("import sys; sys.exit(3)", "ended with status 3"),
         ("import os; os._exit(7)", "ended by status 7"),
-        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "ended by signal 9 (9 is what the system sends"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "ended by signal 9 (which is what the system does"),
     ],
 )
 def test_a_command_that_fails(code, error, tmp_path):
@@ -65,11 +64,62 @@ def test_another_interpreter(tmp_path):
     assert "from a shell" in command.log.read_text()
 
 
-def test_a_record_of_another_command_line_does_not_count(tmp_path):
-    carry_out(task(tmp_path / "cell", ""))
-    other = task(tmp_path / "cell", "", words=(sys.executable, "elsewhere.py"))
+def test_a_record_of_other_settings_does_not_count_and_what_it_left_is_removed(tmp_path):
+    made, resumed = tmp_path / "cell" / "model", tmp_path / "cell" / "scores"
+    for folder in (made / "checkpoint-2", resumed):
+        folder.mkdir(parents=True)
+    (made / "checkpoint-2" / "trainer_state.json").write_text("{}")
+    places = {"makes": (made,), "resumes": (resumed,)}
+    carry_out(task(tmp_path / "cell", "", identity="one"))
+    other = task(tmp_path / "cell", "", identity="another", **places)
     assert other.record() == Record("to do")
     assert read_record(tmp_path / "cell", "train").state == "done"
+    prepare(task(tmp_path / "cell", "", identity="one", **places))
+    assert made.exists()
+    assert resumed.exists()
+    assert carry_out(other).state == "done"
+    assert not made.exists()
+    assert not resumed.exists()
+
+
+def test_without_its_results_a_command_is_not_done(tmp_path):
+    result = tmp_path / "cell" / "result"
+    write = f"open({str(result)!r}, 'w')"
+    assert carry_out(task(tmp_path / "cell", "", results=(result,))).error == "ended well, but left no result"
+    command = task(tmp_path / "cell", write, results=(result,))
+    assert carry_out(command).state == "done"
+    result.unlink()
+    assert command.record().state == "to do"
+
+
+def test_what_was_made_of_earlier_results_is_removed(tmp_path):
+    scores = tmp_path / "cell" / "scores"
+    scores.mkdir(parents=True)
+    carry_out(task(tmp_path / "cell", "", spoils=(scores,)))
+    assert not scores.exists()
+
+
+def test_a_command_that_is_ended_takes_what_it_started_with_it_and_is_no_failure(tmp_path):
+    started = tmp_path / "started"
+    command = task(tmp_path / "cell", "", words=("/bin/sh", "-c", f"echo $$ > {started}; exec sleep 100"))
+    process = start(command, {})
+    wait_for(lambda: started.exists() and started.read_text().strip())
+    end(process)
+    process.join()
+    wait_for(lambda: not psutil.pid_exists(int(started.read_text())))
+    assert ended(command, process).state == "interrupted"
+    assert command.record().state == "interrupted"
+
+
+def test_what_a_killed_command_has_started_still_counts_as_running(tmp_path):
+    started = tmp_path / "started"
+    command = task(tmp_path / "cell", "", words=("/bin/sh", "-c", f"echo $$ > {started}; sleep 2"))
+    process = start(command, {})
+    wait_for(lambda: started.exists() and started.read_text().strip())
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert command.record().state == "running"
+    wait_for(lambda: command.record().state == "interrupted")
 
 
 def test_a_killed_command_is_interrupted_and_begins_afresh(tmp_path):
@@ -80,7 +130,7 @@ assert not pathlib.Path({str(model)!r}).exists()
 pathlib.Path({str(model)!r}).mkdir()
 while pathlib.Path({str(tmp_path / "wait")!r}).exists(): time.sleep(0.05)
 """
-    command = task(tmp_path / "cell", code, fresh=model)
+    command = task(tmp_path / "cell", code, makes=(model,))
     (tmp_path / "wait").touch()
     process = start(command, {})
     wait_for(model.is_dir)
@@ -116,13 +166,6 @@ def test_checkpoints_that_a_kill_cut_off_are_removed(tmp_path):
     assert keep_checkpoints(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
     assert not keep_checkpoints(tmp_path / "nowhere")
-
-
-def test_a_record_is_readable_while_another_process_holds_the_lock(tmp_path):
-    command = task(tmp_path / "cell", "")
-    command.write(Record("running", command.words))
-    with FileLock(command.lock.lock_file):
-        assert json.loads((command.folder / "train.json").read_text())["state"] == "running"
 
 
 def wait_for(condition, seconds=60):

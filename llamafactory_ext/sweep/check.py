@@ -1,0 +1,64 @@
+"""What is looked at before a sweep runs anything."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from ..planning.schedule import count_pairs, make_schedule, training_args_of
+from ..recipe import parse_recipe
+from .spec import Cell, Sweep
+
+# What counting the pairs depends on.
+DATA = ("dataset", "dataset_dir", "max_samples", "val_size", "streaming", "mix_strategy", "tokenized_path")
+
+
+def check(sweep: Sweep, cells: Sequence[Cell]) -> dict[str, int | None]:
+    """Parse every cell's recipe and look up its data; its optimizer steps by its name, None if they are not known.
+
+    Raises:
+        UserError: for the first cell that is wrong, with its name.
+    """
+    counted: dict[str, int | None] = {}
+    steps: dict[str, int | None] = {}
+    for cell in cells:
+        try:
+            _, data_args, finetuning_args = parse_recipe(cell.recipe)
+            training_args = training_args_of(cell.recipe)
+            data = repr([cell.recipe.get(key) for key in DATA])
+            if data not in counted:
+                counted[data] = count_pairs(data_args, [])
+            schedule = make_schedule(training_args, counted[data], sweep.gpus_per_cell, data_args.cutoff_len)
+        except ValueError as error:
+            raise UserError(f"cell {cell.name}: {error}") from error
+        _check_model(cell)
+        if sweep.evaluation is not None and cell.is_adapter:
+            _check_adapter(sweep, cell, finetuning_args)
+        steps[cell.name] = schedule.steps
+    return steps
+
+
+def _check_model(cell: Cell) -> None:
+    model = cell.base_model
+    if model.startswith(("/", ".", "outputs/")) and not Path(model).is_dir():
+        raise UserError(f"cell {cell.name}: there is no model {model}: name a folder, or a hub's name.")
+
+
+def _check_adapter(sweep: Sweep, cell: Cell, finetuning_args: Any) -> None:
+    """Refuse adapters that gsm8k.py could not put on the model that the recipe names."""
+    earlier = str(cell.settings.get("adapter_name_or_path") or "").split(",")
+    if len(earlier) > 1 or (earlier != [""] and finetuning_args.create_new_adapter):
+        raise UserError(
+            f"cell {cell.name}: an adapter on top of another cannot be scored on {cell.base_model} alone: merge the "
+            "earlier one with `llamafactory-cli export` and name the result, or leave `evaluation` out."
+        )
+    is_plain = finetuning_args.finetuning_type == "lora" and not (
+        finetuning_args.use_dora or finetuning_args.additional_target
+    )
+    if sweep.evaluation is not None and sweep.evaluation.engine == "vllm" and not is_plain:
+        raise UserError(
+            f"cell {cell.name}: vLLM takes plain LoRA adapters only, without use_dora and additional_target: "
+            "write `engine: hf` under `evaluation`, or leave it out."
+        )

@@ -1,0 +1,130 @@
+"""What `llamafactory-ext sweep` shows: the plan, running commands, and what became of every cell."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from .progress import Watcher
+from .results import read_results
+from .spec import Cell
+from .tasks import Agenda
+from .work import Record, Task
+
+console = Console()
+COLOURS = {"done": "green", "failed": "red", "interrupted": "yellow", "running": "cyan"}
+
+
+def show_plan(agenda: Agenda, cells: Sequence[Cell], steps: Mapping[str, int | None]) -> None:
+    records = {cell.name: agenda.train_task(cell).record() for cell in cells}
+    pace = _seconds_per_step(records, steps)
+    table = Table(
+        "cell", "steps", "time", "state", title=f"{len(cells)} cells in {agenda.sweep.output}", title_justify="left"
+    )
+    for cell in cells:
+        count, record = steps[cell.name], records[cell.name]
+        guess = None if pace is None or count is None else pace * count
+        time_ = _duration(record.seconds) if record.seconds else f"~{_duration(guess)}" if guess else ""
+        table.add_row(cell.name, "?" if count is None else f"{count:,}", time_, _state(record))
+    console.print(table)
+    left = [steps[name] for name, record in records.items() if record.state != "done"]
+    if not left:
+        return
+    known = sum(count for count in left if count is not None)
+    text = f"To train: {len(left)} cells, {known:,} steps{'' if None not in left else ' and some unknown'}"
+    about = f", about {_duration(pace * known)} one after another" if pace else "; time is known after the first"
+    console.print(text + about)
+
+
+def _seconds_per_step(records: Mapping[str, Record], steps: Mapping[str, int | None]) -> float | None:
+    done = [(r.seconds, steps[name]) for name, r in records.items() if r.state == "done" and r.seconds and steps[name]]
+    return sum(seconds for seconds, _ in done) / sum(count or 0 for _, count in done) if done else None
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    minutes = seconds / 60
+    return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+
+
+def _state(record: Record) -> str:
+    colour = COLOURS.get(record.state)
+    return f"[{colour}]{record.state}[/]" if colour else record.state
+
+
+class Display:
+    """A bar over all commands, one per running command, and a line for each that has ended."""
+
+    def __init__(self) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        remaining = (TimeRemainingColumn(), TextColumn("{task.fields[status]}"))
+        self.progress = Progress(*columns, *remaining, console=console, speed_estimate_period=1e9)
+        self.bars: dict[Task, tuple[Any, Watcher]] = {}
+        self.left = 0
+
+    def __enter__(self) -> Display:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def run(self, runner: Any, chains: Sequence[Sequence[Task]]) -> None:
+        open_tasks = [task for chain in chains for task in chain if task.record().state != "done"]
+        if not open_tasks:
+            return
+        self.left = len(open_tasks)
+        self.total = self.progress.add_task("sweep", total=self.left, status="")
+        runner.run(chains, lambda: self.watch(runner))
+
+    def watch(self, runner: Any) -> None:
+        running = dict(runner.running)
+        for task in running:
+            if task not in self.bars:
+                bar = self.progress.add_task(f"  {task.step} {task.name}", total=None, status="")
+                self.bars[task] = bar, Watcher(task)
+            bar, watcher = self.bars[task]
+            now = watcher.look()
+            self.progress.update(bar, completed=now.done, total=now.total, status=now.status)
+        for task in [task for task in self.bars if task not in running]:
+            self.progress.remove_task(self.bars.pop(task)[0])
+
+    def report(self, task: Task, record: Record) -> None:
+        self.left -= 1
+        self.progress.advance(self.total)
+        seconds = _duration(record.seconds)
+        if record.state == "done":
+            self.progress.console.print(f"{task.step} {task.name}: done in {seconds}; {self.left} left")
+        else:
+            self.progress.console.print(
+                f"[red]{task.step} {task.name}: {escape(record.error or record.state)}; see {task.log}"
+            )
+
+
+def show_results(agenda: Agenda, cells: Sequence[Cell]) -> int:
+    """A table of all cells with their strict accuracy; returns how many commands have failed."""
+    found = read_results(agenda.sweep.output)
+    results = {result.name: result for result in [*found.bases, *found.cells]}
+    trained = [cell for cell in cells if agenda.train_task(cell).record().state == "done"]
+    table = Table("cell", "trained", "scored", "strict", title_justify="left")
+    failures: list[str] = []
+    for chain in [*agenda.chains(cells), *([task] for task in agenda.adapter_tasks(trained))]:
+        records = {task.step: task.record() for task in chain}
+        for task in chain:
+            if records[task.step].state == "failed":
+                failures.append(f"{task.step} {task.name}: {records[task.step].error} (see {task.log})")
+        result = results[chain[0].name]
+        states = [_state(records[step]) if step in records else "" for step in ("train", "score")]
+        table.add_row(chain[0].name, *states, f"{result.summary['strict']['accuracy']:.1%}" if result.summary else "")
+    console.print(table)
+    for failure in failures:
+        console.print(f"[red]failed:[/] {escape(failure)}")
+    if failures:
+        console.print("Try them again with --rerun-failed.")
+    return len(failures)

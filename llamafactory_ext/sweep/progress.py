@@ -1,0 +1,56 @@
+"""How far running commands are, from the files that they write."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .tasks import SCORES
+from .work import Task
+
+
+@dataclass
+class Progress:
+    """Where a command is.
+
+    Args:
+        done, total: its own units: steps, answers; total is None if unknown.
+        status: a word about it.
+    """
+
+    done: int = 0
+    total: int | None = None
+    status: str = ""
+
+
+@dataclass
+class Watcher:
+    """Reads what has been added to a command's files since it looked last."""
+
+    task: Task
+    now: Progress = field(default_factory=Progress)
+    _read: dict[Path, int] = field(default_factory=dict)
+
+    def look(self) -> Progress:
+        if self.task.step == "train":
+            for line in self._new_lines(self.task.makes[0] / "trainer_log.jsonl"):
+                log = json.loads(line)
+                loss = f"loss {log['loss']:.3f}" if "loss" in log else self.now.status
+                self.now = Progress(log["current_steps"], log["total_steps"], loss)
+        if self.task.step == "score":
+            files = (self.task.folder / SCORES).glob("*/generations.jsonl")
+            self.now.done += sum(len(self._new_lines(file)) for file in files)
+        return self.now
+
+    def _new_lines(self, path: Path) -> list[bytes]:
+        """Complete lines only; none while the command is about to remove or to write the file."""
+        try:
+            with path.open("rb") as file:
+                file.seek(self._read.get(path, 0))
+                text = file.read()
+        except OSError:
+            return []
+        whole = text[: text.rfind(b"\n") + 1]
+        self._read[path] = self._read.get(path, 0) + len(whole)
+        return whole.splitlines()
