@@ -48,12 +48,14 @@ def test_the_same_seed_gives_the_same_stories():
 
 
 def test_no_problem_is_in_two_sets(tmp_path, monkeypatch):
-    monkeypatch.setattr(start, "SIZES", {"sft": 300, "pairs": 40, "pilot": 40, "held_out": 20, "test": 30})
+    monkeypatch.setattr(
+        start, "SIZES", {"sft": 300, "pairs": 40, "pilot": 40, "held_out": 20, "calibration": 25, "test": 30}
+    )
     start.make_data(tmp_path)
     questions = {}
     for name in start.SIZES:
         rows = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
-        field_ = "question" if name == "test" else "instruction"
+        field_ = "question" if name in ("calibration", "test") else "instruction"
         questions[name] = {row[field_].split("Query: ")[-1] for row in rows}
     for a, b in itertools.combinations(questions.values(), 2):
         assert not a & b
@@ -83,7 +85,9 @@ def _is_right(step):
 def test_model_and_tokenizer_are_real(tmp_path, monkeypatch):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    monkeypatch.setattr(start, "SIZES", {"sft": 300, "pairs": 4, "pilot": 4, "held_out": 4, "test": 4})
+    monkeypatch.setattr(
+        start, "SIZES", {"sft": 300, "pairs": 4, "pilot": 4, "held_out": 4, "calibration": 4, "test": 4}
+    )
     start.make_model(tmp_path / "model", start.make_data(tmp_path / "data"))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")

@@ -14,7 +14,7 @@ from stories import stories
 from llamafactory_ext.pairs.corruption import Problem, make_pair
 
 # Problems are dealt from one stream, so that none is in two sets.
-SIZES = {"sft": 50_000, "pairs": 1_024, "pilot": 1_024, "held_out": 200, "test": 400}
+SIZES = {"sft": 50_000, "pairs": 1_024, "pilot": 1_024, "held_out": 200, "calibration": 200, "test": 400}
 
 RANKED = ("pairs", "pilot", "held_out")
 
@@ -32,7 +32,7 @@ VOCABULARY = 512
 
 
 def make_data(folder: Path, seed: int = 0) -> Path:
-    """A folder for LLaMA-Factory's `dataset_dir`: the sets `sft`, `pairs`, `pilot`, `held_out`, and test.jsonl."""
+    """A folder for LLaMA-Factory's `dataset_dir`: each of `SIZES` as a file; the last two are problems to score on."""
     folder.mkdir(parents=True, exist_ok=True)
     stream = stories(seed)
     sets = {name: list(itertools.islice(stream, size)) for name, size in SIZES.items()}
@@ -40,8 +40,9 @@ def make_data(folder: Path, seed: int = 0) -> Path:
     write_rows(folder / "sft.jsonl", (sft_row(problem, rng) for problem in sets["sft"]))
     for name in RANKED:
         write_rows(folder / f"{name}.jsonl", filter(None, (make_pair(p, rng, prompt="") for p in sets[name])))
-    rows = ({"question": p.question, "answer": f"{p.steps}\n#### {p.answer}"} for p in sets["test"])
-    write_rows(folder / "test.jsonl", rows)
+    for name in ("calibration", "test"):
+        rows = ({"question": p.question, "answer": f"{p.steps}\n#### {p.answer}"} for p in sets[name])
+        write_rows(folder / f"{name}.jsonl", rows)
     columns = {"prompt": "instruction", "chosen": "chosen", "rejected": "rejected"}
     info: dict[str, Any] = {"sft": {"file_name": "sft.jsonl"}}
     info |= {name: {"file_name": f"{name}.jsonl", "ranking": True, "columns": columns} for name in RANKED}
