@@ -168,7 +168,7 @@ def study(**changes):
         groups.append(Group(f"Sr-DPO sr_lambda={weight:g}", 1e-5, 0.1, 0.6, margin=5 - weight, seconds=14))
         groups.append(Group(f"Sr-IPO sr_lambda={weight:g}", 1e-5, 0.1, 0.6, margin=5 - weight))
     groups.append(Group("IPO", 1e-5, 0.1, 0.6))
-    for size in (256, 512):
+    for size in (256, 512, 1024):
         groups.append(Group(f"Sr-DPO sr_lambda=0.3 pairs={size}", 1e-5, 0.1, 0.6, margin=4))
         groups.append(Group(f"DPO pairs={size}", 1e-5, 0.1, 0.6))
     for group in groups:

@@ -224,8 +224,7 @@ def more_lambda_lower_margins(study: Study) -> Finding:
 
 def lower_at_every_size(study: Study) -> Finding:
     rate = study.rates[0]
-    names = [(f"Sr-DPO sr_lambda=0.3 pairs={n}", f"DPO pairs={n}", n) for n in (256, 512)]
-    names.append(("Sr-DPO sr_lambda=0.3", "DPO", 1024))
+    names = [(f"Sr-DPO sr_lambda=0.3 pairs={n}", f"DPO pairs={n}", n) for n in (256, 512, 1024)]
     lower, words = [], []
     for refined, plain, size in names:
         ours, theirs = (_held_out(study.one(name, rate, 0.1)) for name in (refined, plain))

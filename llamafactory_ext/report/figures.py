@@ -189,6 +189,47 @@ def curves_figure(groups: Sequence[Group], metrics: Mapping[str, str]) -> Figure
     return figure
 
 
+def sizes_figure(groups: Sequence[Group]) -> Figure | None:
+    """Held-out margin and accuracy against the number of training pairs (arXiv 2405.21040, Figures 2 and 3).
+
+    Args:
+        groups: of cells on an axis `max_samples`. None if there are fewer than two sizes.
+    """
+    sizes = sorted({size_of(group) for group in groups})
+    if len(sizes) < 2:
+        return None
+    panels = {
+        "margin on held-out pairs (nats)": lambda group: group.held_out and group.held_out.margin,
+        "accuracy, strict (%)": lambda group: None if group.accuracy is None else 100 * group.accuracy,
+    }
+    figure = new_figure(8.8, 3.6)
+    lines: dict[tuple[str, float, float], list[Group]] = {}
+    for group in groups:
+        lines.setdefault((plain_method(group), group.learning_rate, group.beta), []).append(group)
+    for axes, (title, value_of) in zip(figure.subplots(1, 2), panels.items(), strict=True):
+        for number, ((method, rate, beta), members) in enumerate(lines.items()):
+            points = [(size_of(group), value) for group in members if (value := value_of(group)) is not None]
+            if points:
+                label = f"{method}, learning rate {rate:g}, β = {beta:g}"
+                axes.plot(*zip(*sorted(points), strict=True), "o-", color=COLOURS[number % len(COLOURS)], label=label)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
+        axes.set_xlabel("training pairs")
+        axes.set_title(title)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
+    return figure
+
+
+def size_of(group: Group) -> int:
+    return int(group.cells[0].place["max_samples"])
+
+
+def plain_method(group: Group) -> str:
+    """The method without its number of pairs."""
+    return " ".join(word for word in group.method.split() if not word.startswith("pairs="))
+
+
 def _shades(count: int) -> list[tuple[float, float, float, float]]:
     from matplotlib import colormaps
 

@@ -16,7 +16,7 @@ from ..monitors import PER_TOKEN
 from ..pairs.files import whole_file
 from ..plots import CURVES, save
 from ..sweep.results import Result, SweepResults, read_results
-from .figures import coefficient_figure, curves_figure, reward_figure, score_figure
+from .figures import coefficient_figure, curves_figure, reward_figure, score_figure, sizes_figure
 from .table import BASELINE, Comparison, Group, compare_with_dpo, degenerated, final, groups
 
 if TYPE_CHECKING:
@@ -99,6 +99,14 @@ def _figures(results: SweepResults, found: Sequence[Group]) -> Iterator[tuple[st
                 figure,
             )
     yield from _refinement_figures(found)
+    sizes = sizes_figure([group for group in found if _has_size(group)])
+    if sizes is not None:
+        yield (
+            "sizes",
+            "Number of pairs",
+            "Means over seeds. After Figures 2 and 3 of arXiv 2405.21040.",
+            sizes,
+        )
     betas = sorted({group.beta for group in found if group.cells[0].loss in COEFFICIENT})
     if betas:
         yield (
@@ -128,7 +136,7 @@ def _refinement_figures(found: Sequence[Group]) -> Iterator[tuple[str, str, str,
 
 
 def _has_size(group: Group) -> bool:
-    """Whether the group is on an axis of data set sizes, which the page has a table for."""
+    """Whether the group is on an axis of data set sizes, which have a figure of their own."""
     return "max_samples" in group.cells[0].place
 
 

@@ -99,6 +99,18 @@ def test_some_cells_are_missing_and_some_have_failed(sweep):
     assert 'title="1 of 1 runs"' in page  # the monitor's flag
 
 
+def test_numbers_of_pairs_have_a_figure_of_their_own(tmp_path):
+    sweep = make_sweep(tmp_path, {"pref_loss": ["sigmoid", "sr_dpo"], "max_samples": [256, 512]})
+    for cell in sweep.cells():
+        train(cell)
+        score(cell.folder, 5)
+    page, rows = report(sweep)
+    assert rows["sr_dpo-max_samples256"]["strict"] == "0.5"
+    assert (sweep.output / "report" / "sizes.svg").is_file()
+    assert not (sweep.output / "report" / "scores.svg").exists()
+    assert "Number of pairs" in page
+
+
 def test_without_a_reference_and_without_scores(tmp_path):
     sweep = make_sweep(tmp_path, {"pref_loss": ["orpo"]}, evaluation=None)
     (cell,) = sweep.cells()
