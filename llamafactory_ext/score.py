@@ -64,7 +64,7 @@ def score_pairs(settings: Settings, output: Path, batch_size: int = 4) -> Iterat
     total = len(scorer.rows)
     yield len(done), total
     unfinished.parent.mkdir(parents=True, exist_ok=True)
-    if unfinished.exists():
+    if unfinished.exists() and unfinished.stat().st_size >= len(written.encode()):
         os.truncate(unfinished, len(written.encode()))  # of a line that was cut off
     else:
         unfinished.write_text(written, encoding="utf-8")

@@ -216,6 +216,17 @@ def test_every_claim_can_fail(changes, claim, verdict):
     assert found == verdict
 
 
+def test_a_missing_setting_is_no_verdict_on_all():
+    whole = study()
+    part = claims.Study([g for g in whole.groups if (g.method, g.beta) != ("MinorDPO", 0.1)], 0.6)
+    found = verdicts(part)
+    for claim, verdict in found.items():
+        if claim.startswith(("MinorDPO keeps", "A higher beta")):
+            assert verdict == "cannot tell"
+        if claim.startswith("DPO drives"):
+            assert verdict == "holds"
+
+
 def test_what_is_missing_is_no_verdict():
     first, *others = verdicts(claims.Study([Group("DPO", 1e-5, 0.1, 0.5, chosen=-1)], 0.6)).values()
     assert first == "holds"

@@ -63,6 +63,10 @@ class Study:
     def one(self, method: str, rate: float, beta: float) -> Group | None:
         return next((group for group in self.of(method, rate) if group.beta == beta), None)
 
+    def misses(self, *methods: str) -> bool:
+        """Whether a setting of the methods was not trained: then there is no verdict on all of them."""
+        return any(self.one(m, rate, beta) is None for m in methods for rate in self.rates for beta in self.betas)
+
     def best(self, method: str, rate: float) -> Group | None:
         scored = [group for group in self.of(method, rate) if group.accuracy is not None]
         return max(scored, key=lambda group: group.accuracy or 0.0, default=None)
@@ -95,7 +99,7 @@ def dpo_drives_both_down(study: Study) -> Finding:
         MINOR,
         "DPO drives the rewards of chosen and rejected answers alike below 0.",
         f"Both final log-ratios are below 0 in {MOST} % of DPO's settings; it does not hold if in {100 - MOST} %.",
-        _share_verdict(below),
+        "cannot tell" if study.misses("DPO") else _share_verdict(below),
         f"Both below 0 in {_count(below)} settings; {_by_rate(study, 'DPO', 'chosen')}; "
         f"{_by_rate(study, 'DPO', 'rejected')}.",
     )
@@ -108,7 +112,7 @@ def minor_dpo_keeps_chosen_up(study: Study) -> Finding:
         "MinorDPO keeps the rewards of chosen answers above 0.",
         f"The final chosen log-ratio is above 0 in {MOST} % of MinorDPO's settings; it does not hold if in "
         f"{100 - MOST} %.",
-        _share_verdict(above),
+        "cannot tell" if study.misses("MinorDPO") else _share_verdict(above),
         f"Above 0 in {_count(above)} settings; {_by_rate(study, 'MinorDPO', 'chosen')}.",
     )
 
@@ -125,7 +129,7 @@ def higher_beta_smaller_margins(study: Study) -> Finding:
         "A higher beta gives smaller margins.",
         f"The final margin (log-ratios) is smaller at the next higher beta in {MOST} % of the steps along beta; it "
         f"does not hold if in {100 - MOST} %.",
-        _share_verdict(falls),
+        "cannot tell" if study.misses("DPO", "DPOP", "MinorDPO") else _share_verdict(falls),
         f"Smaller in {_count(falls)} steps. Margins in nats by beta: {'; '.join(words)}.",
     )
 
@@ -138,12 +142,12 @@ def minor_dpo_survives(study: Study) -> Finding:
     minor, dpo = study.one("MinorDPO", rate, beta), study.one("DPO", rate, beta)
     p, difference = _test(minor, dpo)
     half = study.untrained / 2
-    survives = minor is not None and (minor.accuracy or 0.0) > half
     verdict: Verdict = "cannot tell"
-    if minor is not None and dpo is not None and p < SIGNIFICANT:
-        verdict = "holds" if survives and difference > 0 else "does not hold"
-    elif minor is not None and not survives:
-        verdict = "does not hold"
+    if minor is not None and minor.accuracy is not None:
+        if minor.accuracy <= half or (difference < 0 and p < SIGNIFICANT):
+            verdict = "does not hold"
+        elif difference > 0 and p < SIGNIFICANT:
+            verdict = "holds"
     lines = [f"{m} {_percent(study.one(m, rate, b))}" for m in ("DPO", "DPOP", "MinorDPO") for b in study.betas]
     return Finding(
         MINOR,
@@ -188,7 +192,8 @@ def refinement_lowers_margins(study: Study, refined: str, plain: str) -> Finding
     group, baseline = study.one(f"{refined} sr_lambda=0.3", rate, beta), study.one(plain, rate, beta)
     p, difference = _test(group, baseline)
     ours, theirs = _held_out(group), _held_out(baseline)
-    alike = abs(difference) < LIKE and p >= SIGNIFICANT
+    scored = group is not None and baseline is not None and None not in (group.accuracy, baseline.accuracy)
+    alike = scored and abs(difference) < LIKE and p >= SIGNIFICANT
     verdict: Verdict = "cannot tell"
     if None not in (ours, theirs):
         verdict = "does not hold" if ours >= theirs else "holds" if alike else "cannot tell"
@@ -217,7 +222,7 @@ def more_lambda_lower_margins(study: Study) -> Finding:
         "The larger lambda, the lower the margin.",
         f"The mean margin of held-out pairs is lower at the next larger lambda, from 0 on, in {MOST} % of the steps; "
         f"it does not hold if in {100 - MOST} %.",
-        _share_verdict(falls),
+        "cannot tell" if len(falls) < 8 else _share_verdict(falls),
         f"Lower in {_count(falls)} steps. {'; '.join(words)}.",
     )
 

@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import argparse
 import bisect
+import fcntl
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
@@ -87,10 +90,11 @@ def make_data_and_weights() -> None:
 
 def train() -> None:
     """SFT; LLaMA-Factory resumes from its last checkpoint, and writes all_results.json last."""
-    if not (RESULTS / "sft" / "all_results.json").is_file():
-        keep_checkpoints(RESULTS / "sft")
-        print("SFT from random weights: about a quarter of an hour on two cores", flush=True)
-        run("llamafactory-cli", "train", str(HERE / "sft.yaml"), log=RESULTS / "sft.log")
+    with own_log(RESULTS / "sft.log") as log:
+        if not (RESULTS / "sft" / "all_results.json").is_file():
+            keep_checkpoints(RESULTS / "sft")
+            print("SFT from random weights: about a quarter of an hour on two cores", flush=True)
+            run("llamafactory-cli", "train", str(HERE / "sft.yaml"), log=log)
 
 
 def choose_start() -> None:
@@ -114,10 +118,18 @@ def choose_start() -> None:
 def solved(checkpoint: Path) -> float:
     """The share of the calibration problems that it solves."""
     scores = RESULTS / "calibration" / checkpoint.name
-    if not (scores / "results.json").is_file():
-        words = ["--engine", "hf", "--model", str(checkpoint), "--data", str(RESULTS / "data" / "calibration.jsonl")]
-        words += ["--output", str(scores), "--prompt", "plain", "--max-tokens", "128", "--batch-size", "100"]
-        run(sys.executable, "evaluation/gsm8k.py", *words, log=RESULTS / "calibration.log")
+    with own_log(RESULTS / "calibration.log") as log:
+        if not (scores / "results.json").is_file():
+            words = [
+                "--engine",
+                "hf",
+                "--model",
+                str(checkpoint),
+                "--data",
+                str(RESULTS / "data" / "calibration.jsonl"),
+            ]
+            words += ["--output", str(scores), "--prompt", "plain", "--max-tokens", "128", "--batch-size", "100"]
+            run(sys.executable, "evaluation/gsm8k.py", *words, log=log)
     results = json.loads((scores / "results.json").read_text(encoding="utf-8"))
     return float(results["base"]["strict"]["accuracy"])
 
@@ -129,10 +141,18 @@ def sweep(file: Path, folder: Path) -> SweepResults:
     begun = time.monotonic()
     run("llamafactory-ext", "sweep", str(file), may_end_with=(0, 1))  # 1: some cells failed, which the report shows
     print(f"{file.stem}: {(time.monotonic() - begun) / 60:.1f} min", flush=True)
-    return read_results(folder)
+    results = read_results(folder)
+    unfinished = [cell.name for cell in results.cells if "train" not in cell.records]
+    unfinished += [c.name for c in results.cells for r in c.records.values() if r.state not in ("done", "failed")]
+    if unfinished:
+        sys.exit(f"{file} is not finished ({', '.join(unfinished)}): run the same command again.")
+    return results
 
 
 def rates_of(pilot: SweepResults) -> tuple[float, float]:
+    unscored = [cell.name for cell in pilot.cells if cell.summary is None]
+    if unscored:
+        sys.exit(f"The pilot has no scores of {', '.join(unscored)}: see their logs in {RESULTS / 'pilot' / 'cells'}.")
     accuracies = {learning_rate_of(c): c.summary["strict"]["accuracy"] for c in pilot.cells if c.summary}
     return choose_rates(accuracies, untrained_accuracy(pilot))
 
@@ -165,7 +185,7 @@ def reproduce_gsm8k(gsm8k: Path) -> None:
 
     folder = RESULTS / "gsm8k"
     default_model(folder)
-    if not (folder / "data" / "gsm8k_pairs.jsonl").is_file():
+    if not (folder / "data" / "dataset_info.json").is_file():  # written after the pairs
         (folder / "data").mkdir(parents=True, exist_ok=True)
         run(
             "llamafactory-ext",
@@ -203,16 +223,20 @@ def as_table(found: list[Finding]) -> str:
 # --- commands --------------------------------------------------------------------------------------------------------
 
 
-def run(*words: str, log: Path | None = None, may_end_with: tuple[int, ...] = (0,)) -> None:
-    """A command of this environment, also where it is not activated; what it prints goes to a log if one is named."""
+@contextmanager
+def own_log(path: Path) -> Iterator[IO[bytes]]:
+    """A log that one process and those that it starts print to; waits for what an earlier, killed run has started."""
+    with path.open("ab") as log:
+        fcntl.flock(log, fcntl.LOCK_EX)
+        yield log
+
+
+def run(*words: str, log: IO[bytes] | None = None, may_end_with: tuple[int, ...] = (0,)) -> None:
+    """A command of this environment, also where it is not activated; what it prints goes to a log if one is given."""
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    if log is None:
-        status = subprocess.run(words, env=environment, check=False).returncode
-    else:
-        with log.open("ab") as output:
-            status = subprocess.run(words, env=environment, stdout=output, stderr=output, check=False).returncode
+    status = subprocess.run(words, env=environment, stdout=log, stderr=log, check=False).returncode
     if status not in may_end_with:
-        sys.exit(f"{' '.join(words)} ended with {status}{f'; see {log}' if log else ''}.")
+        sys.exit(f"{' '.join(words)} ended with {status}{f'; see {log.name}' if log else ''}.")
 
 
 if __name__ == "__main__":

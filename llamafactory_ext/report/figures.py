@@ -193,9 +193,9 @@ def sizes_figure(groups: Sequence[Group]) -> Figure | None:
     """Held-out margin and accuracy against the number of training pairs (arXiv 2405.21040, Figures 2 and 3).
 
     Args:
-        groups: of cells on an axis `max_samples`. None if there are fewer than two sizes.
+        groups: with a size each. None if there are fewer than two sizes.
     """
-    sizes = sorted({size_of(group) for group in groups})
+    sizes = sorted({group.size for group in groups if group.size})
     if len(sizes) < 2:
         return None
     panels = {
@@ -208,7 +208,7 @@ def sizes_figure(groups: Sequence[Group]) -> Figure | None:
         lines.setdefault((plain_method(group), group.learning_rate, group.beta), []).append(group)
     for axes, (title, value_of) in zip(figure.subplots(1, 2), panels.items(), strict=True):
         for number, ((method, rate, beta), members) in enumerate(lines.items()):
-            points = [(size_of(group), value) for group in members if (value := value_of(group)) is not None]
+            points = [(group.size, value) for group in members if (value := value_of(group)) is not None]
             if points:
                 label = f"{method}, learning rate {rate:g}, β = {beta:g}"
                 axes.plot(*zip(*sorted(points), strict=True), "o-", color=COLOURS[number % len(COLOURS)], label=label)
@@ -219,10 +219,6 @@ def sizes_figure(groups: Sequence[Group]) -> Figure | None:
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
     return figure
-
-
-def size_of(group: Group) -> int:
-    return int(group.cells[0].place["max_samples"])
 
 
 def plain_method(group: Group) -> str:

@@ -77,8 +77,11 @@ def write_report(folder: Path, output: Path) -> Path:
 
 def _figures(results: SweepResults, found: Sequence[Group]) -> Iterator[tuple[str, str, str, Figure]]:
     """name, title, caption and figure, for all that the sweep has something for."""
+    several_sizes = len({group.size for group in found if group.size}) > 1
+    sized = [group for group in found if group.size and several_sizes]  # these have a figure of their own
+    others = [group for group in found if group not in sized]
     base = _base_accuracy(results)
-    scores = score_figure([group for group in found if not _has_size(group)], base)
+    scores = score_figure(others, base)
     if scores is not None:
         yield (
             "scores",
@@ -88,7 +91,7 @@ def _figures(results: SweepResults, found: Sequence[Group]) -> Iterator[tuple[st
             scores,
         )
     for rate in sorted({group.learning_rate for group in found}):
-        members = [g for g in found if g.learning_rate == rate and not _has_size(g)]
+        members = [group for group in others if group.learning_rate == rate]
         figure = reward_figure(members, f"learning rate {rate:g}")
         if figure is not None:
             yield (
@@ -98,8 +101,8 @@ def _figures(results: SweepResults, found: Sequence[Group]) -> Iterator[tuple[st
                 "After Figures 2 to 5 of arXiv 2408.09834.",
                 figure,
             )
-    yield from _refinement_figures(found)
-    sizes = sizes_figure([group for group in found if _has_size(group)])
+    yield from _refinement_figures(others)
+    sizes = sizes_figure(sized)
     if sizes is not None:
         yield (
             "sizes",
@@ -122,7 +125,7 @@ def _figures(results: SweepResults, found: Sequence[Group]) -> Iterator[tuple[st
 def _refinement_figures(found: Sequence[Group]) -> Iterator[tuple[str, str, str, Figure]]:
     refined = [group for group in found if group.cells[0].loss in SR_LOSSES]
     for rate, beta in sorted({(group.learning_rate, group.beta) for group in refined}):
-        members = [g for g in found if (g.learning_rate, g.beta) == (rate, beta) and not _has_size(g)]
+        members = [g for g in found if (g.learning_rate, g.beta) == (rate, beta)]
         members = [g for g in members if g.cells[0].loss in (*SR_LOSSES, BASELINE, "ipo")]
         figure = curves_figure(members, SR_CURVES)
         if figure is not None:
@@ -133,11 +136,6 @@ def _refinement_figures(found: Sequence[Group]) -> Iterator[tuple[str, str, str,
                 "2405.21040.",
                 figure,
             )
-
-
-def _has_size(group: Group) -> bool:
-    """Whether the group is on an axis of data set sizes, which have a figure of their own."""
-    return "max_samples" in group.cells[0].place
 
 
 def _written(output: Path, name: str, title: str, caption: str, figure: Figure) -> Section:

@@ -24,6 +24,7 @@ NAMES = {
 }
 WORDS = {"max_samples": "pairs"}
 SEEDS = ("seed", "data_seed")
+REFERENCE_KEYS = ("ref_model", "ref_log_probs_cache_dir", "precompute_ref_log_probs")  # not with orpo and simpo
 DEFAULTS = {"pref_beta": PREF_BETA, "learning_rate": 5e-5}  # LLaMA-Factory's and transformers'
 BASELINE = "sigmoid"  # DPO
 LAST = 0.1  # of a run's logs are averaged for its final numbers
@@ -50,6 +51,11 @@ class Group:
     @property
     def scored(self) -> list[Result]:
         return [cell for cell in self.cells if cell.summary is not None]
+
+    @property
+    def size(self) -> int | None:
+        """The number of training pairs, where that is an axis."""
+        return self.cells[0].place.get("max_samples")
 
     @property
     def accuracy(self) -> float | None:
@@ -226,7 +232,9 @@ def _baseline(group: Group, found: Sequence[Group]) -> Group | None:
 def _apart_from_the_loss(cell: Result) -> dict[str, Any]:
     """The recipe without the keys that belong to losses, and without seed and folder."""
     settings = {**DEFAULTS, **cell.recipe}
-    return {key: value for key, value in settings.items() if key not in (*LOSS_KEYS, *SEEDS, "output_dir")}
+    return {
+        key: value for key, value in settings.items() if key not in (*LOSS_KEYS, *REFERENCE_KEYS, *SEEDS, "output_dir")
+    }
 
 
 def shares_solved(group: Group, other: Group) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

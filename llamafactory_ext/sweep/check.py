@@ -34,7 +34,7 @@ def check(sweep: Sweep, cells: Sequence[Cell]) -> dict[str, int | None]:
         except ValueError as error:
             raise UserError(f"cell {cell.name}: {error}") from error
         _check_model(cell)
-        if sweep.evaluation is not None and cell.is_adapter:
+        if cell.is_adapter and (sweep.evaluation or sweep.held_out):
             _check_adapter(sweep, cell, finetuning_args)
         steps[cell.name] = schedule.steps
     return steps
@@ -52,7 +52,7 @@ def _check_adapter(sweep: Sweep, cell: Cell, finetuning_args: Any) -> None:
     if len(earlier) > 1 or (earlier != [""] and finetuning_args.create_new_adapter):
         raise UserError(
             f"cell {cell.name}: an adapter on top of another cannot be scored on {cell.base_model} alone: merge the "
-            "earlier one with `llamafactory-cli export` and name the result, or leave `evaluation` out."
+            "earlier one with `llamafactory-cli export` and name the result, or leave `evaluation` and `held_out` out."
         )
     is_plain = finetuning_args.finetuning_type == "lora" and not (
         finetuning_args.use_dora or finetuning_args.additional_target

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from enum import Enum, StrEnum
 from pathlib import Path
@@ -17,6 +18,7 @@ from .check import check
 from .display import Display, console, show_plan, show_results
 from .spec import Cell, read_sweep
 from .tasks import Agenda, write_recipes, write_sweep
+from .work import Task
 
 Opt = typer.Option
 
@@ -28,10 +30,11 @@ class Launcher(StrEnum):
 
 
 class Part(Enum):
-    """What of a sweep is run: trainings, all that belongs to single cells, or what cells share too."""
+    """What of a sweep is run: trainings; what belongs to single cells; what they share; all of it."""
 
     train = "train"
     apart = "apart"
+    shared = "shared"
     all = "all"
 
 
@@ -42,6 +45,7 @@ def sweep(
     rerun_failed: Annotated[bool, Opt("--rerun-failed", help="Try failed cells again.")] = False,
     train_only: Annotated[bool, Opt("--train-only", help="Score nothing; the same without it does.")] = False,
     apart: Annotated[bool, Opt("--apart", hidden=True, help="Only what belongs to one cell: a cluster's job.")] = False,
+    shared: Annotated[bool, Opt("--shared", hidden=True, help="Only what cells share: a cluster's last job.")] = False,
     launcher: Annotated[Launcher, Opt(help="Here, or a cluster job per cell (pip install submitit; ray[default]).")] = (
         Launcher.local
     ),
@@ -57,6 +61,7 @@ def sweep(
     (`dataset`, `max_samples`: pairs to score), `gpus_per_cell`, `at_once` (cells at a time without GPUs), `launcher`
     (parameters of submitit's executor or of Ray's client). Keys that a cell's loss does not take are left out of it.
     Each cell has a folder with recipe, logs, model and scores; `llamafactory-ext report OUTPUT` makes a page of all.
+    Ends with 0 if all is trained, 1 if a command has failed or is not done, 2 if the file is wrong.
     """
     asked = read_sweep(file)
     agenda = Agenda(asked, asked.cells())
@@ -70,10 +75,11 @@ def sweep(
     write_sweep(agenda, file)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that running commands are ended
     if launcher is Launcher.local:
-        _run_here(agenda, cells, rerun_failed, Part.train if train_only else Part.apart if apart else Part.all)
+        flags = {Part.train: train_only, Part.apart: apart, Part.shared: shared}
+        _run_here(agenda, cells, rerun_failed, next((part for part, given in flags.items() if given), Part.all))
     else:
         _submit(launcher, agenda, file, cells, rerun_failed, train_only)
-    if show_results(agenda, cells):
+    if not show_results(agenda, cells):
         raise typer.Exit(1)
 
 
@@ -90,14 +96,25 @@ def _run_here(agenda: Agenda, cells: Sequence[Cell], rerun_failed: bool, part: P
     chains = {
         Part.train: [[agenda.train_task(cell)] for cell in cells],
         Part.apart: [agenda.cell_tasks(cell) for cell in cells],
+        Part.shared: [[task] for task in agenda.base_tasks(cells)],
         Part.all: agenda.chains(cells),
     }
+    wait_for_earlier([task for chain in chains[part] for task in chain])
     with Display() as display:
         runner = Runner(slots(agenda.sweep), rerun_failed, display.report)
         display.run(runner, chains[part])
-        if part is Part.all:
+        if part in (Part.all, Part.shared):
             trained = [cell for cell in cells if agenda.train_task(cell).record().state == "done"]
             display.run(runner, [[task] for task in agenda.adapter_tasks(trained)])
+
+
+def wait_for_earlier(tasks: Sequence[Task]) -> None:
+    """Wait for commands that outlived an earlier sweep: they may hold the very GPU that a new one would be given."""
+    with console.status("") as status:
+        while going := [task for task in tasks if task.record().state == "running"]:
+            names = ", ".join(f"{task.step} {task.name}" for task in going)
+            status.update(f"waiting for what an earlier run has started: {names}")
+            time.sleep(1)
 
 
 def _submit(

@@ -107,18 +107,20 @@ class Display:
             )
 
 
-def show_results(agenda: Agenda, cells: Sequence[Cell]) -> int:
-    """A table of all cells with their strict accuracy; returns how many commands have failed."""
+def show_results(agenda: Agenda, cells: Sequence[Cell]) -> bool:
+    """A table of all cells with their strict accuracy; whether nothing has failed or been interrupted."""
     found = read_results(agenda.sweep.output)
     results = {result.name: result for result in [*found.bases, *found.cells]}
     trained = [cell for cell in cells if agenda.train_task(cell).record().state == "done"]
     table = Table("cell", "trained", "scored", "strict", title_justify="left")
     failures: list[str] = []
+    interrupted: list[str] = []
     for chain in [*agenda.chains(cells), *([task] for task in agenda.adapter_tasks(trained))]:
         records = {task.step: task.record() for task in chain}
         for task in chain:
             if records[task.step].state == "failed":
                 failures.append(f"{task.step} {task.name}: {records[task.step].error} (see {task.log})")
+        interrupted += [f"{task.step} {task.name}" for task in chain if records[task.step].state == "interrupted"]
         result = results[chain[0].name]
         states = [_state(records[step]) if step in records else "" for step in ("train", "score")]
         table.add_row(chain[0].name, *states, f"{result.summary['strict']['accuracy']:.1%}" if result.summary else "")
@@ -127,4 +129,6 @@ def show_results(agenda: Agenda, cells: Sequence[Cell]) -> int:
         console.print(f"[red]failed:[/] {escape(failure)}")
     if failures:
         console.print("Try them again with --rerun-failed.")
-    return len(failures)
+    if interrupted:
+        console.print(f"Interrupted, to be gone on with by the same command: {', '.join(interrupted)}")
+    return not failures and not interrupted

@@ -127,9 +127,10 @@ def run_on_cluster(
     jobs = _Jobs(cluster, agenda.sweep.output / "jobs.json")
     states = ("done",) if rerun_failed else ("done", "failed")
 
-    def is_left(tasks: Sequence[Task]) -> bool:
-        wanted = [task for task in tasks if task.step == "train" or not train_only]
-        return any(task.record().state not in states for task in wanted)
+    def is_left(chain: Sequence[Task]) -> bool:
+        """Whether its first command that is not done can still be carried out."""
+        wanted = (task.record().state for task in chain if task.step == "train" or not train_only)
+        return next((state for state in wanted if state != "done"), "done") not in states
 
     for cell in cells:
         if is_left(agenda.cell_tasks(cell)):
@@ -137,8 +138,10 @@ def run_on_cluster(
             jobs.submit(cell.name, [*command, *again, part, "--only", cell.name])
     jobs.wait(watch)
     trained = [cell for cell in cells if agenda.train_task(cell).record().state == "done"]
-    if not train_only and is_left([*agenda.base_tasks(cells), *agenda.adapter_tasks(trained)]):
-        jobs.submit(TOGETHER, [*command, *(word for cell in trained for word in ("--only", cell.name))])
+    shared = [*agenda.base_tasks(cells), *agenda.adapter_tasks(trained)]
+    if not train_only and any(is_left([task]) for task in shared):
+        chosen = [word for cell in cells for word in ("--only", cell.name)]
+        jobs.submit(TOGETHER, [*command, *again, "--shared", *chosen])
         jobs.wait(watch)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -35,9 +37,10 @@ class Watcher:
     def look(self) -> Progress:
         if self.task.step == "train":
             for line in self._new_lines(self.task.makes[0] / "trainer_log.jsonl"):
-                log = json.loads(line)
-                loss = f"loss {log['loss']:.3f}" if "loss" in log else self.now.status
-                self.now = Progress(log["current_steps"], log["total_steps"], loss)
+                with suppress(json.JSONDecodeError):  # of a log that has been begun anew meanwhile
+                    log = json.loads(line)
+                    loss = f"loss {log['loss']:.3f}" if "loss" in log else self.now.status
+                    self.now = Progress(log["current_steps"], log["total_steps"], loss)
         if self.task.step == "score":
             files = (self.task.folder / SCORES).glob("*/generations.jsonl")
             self.now.done += sum(len(self._new_lines(file)) for file in files)
@@ -47,10 +50,12 @@ class Watcher:
         """Complete lines only; none while the command is about to remove or to write the file."""
         try:
             with path.open("rb") as file:
-                file.seek(self._read.get(path, 0))
+                size = os.fstat(file.fileno()).st_size
+                begun = self._read.get(path, 0)
+                file.seek(begun if begun <= size else 0)
                 text = file.read()
         except OSError:
             return []
         whole = text[: text.rfind(b"\n") + 1]
-        self._read[path] = self._read.get(path, 0) + len(whole)
+        self._read[path] = (begun if begun <= size else 0) + len(whole)
         return whole.splitlines()

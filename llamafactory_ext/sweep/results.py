@@ -13,7 +13,7 @@ from ..errors import UserError
 from ..score import read_scores
 from .spec import ADAPTERS
 from .tasks import MODEL_ITSELF, PAIRS, SCORES, SWEEP_FILE, read_yaml
-from .work import STEPS, Record, Step, read_record
+from .work import Record, Step, read_record
 
 
 @dataclass(frozen=True)
@@ -93,33 +93,35 @@ def read_results(folder: Path) -> SweepResults:
     if not file.is_file():
         raise UserError(f"{folder} holds no {SWEEP_FILE}: name the `output` of a `llamafactory-ext sweep`.")
     about = json.loads(file.read_text(encoding="utf-8"))
-    cells = [_cell(cell["name"], cell["place"], folder) for cell in about["cells"]]
-    bases = [_result(name, folder / name, folder, {}, {}) for name in about["bases"]]
+    groups = {base["name"]: base["identities"] for base in about["bases"] if base["name"].startswith(ADAPTERS)}
+    cells = [_result(folder / "cells" / cell["name"], cell, groups) for cell in about["cells"]]
+    bases = [_result(folder / base["name"], base, {}) for base in about["bases"]]
     return SweepResults(about, cells, bases)
 
 
-def _cell(name: str, place: dict[str, Any], folder: Path) -> Result:
-    file = folder / "cells" / name / "recipe.yaml"
-    return _result(name, file.parent, folder, place, read_yaml(file) if file.is_file() else {})
-
-
-def _result(name: str, own: Path, folder: Path, place: dict[str, Any], recipe: dict[str, Any]) -> Result:
-    scores = _scores(own, folder, name)
-    steps = {step: read_record(own, step) for step in STEPS}
+def _result(own: Path, about: dict[str, Any], groups: dict[str, dict[str, str]]) -> Result:
+    """What a folder holds, as far as it belongs to the sweep as it is now, going by its records' identities."""
+    current = {step: read_record(own, step) for step, identity in about["identities"].items()}
+    current = {step: record for step, record in current.items() if record.identity == about["identities"][step]}
+    scores = _scores(own / SCORES / MODEL_ITSELF) if "score" in current else {}
+    for group, identities in groups.items():  # adapters are scored together, beside the cells' folder
+        folder = own.parents[1] / group
+        if not scores and read_record(folder, "score").identity == identities["score"]:
+            scores = _scores(folder / SCORES / about["name"])
+    file = own / "recipe.yaml"
+    has_pairs = "pairs" in current and (own / PAIRS).is_file()
     return Result(
-        name,
-        place,
-        recipe,
-        own,
-        records={step: record for step, record in steps.items() if record.state != "to do"},
+        name=about["name"],
+        place=about.get("place", {}),
+        recipe=read_yaml(file) if file.is_file() else {},
+        folder=own,
+        records=current,
         summary=scores.get("summary"),
         correct={row["index"]: row["strict"]["correct"] for row in scores.get("rows", [])},
-        pairs=summarize(read_scores(own / PAIRS)) if (own / PAIRS).is_file() else None,
+        pairs=summarize(read_scores(own / PAIRS)) if has_pairs else None,
     )
 
 
-def _scores(own: Path, folder: Path, name: str) -> dict[str, Any]:
-    """Where gsm8k.py put them: alone, or together with other adapters of a model, the model itself as `base`."""
-    places = [own / SCORES / MODEL_ITSELF, *(group / SCORES / name for group in sorted(folder.glob(f"{ADAPTERS}*")))]
-    file = next((place / "results.json" for place in places if (place / "results.json").is_file()), None)
-    return json.loads(file.read_text(encoding="utf-8")) if file else {}
+def _scores(run: Path) -> dict[str, Any]:
+    file = run / "results.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}

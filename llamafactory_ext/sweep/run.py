@@ -60,8 +60,9 @@ class Runner:
         self._free: queue.Queue[Slot] = queue.Queue()
         for slot in self.slots:
             self._free.put(slot)
-        # Read by the server that the commands are forked from when it loads its libraries.
-        os.environ.setdefault("OMP_NUM_THREADS", self.slots[0].get("OMP_NUM_THREADS", "1"))
+        if "OMP_NUM_THREADS" in self.slots[0]:
+            # Read by the server that the commands are forked from when it loads its libraries.
+            os.environ["OMP_NUM_THREADS"] = self.slots[0]["OMP_NUM_THREADS"]
 
     def run(self, chains: Sequence[Sequence[Task]], watch: Callable[[], None]) -> None:
         """Carry out chains of commands, each until one of it fails; `watch` is called meanwhile, again and again.

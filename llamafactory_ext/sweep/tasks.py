@@ -78,16 +78,23 @@ class Agenda:
             return []
         tasks = []
         for model, group in self.groups.items():
-            adapters = [cell for cell in trained if cell.is_adapter and cell.base_model == model]
-            words = [word for cell in adapters for word in ("--adapter", f"{cell.name}={cell.model}")]
-            names = [cell.name for cell in adapters]
-            if self.sweep.evaluation.base:
-                names.append(MODEL_ITSELF)
-            else:
-                words.append("--skip-base")
+            adapters = {c.name: c for c in trained if c.is_adapter and c.base_model == model}
             if adapters:
-                tasks.append(self._score(group, self.sweep.output / group, model, *words, runs=names))
+                runs = [*adapters, *([MODEL_ITSELF] if self.sweep.evaluation.base else [])]
+                asked = self._unscored(group, model, runs) or runs
+                words = [
+                    word for run in asked if run in adapters for word in ("--adapter", f"{run}={adapters[run].model}")
+                ]
+                words += [] if MODEL_ITSELF in asked else ["--skip-base"]
+                tasks.append(self._score(group, self.sweep.output / group, model, *words, runs=runs))
         return tasks
+
+    def _unscored(self, group: str, model: str, runs: Sequence[str]) -> list[str]:
+        """The runs of a group without results: the others are not asked again when adapters have been added."""
+        folder = self.sweep.output / group
+        if read_record(folder, "score").identity != self.score_identity(model):
+            return list(runs)
+        return [run for run in runs if not (folder / SCORES / run / "results.json").is_file()]
 
     def _score(self, name: str, folder: Path, model: str, *more: str, runs: Sequence[str] = (MODEL_ITSELF,)) -> Task:
         evaluation = self.sweep.evaluation
@@ -95,16 +102,21 @@ class Agenda:
         words = [evaluation.python or sys.executable, str(evaluation.script), "--engine", evaluation.engine]
         words += ["--model", model, "--data", evaluation.data, "--output", str(folder / SCORES)]
         words += [f"--{key.replace('_', '-')}={value}" for key, value in evaluation.options.items()]
-        asked = evaluation.model_dump(mode="json", exclude={"python", "script", "base"})
         return Task(
             name,
             "score",
             folder,
             (*words, *more),
-            identity=_hash(asked),
+            identity=self.score_identity(model),
             resumes=(folder / SCORES,),
             results=tuple(folder / SCORES / run / "results.json" for run in runs),
         )
+
+    def score_identity(self, model: str) -> str:
+        """A hash of what the scores of a model depend on."""
+        evaluation = self.sweep.evaluation
+        asked = evaluation and evaluation.model_dump(mode="json", exclude={"python", "script", "base"})
+        return _hash([model, asked])
 
     def _pairs_task(self, cell: Cell) -> Task:
         held_out = self.sweep.held_out
@@ -150,9 +162,9 @@ def write_recipes(agenda: Agenda, cells: Sequence[Cell]) -> None:
     """Write every cell's recipe into its folder.
 
     Raises:
-        UserError: if a cell was trained with another one; nothing is written then.
+        UserError: if any cell of the sweep was trained with another one; nothing is written then.
     """
-    for cell in cells:
+    for cell in agenda.cells:
         record = read_record(cell.folder, "train")
         if record.state in ("done", "running") and record.identity != agenda.train_task(cell).identity:
             other = _difference(read_yaml(cell.recipe_file), cell.recipe)
@@ -164,20 +176,44 @@ def write_recipes(agenda: Agenda, cells: Sequence[Cell]) -> None:
 
 
 def write_sweep(agenda: Agenda, file: Path) -> None:
-    """Write what the sweep is into its folder, for whoever finds it there, and for the report."""
+    """Write what the sweep is into its folder, for whoever finds it there, and for the report.
+
+    Raises:
+        UserError: if the data has changed since a cell was trained.
+    """
     sweep, cells = agenda.sweep, agenda.cells
+    data = _data_hashes(cells)
+    _check_data(agenda, data)
+    shared = [(model, name) for model, name in {**agenda.bases, **agenda.groups}.items()]
     about = {
         "file": str(file),
         "command": f"{OURS} sweep {file}",
         "sweep": sweep.model_dump(mode="json"),
-        "cells": [{"name": cell.name, "place": cell.place} for cell in cells],
-        "bases": {name: model for model, name in {**agenda.bases, **agenda.groups}.items()},
-        "data": _data_hashes(cells),
+        "cells": [
+            {"name": c.name, "place": c.place, "identities": {t.step: t.identity for t in agenda.cell_tasks(c)}}
+            for c in cells
+        ],
+        "bases": [
+            {"name": name, "model": model, "identities": {"score": agenda.score_identity(model)}}
+            for model, name in shared
+        ],
+        "data": data,
         "versions": {name: number for name in ("llamafactory-ext", *PACKAGES) if (number := version(name))},
         "python": platform.python_version(),
         "machine": platform.machine(),
     }
     _write_if_new(sweep.output / SWEEP_FILE, json.dumps(about, indent=1))
+
+
+def _check_data(agenda: Agenda, data: dict[str, str]) -> None:
+    file = agenda.sweep.output / SWEEP_FILE
+    before = json.loads(file.read_text(encoding="utf-8"))["data"] if file.is_file() else {}
+    changed = [name for name, digest in data.items() if before.get(name, digest) != digest]
+    if changed and any(read_record(cell.folder, "train").state == "done" for cell in agenda.cells):
+        raise UserError(
+            f"the data set {changed[0]!r} has changed since cells in {agenda.sweep.output} were trained on it: name "
+            "another `output`, or remove this folder."
+        )
 
 
 def _write_if_new(path: Path, text: str) -> None:

@@ -178,6 +178,8 @@ def _recorded(task: Task) -> Iterator[None]:
     except KeyboardInterrupt:  # no failure: it is left as interrupted
         sys.exit(INTERRUPTED)
     except BaseException as error:
+        if isinstance(error, SystemExit) and error.code == INTERRUPTED:  # typer's way to say the same
+            raise
         if not isinstance(error, SystemExit) or error.code not in (None, 0):
             task.write(replace(record, state="failed", error=_last_line(error), seconds=time.monotonic() - begun))
             raise

@@ -12,7 +12,7 @@ import pytest
 from llamafactory_ext.report.page import write_report
 from llamafactory_ext.sweep.spec import Sweep
 from llamafactory_ext.sweep.tasks import Agenda, write_recipes, write_sweep
-from llamafactory_ext.sweep.work import Record, Task
+from llamafactory_ext.sweep.work import Record
 
 RECIPE = {"stage": "dpo", "model_name_or_path": "model", "finetuning_type": "full", "dataset": "pairs"}
 AXES = {"pref_loss": ["sigmoid", "minor_dpo"], "learning_rate": [1e-5], "pref_beta": [0.02, 0.2]}
@@ -32,22 +32,24 @@ def make_sweep(folder, axes, **changes):
     return sweep
 
 
-def train(cell, value=1.0, metrics=("normalized_rewards/chosen", "normalized_rewards/rejected")):
+def train(sweep, cell, value=1.0, metrics=("normalized_rewards/chosen", "normalized_rewards/rejected")):
     cell.model.mkdir()
     logs = [{"step": step, **dict.fromkeys(metrics, value * step), "monitor/degenerating": 1.0} for step in (1, 2, 3)]
     for log in logs:
         if metrics:
             log["normalized_rewards/margins"] = log[metrics[0]] - log[metrics[1]] / 2
     (cell.model / "trainer_state.json").write_text(json.dumps({"log_history": logs}))
-    record(cell, Record("done", seconds=90.0))
+    record(sweep, cell.name, "train", Record("done", seconds=90.0))
 
 
-def record(cell, how):
-    words = ("llamafactory-cli", "train", str(cell.recipe_file))
-    Task(cell.name, "train", cell.folder, words).write(replace(how, command=words))
+def record(sweep, name, step, how):
+    """Write a record of the sweep's own task."""
+    agenda = Agenda(sweep, sweep.cells())
+    task = next(t for chain in agenda.chains(agenda.cells) for t in chain if (t.name, t.step) == (name, step))
+    task.write(replace(how, command=task.words, identity=task.identity))
 
 
-def score(folder, right, problems=10):
+def score(sweep, name, right, problems=10):
     summary = {"accuracy": right / problems, "wilson_95": [0.1, 0.9]}
     rows = [{"index": index, "strict": {"correct": index < right}} for index in range(problems)]
     result = {
@@ -59,8 +61,10 @@ def score(folder, right, problems=10):
         },
         "rows": rows,
     }
+    folder = sweep.output / name if name == "base" else sweep.output / "cells" / name
     (folder / "scores" / "base").mkdir(parents=True)
     (folder / "scores" / "base" / "results.json").write_text(json.dumps(result))
+    record(sweep, name, "score", Record("done", seconds=9.0))
 
 
 def report(sweep):
@@ -78,12 +82,12 @@ def test_nothing_has_run(sweep):
 
 def test_some_cells_are_missing_and_some_have_failed(sweep):
     first, second, third, _ = sweep.cells()
-    train(first)
-    score(first.folder, 4)
-    train(third)
-    score(third.folder, 9)
-    score(sweep.output / "base", 5)
-    record(second, Record("failed", error="ValueError: <no> such thing"))
+    train(sweep, first)
+    score(sweep, first.name, 4)
+    train(sweep, third)
+    score(sweep, third.name, 9)
+    score(sweep, "base", 5)
+    record(sweep, second.name, "train", Record("failed", error="ValueError: <no> such thing"))
     page, rows = report(sweep)
     for count, state in ((2, "done"), (1, "failed"), (1, "missing")):
         assert f'<b class="{state}">{count}</b> cells {state}' in page
@@ -102,8 +106,8 @@ def test_some_cells_are_missing_and_some_have_failed(sweep):
 def test_numbers_of_pairs_have_a_figure_of_their_own(tmp_path):
     sweep = make_sweep(tmp_path, {"pref_loss": ["sigmoid", "sr_dpo"], "max_samples": [256, 512]})
     for cell in sweep.cells():
-        train(cell)
-        score(cell.folder, 5)
+        train(sweep, cell)
+        score(sweep, cell.name, 5)
     page, rows = report(sweep)
     assert rows["sr_dpo-max_samples256"]["strict"] == "0.5"
     assert (sweep.output / "report" / "sizes.svg").is_file()
@@ -114,15 +118,27 @@ def test_numbers_of_pairs_have_a_figure_of_their_own(tmp_path):
 def test_without_a_reference_and_without_scores(tmp_path):
     sweep = make_sweep(tmp_path, {"pref_loss": ["orpo"]}, evaluation=None)
     (cell,) = sweep.cells()
-    train(cell, metrics=())
+    train(sweep, cell, metrics=())
     page, rows = report(sweep)
     assert rows["orpo"]["final chosen"] == ""
     assert "There is no scored cell" in page
 
 
+def test_scores_of_an_earlier_evaluation_are_not_shown(tmp_path):
+    sweep = make_sweep(tmp_path, {"seed": [1]})
+    (cell,) = sweep.cells()
+    train(sweep, cell)
+    score(sweep, cell.name, 4)
+    evaluation = {"data": "openai/gsm8k", "engine": "hf", "script": tmp_path / "gsm8k.py", "options": {"limit": 5}}
+    changed = make_sweep(tmp_path, {"seed": [1]}, evaluation=evaluation)
+    _, rows = report(changed)
+    assert rows[cell.name]["strict"] == ""
+    assert rows[cell.name]["train"] == "done"
+
+
 def test_numbers_that_are_not_finite(sweep):
     first, *_ = sweep.cells()
-    train(first, value=float("nan"))
+    train(sweep, first, value=float("nan"))
     _, rows = report(sweep)
     assert rows[first.name]["final chosen"] == "nan"
 
@@ -143,7 +159,7 @@ def test_commands_and_hashes_to_repeat_it_are_on_the_page(tmp_path):
     agenda = Agenda(sweep, sweep.cells())
     write_recipes(agenda, agenda.cells)
     write_sweep(agenda, Path("sweep.yaml"))
-    train(sweep.cells()[0])
+    train(sweep, sweep.cells()[0])
     page, _ = report(sweep)
     assert "ca3d163bab055381827226140568f3bef7eaac187cebd76878e0b63e9e442356" in page  # sha256 of "{}\n"
     assert " ".join(agenda.chains(agenda.cells)[0][0].words) in page

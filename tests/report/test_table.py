@@ -106,6 +106,18 @@ def test_against_dpo_problem_by_problem_with_holm():
     assert (dpop_row.difference, dpop_row.p, dpop_row.p_holm) == (0, 1, 1)
 
 
+def test_a_loss_without_reference_is_compared_with_dpo_too():
+    dpo, orpo = cell("sigmoid", [0, 0, 0], seed=1), cell("orpo", [1, 1, 1], seed=1)
+    dpo.recipe["ref_log_probs_cache_dir"] = "out/references"
+    (row,) = compare_with_dpo(groups([dpo, orpo]))
+    assert row.difference == 1
+
+
+def test_other_settings_are_not_compared():
+    cells = [cell("sigmoid", [0, 0], seed=1, pref_beta=0.2), cell("minor_dpo", [1, 1], seed=1)]
+    assert compare_with_dpo(groups(cells)) == []
+
+
 def test_only_seeds_that_both_have_are_compared():
     cells = [cell("sigmoid", [0, 0], seed=1), cell("minor_dpo", [1, 1], seed=1), cell("minor_dpo", [0, 0], seed=2)]
     (row,) = compare_with_dpo(groups(cells))

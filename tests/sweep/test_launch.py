@@ -112,8 +112,19 @@ def test_adapters_are_trained_by_a_job_each_and_scored_by_one(tmp_path, monkeypa
     assert cluster.submitted == [
         ("seed1", ["--apart", "--only", "seed1"]),
         ("seed2", ["--apart", "--only", "seed2"]),
-        (launch.TOGETHER, ["--only", "seed1", "--only", "seed2"]),
+        (launch.TOGETHER, ["--shared", "--only", "seed1", "--only", "seed2"]),
     ]
+
+
+def test_a_failed_cell_gets_no_job_but_with_rerun_failed(sweep):
+    agenda = Agenda(sweep, sweep.cells())
+    for cell in agenda.cells:
+        task = agenda.train_task(cell)
+        task.write(Record("failed", task.words, task.identity))
+    for rerun_failed, submitted in ((False, []), (True, ["seed1", "seed2", "seed3"])):
+        cluster = Held()
+        run(cluster, sweep, rerun_failed=rerun_failed)
+        assert cluster.submitted == submitted
 
 
 @pytest.mark.parametrize(("launcher", "words"), [("slurm", "needs Slurm's sbatch"), ("ray", "ray")])

@@ -1,0 +1,123 @@
+"""What a sweep has to do: names, identities, what is refused, how far it is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from llamafactory_ext.errors import UserError
+from llamafactory_ext.sweep.progress import Watcher
+from llamafactory_ext.sweep.spec import Sweep
+from llamafactory_ext.sweep.tasks import Agenda, write_recipes, write_sweep
+from llamafactory_ext.sweep.work import Record
+
+RECIPE = {"stage": "dpo", "model_name_or_path": "one", "dataset": "pairs", "finetuning_type": "full"}
+
+
+@pytest.fixture
+def make(tmp_path):
+    def agenda(axes, evaluation=True, **changes):
+        recipe = RECIPE | {"dataset_dir": str(tmp_path)} | changes
+        scored = {"data": "openai/gsm8k", "engine": "hf", "script": tmp_path / "gsm8k.py"} if evaluation else None
+        sweep = Sweep(
+            recipe=recipe, axes=axes, output=tmp_path / "out", evaluation=scored, held_out={"dataset": "test"}
+        )
+        return Agenda(sweep, sweep.cells())
+
+    return agenda
+
+
+def done(task):
+    task.write(Record("done", task.words, task.identity))
+    for path in task.results:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}")
+
+
+def test_names_of_models_do_not_depend_on_which_cells_are_asked_for(make):
+    agenda = make({"model_name_or_path": ["one", "two"], "finetuning_type": ["full", "lora"]})
+    assert agenda.groups == {"one": "adapters.1", "two": "adapters.2"}
+    agenda = make({"model_name_or_path": ["one", "two"]})
+    (task,) = agenda.base_tasks(agenda.cells[1:])
+    assert task.name == "base.2"
+    assert task.words[task.words.index("--model") + 1] == "two"
+
+
+def test_a_score_belongs_to_its_model(make):
+    agenda = make({"model_name_or_path": ["one", "two"]})
+    done(agenda.base_tasks(agenda.cells)[0])
+    changed = make({"model_name_or_path": ["three", "one"]})
+    assert [task.record().state for task in changed.base_tasks(changed.cells)] == ["to do", "to do"]
+
+
+def test_only_adapters_without_scores_are_asked(make):
+    agenda = make({"seed": [1, 2]}, finetuning_type="lora")
+    (task,) = agenda.adapter_tasks(agenda.cells[:1])
+    assert [word for word in task.words if word.startswith("seed")] == [f"seed1={agenda.cells[0].model}"]
+    done(task)
+    assert agenda.adapter_tasks(agenda.cells[:1])[0].record().state == "done"
+    (task,) = agenda.adapter_tasks(agenda.cells)
+    assert task.record().state == "to do"
+    assert [word for word in task.words if word.startswith("seed")] == [f"seed2={agenda.cells[1].model}"]
+    assert "--skip-base" in task.words
+
+
+def test_training_a_cell_anew_spoils_what_was_made_of_it(make):
+    agenda = make({"seed": [1]}, finetuning_type="lora")
+    (cell,) = agenda.cells
+    spoils = {str(path.relative_to(agenda.sweep.output)) for path in agenda.train_task(cell).spoils}
+    assert spoils == {
+        "cells/seed1/scores",
+        "cells/seed1/pairs.jsonl",
+        "cells/seed1/.pairs.jsonl.unfinished",
+        "adapters/scores/seed1",
+    }
+
+
+def test_losses_without_reference_have_no_held_out_margins(make):
+    agenda = make({"pref_loss": ["sigmoid", "orpo"]})
+    steps = [[task.step for task in agenda.cell_tasks(cell)] for cell in agenda.cells]
+    assert steps == [["train", "score", "pairs"], ["train", "score"]]
+    assert "max_samples=null" in agenda.cell_tasks(agenda.cells[0])[2].words
+
+
+def test_another_recipe_for_any_trained_cell_is_refused(make):
+    agenda = make({"seed": [1, 2]})
+    write_recipes(agenda, agenda.cells)
+    done(agenda.train_task(agenda.cells[0]))
+    changed = make({"seed": [1, 2]}, learning_rate=0.5)
+    with pytest.raises(UserError, match="was trained with another `learning_rate`"):
+        write_recipes(changed, changed.cells[1:])
+    moved = make({"seed": [1, 2]})
+    write_recipes(moved, moved.cells)  # the same is not refused
+
+
+def test_other_data_are_refused(make, tmp_path):
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"pairs": {"file_name": "pairs.jsonl"}}))
+    (tmp_path / "pairs.jsonl").write_text("{}")
+    agenda = make({"seed": [1]})
+    write_sweep(agenda, Path("sweep.yaml"))
+    (tmp_path / "pairs.jsonl").write_text("{}{}")
+    write_sweep(agenda, Path("sweep.yaml"))  # nothing is trained yet
+    done(agenda.train_task(agenda.cells[0]))
+    (tmp_path / "pairs.jsonl").write_text("{}{}{}")
+    with pytest.raises(UserError, match="'pairs' has changed since"):
+        write_sweep(agenda, Path("sweep.yaml"))
+
+
+def test_progress_of_a_training_that_begins_its_log_anew(make):
+    agenda = make({"seed": [1]})
+    task = agenda.train_task(agenda.cells[0])
+    log = agenda.cells[0].model / "trainer_log.jsonl"
+    watcher = Watcher(task)
+    assert (watcher.look().done, watcher.look().total) == (0, None)
+    log.parent.mkdir(parents=True)
+    lines = [json.dumps({"current_steps": step, "total_steps": 9, "loss": 0.5}) + "\n" for step in (1, 2, 3)]
+    log.write_text("".join(lines) + '{"current_st')
+    assert (watcher.look().done, watcher.look().total, watcher.look().status) == (3, 9, "loss 0.500")
+    log.write_text(lines[0])
+    assert watcher.look().done == 1
+    log.write_text("x" * 200 + "\n")
+    assert watcher.look().done == 1
