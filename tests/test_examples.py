@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, HfArgumentParser, Qwen2Config
 
 from llamafactory_ext.planning.plan import make_plan
 from llamafactory_ext.recipe import parse_recipe, read_recipe
-from llamafactory_ext.sweep.spec import Sweep, read_sweep
+from llamafactory_ext.sweep.spec import Sweep
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "examples").rglob("*.yaml"))
@@ -88,7 +88,7 @@ def test_sweep(path, monkeypatch):
 
 def test_the_papers_grid(monkeypatch):
     monkeypatch.chdir(ROOT)
-    cells = read_sweep(Path("examples/metamath_qwen1.5_7b/sweep.yaml")).cells()
+    cells = Sweep(**read_recipe(["examples/metamath_qwen1.5_7b/sweep.yaml"])).cells()
     assert len(cells) == 3 * 2 * 5
     assert {cell.settings["learning_rate"] for cell in cells} == {1e-6, 1e-5}
     assert all(("dpop_lambda" in cell.settings) is (cell.settings["pref_loss"] == "dpop") for cell in cells)

@@ -21,7 +21,7 @@ def history(*rewards: tuple[float, float]) -> list[dict[str, float]]:
 
 
 def test_curves_against_steps():
-    axes = plots._figure(5, 4).subplots()
+    axes = plots.new_figure(5, 4).subplots()
     plots._draw(axes, history((0.0, 0.0), (1.0, -2.0)), "MinorDPO")
     curves = {line.get_label(): line for line in axes.get_lines()[:3]}
     assert list(curves) == ["chosen", "rejected", "margin"]
