@@ -63,18 +63,23 @@ def reward_figure(groups: Sequence[Group], title: str) -> Figure | None:
     panels = {(g.method, g.beta): g for g in groups if any(_curve(c.log_history, "chosen") for c in g.cells)}
     if not panels:
         return None
+    asked = {(group.method, group.beta) for group in groups}
     methods = list(dict.fromkeys(method for method, _ in panels))
     betas = sorted({beta for _, beta in panels})
     figure = new_figure(PANEL * len(betas) + 0.6, 0.85 * PANEL * len(methods) + 0.6)
     grid = figure.subplots(len(methods), len(betas), sharex=True, sharey="row", squeeze=False)
     for row, method in zip(grid, methods, strict=True):
-        row[0].set_ylabel(f"{method}\nlog-ratio (nats)")
+        first = next(axes for axes, beta in zip(row, betas, strict=True) if (method, beta) in asked)
+        first.set_ylabel(f"{method}\nlog-ratio (nats)")
+        first.tick_params(labelleft=True)
         for axes, beta in zip(row, betas, strict=True):
-            axes.axhline(0, color="0.7", linewidth=0.8, zorder=0)
             if (method, beta) in panels:
+                axes.axhline(0, color="0.7", linewidth=0.8, zorder=0)
                 _draw_rewards(axes, panels[method, beta])
-            else:
+            elif (method, beta) in asked:
                 axes.text(0.5, 0.5, "missing", ha="center", va="center", transform=axes.transAxes, color="0.4")
+            else:
+                axes.set_axis_off()
     for axes, beta in zip(grid[0], betas, strict=True):
         axes.set_title(f"β = {beta:g}")
     for axes in grid[-1]:
