@@ -31,18 +31,10 @@ OTHER_OWN_KEYS = (
     "pref_loss_args",
     "pref_stop_on_degeneration",
 )
-# Keys that only say which loss is trained, and how it is shaped; beta is every loss's.
-LOSS_KEYS = (
-    "pref_loss",
-    "pref_loss_file",
-    "pref_loss_args",
-    "sr_prompt",
-    *OWN_KEYS,
-    "dpo_label_smoothing",
-    "simpo_gamma",
-)
 PREF_BETA = 0.1  # LLaMA-Factory's default
 STOCK_KEYS = {"dpo_label_smoothing": ("label_smoothing", 0.0), "simpo_gamma": ("simpo_gamma", 0.5)}
+# Keys that only say which loss is trained, and how it is shaped; beta is every loss's.
+LOSS_KEYS = ("pref_loss", "pref_loss_file", "pref_loss_args", "sr_prompt", *OWN_KEYS, *STOCK_KEYS)
 
 NUMBERS: dict[str, tuple[str, Callable[[float], bool]]] = {
     "pref_beta": ("a number above 0", lambda value: value > 0),

@@ -8,13 +8,12 @@ import torch
 from matplotlib.axes import Axes
 
 from llamafactory_ext import PairLogps, get_loss
-from llamafactory_ext.plots import new_figure, save
+from llamafactory_ext.plots import CURVES, new_figure, save
 
 HERE = Path(__file__).parent
 BETAS = {"simpo": 2.0}  # its paper's
 BETA = 0.1  # of the others
 TOKENS = 20  # of an answer, where a loss takes means per token
-CHOSEN, REJECTED = "#0072b2", "#d55e00"
 
 
 def main() -> None:
@@ -33,11 +32,11 @@ def draw(name: str, left: Axes, right: Axes) -> None:
     if not get_loss(name).needs_reference:
         x, start = torch.linspace(-60, -0.5, 481, dtype=torch.float64), -30.0
         label = f"log-probability of its {TOKENS} tokens (nats)"
-    for side, colour in (("chosen", CHOSEN), ("rejected", REJECTED)):
+    for side in ("chosen", "rejected"):
         values = {"chosen": torch.full_like(x, start), "rejected": torch.full_like(x, start), side: x}
         loss, push = along(name, values["chosen"], values["rejected"], side)
-        left.plot(x, loss, color=colour, label=f"along the {side} answer")
-        right.plot(x, push, color=colour, label=f"{side} answer")
+        left.plot(x, loss, color=CURVES[side], label=f"along the {side} answer")
+        right.plot(x, push, color=CURVES[side], label=f"{side} answer")
     left.set_title(f"{name}: loss of a pair, β = {BETAS.get(name, BETA):g}")
     right.set_title("gradient with respect to its log-probability")
     for axes in (left, right):

@@ -12,6 +12,7 @@ from typing import Any
 from stories import stories
 
 from llamafactory_ext.pairs.corruption import Problem, make_pair
+from llamafactory_ext.pairs.files import whole_file
 
 # Problems are dealt from one stream, so that none is in two sets.
 SIZES = {"sft": 50_000, "pairs": 1_024, "pilot": 1_024, "held_out": 200, "calibration": 200, "test": 400}
@@ -65,9 +66,8 @@ def write_rows(path: Path, rows: Iterable[dict[str, str]]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(path)
+    with whole_file(path) as file:
+        file.write(text)
 
 
 def make_model(folder: Path, data: Path, seed: int = 0) -> Path:

@@ -13,6 +13,7 @@ from ..arguments import LOSS_KEYS, PREF_BETA
 from ..correlation import Summary
 from ..monitors import DEGENERATING
 from ..sweep.results import Result
+from ..sweep.spec import written
 
 NAMES = {
     "sigmoid": "DPO",
@@ -155,12 +156,8 @@ def beta_of(cell: Result) -> float:
 def method_of(cell: Result) -> str:
     """`MinorDPO`, `Sr-DPO sr_lambda=0.3`: the loss and the other axes that the cell has a value on."""
     standard = ("pref_loss", "learning_rate", "pref_beta", *SEEDS)
-    others = [f"{WORDS.get(key, key)}={_short(value)}" for key, value in cell.place.items() if key not in standard]
+    others = [f"{WORDS.get(key, key)}={written(value)}" for key, value in cell.place.items() if key not in standard]
     return " ".join([NAMES.get(cell.loss, cell.loss), *others])
-
-
-def _short(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 # --- tests -----------------------------------------------------------------------------------------------------------

@@ -104,8 +104,7 @@ def _run_here(agenda: Agenda, cells: Sequence[Cell], rerun_failed: bool, part: P
         runner = Runner(slots(agenda.sweep), rerun_failed, display.report)
         display.run(runner, chains[part])
         if part in (Part.all, Part.shared):
-            trained = [cell for cell in cells if agenda.train_task(cell).record().state == "done"]
-            display.run(runner, [[task] for task in agenda.adapter_tasks(trained)])
+            display.run(runner, [[task] for task in agenda.adapter_tasks(agenda.trained(cells))])
 
 
 def wait_for_earlier(tasks: Sequence[Task]) -> None:

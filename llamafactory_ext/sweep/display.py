@@ -111,11 +111,10 @@ def show_results(agenda: Agenda, cells: Sequence[Cell]) -> bool:
     """A table of all cells with their strict accuracy; whether nothing has failed or been interrupted."""
     found = read_results(agenda.sweep.output)
     results = {result.name: result for result in [*found.bases, *found.cells]}
-    trained = [cell for cell in cells if agenda.train_task(cell).record().state == "done"]
     table = Table("cell", "trained", "scored", "strict", title_justify="left")
     failures: list[str] = []
     interrupted: list[str] = []
-    for chain in [*agenda.chains(cells), *([task] for task in agenda.adapter_tasks(trained))]:
+    for chain in [*agenda.chains(cells), *([task] for task in agenda.adapter_tasks(agenda.trained(cells)))]:
         records = {task.step: task.record() for task in chain}
         for task in chain:
             if records[task.step].state == "failed":

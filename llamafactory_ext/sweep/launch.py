@@ -137,8 +137,7 @@ def run_on_cluster(
             part = "--train-only" if train_only else "--apart"
             jobs.submit(cell.name, [*command, *again, part, "--only", cell.name])
     jobs.wait(watch)
-    trained = [cell for cell in cells if agenda.train_task(cell).record().state == "done"]
-    shared = [*agenda.base_tasks(cells), *agenda.adapter_tasks(trained)]
+    shared = [*agenda.base_tasks(cells), *agenda.adapter_tasks(agenda.trained(cells))]
     if not train_only and any(is_left([task]) for task in shared):
         chosen = [word for cell in cells for word in ("--only", cell.name)]
         jobs.submit(TOGETHER, [*command, *again, "--shared", *chosen])

@@ -50,12 +50,13 @@ class Watcher:
         """Complete lines only; none while the command is about to remove or to write the file."""
         try:
             with path.open("rb") as file:
-                size = os.fstat(file.fileno()).st_size
                 begun = self._read.get(path, 0)
-                file.seek(begun if begun <= size else 0)
+                if begun > os.fstat(file.fileno()).st_size:  # the file has been begun anew
+                    begun = 0
+                file.seek(begun)
                 text = file.read()
         except OSError:
             return []
         whole = text[: text.rfind(b"\n") + 1]
-        self._read[path] = (begun if begun <= size else 0) + len(whole)
+        self._read[path] = begun + len(whole)
         return whole.splitlines()

@@ -219,7 +219,7 @@ def _combinations(grid: Mapping[str, Any]) -> Iterator[Settings]:
 
 def _name(place: Mapping[str, Any]) -> str:
     """`minor_dpo-lr1e-05-beta0.1`: what is unusual in a file's name becomes `_`."""
-    words = [f"{SHORT.get(key, key)}{_written(value)}" for key, value in place.items()]
+    words = [f"{SHORT.get(key, key)}{written(value)}" for key, value in place.items()]
     return re.sub(r"[^\w.+-]", "_", "-".join(words))[:200] or "cell"
 
 
@@ -228,5 +228,6 @@ def _unused(name: str, taken: Container[str]) -> str:
     return next(n for n in itertools.chain([name], (f"{name}.{i}" for i in itertools.count(2))) if n not in taken)
 
 
-def _written(value: Any) -> str:
+def written(value: Any) -> str:
+    """A value of an axis, as names of cells and methods have it."""
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -72,6 +72,10 @@ class Agenda:
             spoils=tuple(made),
         )
 
+    def trained(self, cells: Sequence[Cell]) -> list[Cell]:
+        """Those of the cells whose training is done."""
+        return [cell for cell in cells if self.train_task(cell).record().state == "done"]
+
     def adapter_tasks(self, trained: Sequence[Cell]) -> list[Task]:
         """Scoring all trained adapters of a model in one load of the engine."""
         if self.sweep.evaluation is None:
