@@ -36,7 +36,7 @@ class TransformersEngine:
 
         for run in dict.fromkeys(job.run for job in jobs):
             if run in self.settings.adapters:
-                model.set_adapter(run)
+                model.set_adapter(_module_name(self.settings.adapters, run))
             base_only = bool(self.settings.adapters) and run not in self.settings.adapters
             for batch in _batches([job for job in jobs if job.run == run], self.settings.batch_size):
                 with torch.inference_mode(), model.disable_adapter() if base_only else torch.inference_mode():
@@ -79,11 +79,16 @@ def _generation(index: int, row: list[int], ends: set[int], tokenizer: Any) -> G
 def _with_adapters(model: Any, adapters: dict[str, str]) -> Any:
     from peft import PeftModel
 
-    (first, folder), *others = adapters.items()
-    model = PeftModel.from_pretrained(model, folder, adapter_name=first)
-    for name, other in others:
-        model.load_adapter(other, adapter_name=name)
+    first, *others = adapters
+    model = PeftModel.from_pretrained(model, adapters[first], adapter_name=_module_name(adapters, first))
+    for run in others:
+        model.load_adapter(adapters[run], adapter_name=_module_name(adapters, run))
     return model
+
+
+def _module_name(adapters: dict[str, str], run: str) -> str:
+    """What PEFT calls a run's adapter: names of runs may hold dots, as in `beta0.1`, which those of modules may not."""
+    return f"adapter_{list(adapters).index(run)}"
 
 
 def _batches(jobs: list[Job], size: int) -> Iterator[list[Job]]:

@@ -30,7 +30,7 @@ def check(sweep: Sweep, cells: Sequence[Cell]) -> dict[str, int | None]:
             data = repr([cell.recipe.get(key) for key in DATA])
             if data not in counted:
                 counted[data] = count_pairs(data_args, [])
-            schedule = make_schedule(training_args, counted[data], sweep.gpus_per_cell, data_args.cutoff_len)
+            schedule = make_schedule(training_args, counted[data], max(1, sweep.gpus_per_cell), data_args.cutoff_len)
         except ValueError as error:
             raise UserError(f"cell {cell.name}: {error}") from error
         _check_model(cell)

@@ -59,7 +59,8 @@ def sweep(
     The file: `recipe` (a path, or keys), `axes` (a list of values per key, or several such grids), `output` (a folder),
     and if you like `evaluation` (`data`, `engine`, `python`, `options` of evaluation/gsm8k.py, `base`), `held_out`
     (`dataset`, `max_samples`: pairs to score), `gpus_per_cell`, `at_once` (cells at a time without GPUs), `launcher`
-    (parameters of submitit's executor or of Ray's client). Keys that a cell's loss does not take are left out of it.
+    (parameters of submitit's AutoExecutor, like timeout_min, or of Ray's client). Keys that a cell's loss does not take
+    are left out of it.
     Each cell has a folder with recipe, logs, model and scores; `llamafactory-ext report OUTPUT` makes a page of all.
     Ends with 0 if all is trained, 1 if a command has failed or is not done, 2 if the file is wrong.
     """

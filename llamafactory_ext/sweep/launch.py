@@ -11,7 +11,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,30 +30,55 @@ class Cluster(Protocol):
     """Where jobs go."""
 
     def submit(self, name: str, words: Sequence[str]) -> str:
-        """Queue a command line; returns the job's id."""
+        """Queue a command line; returns the job's id.
+
+        Raises:
+            UserError: if the cluster refuses it.
+        """
 
     def goes_on(self, job: str) -> bool:
         """Whether the job is queued or running."""
 
 
 class Submitit:
-    """Slurm, or whatever else an executor of submitit's submits to."""
+    """Slurm, or what else submitit submits to.
 
-    def __init__(self, executor: Any) -> None:
-        self.executor = executor
+    Args:
+        cluster: submitit's name of it.
+        folder: of the jobs' logs.
+        parameters: of submitit's `AutoExecutor`.
+
+    Raises:
+        UserError: if submitit is missing, or does not know a parameter.
+    """
+
+    def __init__(self, cluster: str, folder: Path, parameters: Mapping[str, Any]) -> None:
+        submitit = _imported("submitit", "submitit")
+        self.executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
+        self.job_class = {"slurm": submitit.SlurmJob, "local": submitit.LocalJob}[cluster]
         self.jobs: dict[str, Any] = {}  # those of earlier runs of the sweep are looked up by their id
+        try:
+            self.executor.update_parameters(**parameters)
+        except (AssertionError, NameError) as error:  # how submitit refuses types and names
+            raise UserError(f"`launcher` in the sweep's file: {str(error).splitlines()[0]}") from error
 
     def submit(self, name: str, words: Sequence[str]) -> str:
+        from submitit.core.utils import FailedJobError
         from submitit.helpers import CommandFunction
 
         self.executor.update_parameters(name=name)
-        job = self.executor.submit(CommandFunction(list(words)))
+        try:
+            job = self.executor.submit(CommandFunction(list(words)))
+        except FailedJobError as error:
+            raise UserError(
+                f"The cluster refuses the job ({error}): correct `gpus_per_cell` or `launcher` in the sweep's file."
+            ) from error
         self.jobs[job.job_id] = job
         return str(job.job_id)
 
     def goes_on(self, job: str) -> bool:
         if job not in self.jobs:
-            self.jobs[job] = self.executor.job_class(folder=self.executor.folder, job_id=job)
+            self.jobs[job] = self.job_class(folder=self.executor.folder, job_id=job)
         return not self.jobs[job].done()
 
 
@@ -77,14 +102,18 @@ class Ray:
 def connect(launcher: str, sweep: Sweep) -> Cluster:
     """
     Raises:
-        UserError: if the launcher's package is missing, or there is no cluster.
+        UserError: if the launcher's package is missing, there is no cluster, or a parameter of it is missing or wrong.
     """
     if launcher == "slurm":
+        if not {"timeout_min", "slurm_time"} & set(sweep.launcher):
+            raise UserError(
+                "Slurm must be told how long a cell may take: write its minutes in the sweep's file, like "
+                "`launcher: {timeout_min: 720, slurm_partition: gpu}`."  # submitit's own default are five
+            )
         if shutil.which("sbatch") is None:
             raise UserError("--launcher slurm needs Slurm's sbatch, which is not here: run this on a login node.")
-        executor = _imported("submitit", "submitit").SlurmExecutor(folder=sweep.output / "jobs")
-        executor.update_parameters(**{"gpus_per_node": sweep.gpus_per_cell, **sweep.launcher})
-        return Submitit(executor)
+        gpus = {"gpus_per_node": sweep.gpus_per_cell or None}  # None: the job asks for none
+        return Submitit("slurm", sweep.output / "jobs", {**gpus, **sweep.launcher})
     jobs = _imported("ray.job_submission", "ray[default]")
     try:
         return Ray(jobs.JobSubmissionClient(**sweep.launcher), sweep.gpus_per_cell)

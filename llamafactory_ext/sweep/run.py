@@ -21,7 +21,7 @@ POLL = 0.2  # seconds
 
 
 def slots(sweep: Sweep) -> list[Slot]:
-    """A place per group of `gpus_per_cell` GPUs, or `at_once` places that share the cores where there is no GPU.
+    """A place per group of `gpus_per_cell` GPUs, or `at_once` places that share the cores without any.
 
     Raises:
         UserError: if there are fewer GPUs than a cell is to have.
@@ -29,9 +29,11 @@ def slots(sweep: Sweep) -> list[Slot]:
     import torch
 
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if torch.cuda.device_count() == 0:
+    if torch.cuda.device_count() == 0 or sweep.gpus_per_cell == 0:
         threads = max(1, (os.cpu_count() or 1) // sweep.at_once)
-        return [{"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}] * sweep.at_once
+        place = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
+        hidden = {"CUDA_VISIBLE_DEVICES": ""} if torch.cuda.device_count() else {}
+        return [place | hidden] * sweep.at_once
     gpus = visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]
     size = sweep.gpus_per_cell
     if len(gpus) < size:

@@ -67,9 +67,9 @@ class Sweep(_Strict):
         axes: a list of values per key; or several such grids, whose cells are joined.
         output: the folder of the sweep.
         evaluation, held_out: how trained models are scored; None: they are not.
-        gpus_per_cell: the GPUs of one training.
+        gpus_per_cell: the GPUs of one training; 0: it leaves those that are there alone.
         at_once: cells at a time where there is no GPU.
-        launcher: parameters of submitit's executor, or of Ray's client.
+        launcher: parameters of submitit's `AutoExecutor`, or of Ray's client.
     """
 
     recipe: str | dict[str, Any]
@@ -77,7 +77,7 @@ class Sweep(_Strict):
     output: Path
     evaluation: Evaluation | None = None
     held_out: HeldOut | None = None
-    gpus_per_cell: int = Field(default=1, ge=1)
+    gpus_per_cell: int = Field(default=1, ge=0)
     at_once: int = Field(default=1, ge=1)
     launcher: dict[str, Any] = {}
 

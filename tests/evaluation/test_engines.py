@@ -103,11 +103,12 @@ def test_a_penalty_in_the_models_own_settings_is_overruled(model32, tmp_path):
 
 
 def test_adapters_in_one_load(model32, adapters):
-    everything = answers(TransformersEngine(settings(model32, adapters=adapters)), jobs("base", "one", "two"))
+    adapters = {"beta0.1": adapters["one"], "beta0.2": adapters["two"]}  # dots, as names of a sweep's cells have
+    everything = answers(TransformersEngine(settings(model32, adapters=adapters)), jobs("base", *adapters))
     base = answers(TransformersEngine(settings(model32)), jobs())
     for index in range(len(QUESTIONS)):
         assert everything["base", index] == base["base", index]
-        assert len({everything[run, index] for run in ("base", "one", "two")}) == 3
+        assert len({everything[run, index] for run in ("base", *adapters)}) == 3
 
 
 # --- an OpenAI-compatible server -------------------------------------------------------------------------------------

@@ -9,17 +9,15 @@ import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-import tiny
 import yaml
+from sweeps import PATH, make_place, sweep, write_sweep
 
 from llamafactory_ext.sweep.results import read_results
 
 pytestmark = pytest.mark.slow
 
-PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 KILLS = int(os.environ.get("SWEEP_KILLS", "3"))
 CHROMIUM = shutil.which("chromium")
 
@@ -27,40 +25,13 @@ CHROMIUM = shutil.which("chromium")
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A folder with a model, data, problems, and a sweep with a cell that fails."""
-    folder = tmp_path_factory.mktemp("sweep")
-    tiny.make_data(folder / "data")
-    tiny.make_model(folder / "model", dtype="float32", max_position_embeddings=512)
-    problems = [{"question": f"What is {n} + 3?", "answer": f"So.\n#### {n + 3}"} for n in range(5)]
-    (folder / "test.jsonl").write_text("".join(json.dumps(problem) + "\n" for problem in problems))
+    folder = make_place(tmp_path_factory.mktemp("sweep"))
     write_sweep(folder, "full", finetuning_type="full", axes=[
         {"pref_loss": ["sigmoid", "minor_dpo"], "pref_beta": [0.02, 0.2], "seed": [1, 2]},
         {"pref_loss": "sr_dpo", "sr_lambda": 0.3, "pref_beta": 0.2, "seed": 1},
         {"pref_loss": "sigmoid", "model_name_or_path": "model", "max_grad_norm": "much"},
     ])  # fmt: skip
     return folder
-
-
-def write_sweep(folder, name, axes, **changes):
-    recipe = tiny.recipe(folder / "model", folder / "data", folder / "unused", **changes)
-    recipe = {
-        key: value for key, value in recipe.items() if key not in ("output_dir", "max_steps", "ref_log_probs_cache_dir")
-    }
-    recipe |= {"num_train_epochs": 1.0, "learning_rate": 0.01, "per_device_train_batch_size": 2}
-    settings = {
-        "recipe": {**recipe, "model_name_or_path": "model", "dataset_dir": "data"},
-        "axes": axes,
-        "output": name,
-        "at_once": 2,
-        "evaluation": {"data": "test.jsonl", "engine": "hf", "options": {"max-tokens": 12}},
-        "held_out": {"dataset": "pairs_eval"},
-    }
-    (folder / f"{name}.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
-
-
-def sweep(folder, *words, **options):
-    command = [sys.executable, "-m", "llamafactory_ext.cli", "sweep", *words]
-    environment = os.environ | {"PATH": PATH, "COLUMNS": "200"}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, **options)
 
 
 def states(folder):
@@ -130,7 +101,7 @@ def test_rerun_failed_tries_again(place, full):
     ("words", "message"),
     [
         (["--only", "nothing*"], "no cell's name fits nothing*: they are sigmoid-beta0.02-seed1"),
-        (["--launcher", "slurm"], "needs Slurm's sbatch"),
+        (["--launcher", "slurm"], "Slurm must be told how long a cell may take"),
     ],
 )
 def test_refused(words, message, place, full):
@@ -189,7 +160,7 @@ def test_killed_again_and_again_it_ends_with_the_same_cells(place, full):
 
 
 def test_adapters_are_scored_in_one_load(place, full):
-    axes = {"pref_loss": ["sigmoid", "minor_dpo"], "seed": [1]}
+    axes = {"pref_loss": ["sigmoid", "minor_dpo"], "pref_beta": 0.2}
     write_sweep(place, "lora", axes, finetuning_type="lora", lora_rank=4)
     run = sweep(place, "lora.yaml")
     assert run.returncode == 0, run.stdout + run.stderr

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import submitit
 
 from llamafactory_ext.errors import UserError
 from llamafactory_ext.sweep import launch
@@ -41,9 +40,8 @@ def submit(sweep, tmp_path, monkeypatch):
     target = f"pathlib.Path({str(seen)!r}, sys.argv[sys.argv.index('--only') + 1])"
     program.write_text(f"import pathlib, sys\n{target}.write_text(repr(sys.argv))\n")
     monkeypatch.setattr(launch, "PROGRAM", (sys.executable, str(program)))
-    executor = submitit.LocalExecutor(folder=tmp_path / "jobs")
     watched = []
-    cluster = launch.Submitit(executor)
+    cluster = launch.Submitit("local", tmp_path / "jobs", {"timeout_min": 5, "slurm_partition": "gpu"})
     run(cluster, sweep, rerun_failed=True, watch=lambda jobs: watched.append(set(jobs)))
     return {path.name: path.read_text() for path in seen.iterdir()}, watched
 
@@ -127,9 +125,28 @@ def test_a_failed_cell_gets_no_job_but_with_rerun_failed(sweep):
         assert cluster.submitted == submitted
 
 
-@pytest.mark.parametrize(("launcher", "words"), [("slurm", "needs Slurm's sbatch"), ("ray", "ray")])
-def test_without_a_cluster(launcher, words, sweep):
-    if launcher == "slurm" and shutil.which("sbatch"):
+@pytest.mark.parametrize(
+    ("parameters", "words"),
+    [
+        ({"timeout_min": "soon"}, 'Parameter "timeout_min" expected type'),
+        ({"slurm_hurry": True}, "Unknown argument 'hurry'"),
+    ],
+)
+def test_a_wrong_parameter(parameters, words, tmp_path):
+    with pytest.raises(UserError, match=words):
+        launch.Submitit("local", tmp_path / "jobs", parameters)
+
+
+@pytest.mark.parametrize(
+    ("launcher", "parameters", "words"),
+    [
+        ("slurm", {}, "Slurm must be told how long a cell may take"),
+        ("slurm", {"timeout_min": 5}, "needs Slurm's sbatch"),
+        ("ray", {}, "ray"),
+    ],
+)
+def test_without_a_cluster(launcher, parameters, words, sweep):
+    if "sbatch" in words and shutil.which("sbatch"):
         pytest.skip("there is a Slurm")
     with pytest.raises(UserError, match=words):
-        launch.connect(launcher, sweep)
+        launch.connect(launcher, sweep.model_copy(update={"launcher": parameters}))

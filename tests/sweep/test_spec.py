@@ -88,7 +88,7 @@ def test_a_recipe_of_another_stage_is_left_as_it_is():
         ({"axes": {"output_dir": ["a"]}}, "cannot be an axis"),
         ({"axes": []}, "has no cells"),
         ({"axes": {"pref_loss": ["minor_dp"]}}, "Did you mean 'minor_dpo'"),
-        ({"gpus_per_cell": 0}, "`gpus_per_cell`: input should be greater than or equal to 1"),
+        ({"gpus_per_cell": -1}, "`gpus_per_cell`: input should be greater than or equal to 0"),
         ({"axis": {}}, "`axis`: extra inputs are not permitted"),
         ({"evaluation": {"data": "missing.jsonl", "engine": "hf"}}, "there is no missing.jsonl"),
         ({"evaluation": {"data": "openai/gsm8k"}}, "vLLM lives in an environment of its own"),
