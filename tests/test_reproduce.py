@@ -167,6 +167,7 @@ class Group:
     rejected: float = -1.0
     margin: float = 5.0
     seconds: float = 10.0
+    degenerate: float = 0.0
 
     def final(self, metric):
         curves = {"chosen": self.chosen, "rejected": self.rejected, "margins": self.chosen - self.rejected}

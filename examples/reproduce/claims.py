@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -123,7 +123,7 @@ def higher_beta_smaller_margins(study: Study) -> Finding:
         for rate in study.rates:
             margins = [_final(group, "margins") for group in study.of(method, rate)]
             falls += [later < earlier for earlier, later in pairwise(margins)]
-            words.append(f"{method} at {rate:g}: {', '.join(f'{margin:.1f}' for margin in margins)}")
+            words.append(f"{method} at {rate:g}: {', '.join(f'{margin:.2f}' for margin in margins)}")
     return Finding(
         MINOR,
         "A higher beta gives smaller margins.",
@@ -148,15 +148,16 @@ def minor_dpo_survives(study: Study) -> Finding:
             verdict = "does not hold"
         elif difference > 0 and p < SIGNIFICANT:
             verdict = "holds"
-    lines = [f"{m} {_percent(study.one(m, rate, b))}" for m in ("DPO", "DPOP", "MinorDPO") for b in study.betas]
+    accuracies = {m: [_percent(study.one(m, rate, b)) for b in study.betas] for m in ("DPO", "DPOP", "MinorDPO")}
     return Finding(
         MINOR,
         "At the high rate and a low beta DPO degenerates and MinorDPO does not.",
         f"At {rate:g} and beta {beta:g}, MinorDPO solves more than half of what the untrained model solves, and more "
         "than DPO (paired test over problems, p < 0.05). That DPO breaks there is how the rate was chosen: no finding.",
         verdict,
-        f"Accuracy at {rate:g} by beta (untrained {study.untrained:.1%}): {', '.join(lines)}; MinorDPO against DPO at "
-        f"beta {beta:g}: {difference:+.1%}, p = {p:.2g}.",
+        f"Accuracy at {rate:g} by beta (untrained {study.untrained:.1%}): {_listed(accuracies)}; MinorDPO against DPO "
+        f"at beta {beta:g}: {difference:+.1%}, p = {p:.2g}. Outputs that are empty, loop or repeat themselves there: DPO "
+        f"{_share(dpo and dpo.degenerate)}, MinorDPO {_share(minor and minor.degenerate)}.",
     )
 
 
@@ -302,7 +303,7 @@ def _by_rate(study: Study, method: str, curve: str) -> str:
     parts = []
     for rate in study.rates:
         values = [_final(group, curve) for group in study.of(method, rate)]
-        parts.append(f"{min(values):.1f} to {max(values):.1f} at {rate:g}" if values else f"(missing) at {rate:g}")
+        parts.append(f"{min(values):.2f} to {max(values):.2f} at {rate:g}" if values else f"(missing) at {rate:g}")
     return f"{curve} from {' and '.join(parts)} (nats)"
 
 
@@ -310,8 +311,16 @@ def _count(agree: Sequence[bool]) -> str:
     return f"{sum(agree)} of {len(agree)}"
 
 
+def _listed(values: Mapping[str, Sequence[str]]) -> str:
+    return "; ".join(f"{name} {', '.join(numbers)}" for name, numbers in values.items())
+
+
 def _percent(group: Group | None) -> str:
-    return "missing" if group is None or group.accuracy is None else f"{group.accuracy:.1%}"
+    return _share(group and group.accuracy)
+
+
+def _share(value: float | None) -> str:
+    return "missing" if value is None else f"{value:.1%}"
 
 
 def _nats(value: float | None) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+import itertools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..plots import CURVES, new_figure
 from .table import Group, Log
@@ -17,6 +19,16 @@ if TYPE_CHECKING:
 # Colours that the colour-blind can tell apart (Okabe and Ito).
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 PANEL = 2.6  # inches
+COLUMNS = 5
+
+REFINED = ("sr_dpo", "sr_ipo")
+DIFFERENCE = "margin minus the unrefined's (nats)"
+REFINEMENT = {
+    "margin (nats)": "normalized_rewards/margins",
+    DIFFERENCE: "normalized_rewards/margins",
+    "accuracy": "rewards/accuracies",
+    "augmented margin (nats)": "sr/augmented_margins",
+}
 
 
 def coefficient_figure(betas: Sequence[float]) -> Figure:
@@ -60,34 +72,64 @@ def reward_figure(groups: Sequence[Group], title: str) -> Figure | None:
 
     Thin lines are seeds, thick ones their mean. None if no cell has logged any.
     """
-    panels = {(g.method, g.beta): g for g in groups if any(_curve(c.log_history, "chosen") for c in g.cells)}
-    if not panels:
+    methods = list(dict.fromkeys(group.method for group in groups if _has_rewards(group)))
+    if not methods:
         return None
-    asked = {(group.method, group.beta) for group in groups}
-    methods = list(dict.fromkeys(method for method, _ in panels))
-    betas = sorted({beta for _, beta in panels})
-    figure = new_figure(PANEL * len(betas) + 0.6, 0.85 * PANEL * len(methods) + 0.6)
-    grid = figure.subplots(len(methods), len(betas), sharex=True, sharey="row", squeeze=False)
-    for row, method in zip(grid, methods, strict=True):
-        first = next(axes for axes, beta in zip(row, betas, strict=True) if (method, beta) in asked)
+    betas = sorted({group.beta for group in groups if group.method in methods})
+    places = {(group.method, group.beta): group for group in groups}
+    rows = [[places.get((method, beta)) for beta in betas] for method in methods]
+    figure, grid = _reward_panels(rows, title, sharey="row")
+    for method, row, members in zip(methods, grid, rows, strict=True):
+        first = next(axes for axes, group in zip(row, members, strict=True) if group is not None)
         first.set_ylabel(f"{method}\nlog-ratio (nats)")
         first.tick_params(labelleft=True)
-        for axes, beta in zip(row, betas, strict=True):
-            if (method, beta) in panels:
-                axes.axhline(0, color="0.7", linewidth=0.8, zorder=0)
-                _draw_rewards(axes, panels[method, beta])
-            elif (method, beta) in asked:
-                axes.text(0.5, 0.5, "missing", ha="center", va="center", transform=axes.transAxes, color="0.4")
-            else:
-                axes.set_axis_off()
     for axes, beta in zip(grid[0], betas, strict=True):
         axes.set_title(f"β = {beta:g}")
-    for axes in grid[-1]:
-        axes.set_xlabel("step")
+    return figure
+
+
+def reward_list_figure(groups: Sequence[Group], title: str) -> Figure | None:
+    """The same for methods that are on one beta each: a panel per group."""
+    groups = [group for group in groups if _has_rewards(group)]
+    if not groups:
+        return None
+    columns = min(COLUMNS, len(groups))
+    panels = [*groups, *[None] * (-len(groups) % columns)]
+    rows = [panels[first : first + columns] for first in range(0, len(panels), columns)]
+    figure, grid = _reward_panels(rows, title, sharey="all")
+    for axes, group in zip(grid.flat, groups, strict=False):
+        axes.set_title(f"{group.method}\nβ = {group.beta:g}", fontsize="medium")
+    for row in grid:
+        row[0].set_ylabel("log-ratio (nats)")
+    return figure
+
+
+def _has_rewards(group: Group) -> bool:
+    return any(_curve(cell.log_history, "chosen") for cell in group.cells)
+
+
+def _reward_panels(
+    rows: Sequence[Sequence[Group | None]], title: str, sharey: Literal["row", "all"]
+) -> tuple[Figure, NDArray[Any]]:
+    """A panel per group: nothing where the sweep has none, and a word where it has but nothing was logged."""
+    figure = new_figure(PANEL * len(rows[0]) + 0.6, 0.85 * PANEL * len(rows) + 0.6)
+    grid = figure.subplots(len(rows), len(rows[0]), sharex=True, sharey=sharey, squeeze=False)
+    for axes, group in zip(grid.flat, itertools.chain.from_iterable(rows), strict=True):
+        if group is None:
+            axes.set_axis_off()
+        elif _has_rewards(group):
+            axes.axhline(0, color="0.7", linewidth=0.8, zorder=0)
+            _draw_rewards(axes, group)
+        else:
+            axes.text(0.5, 0.5, "missing", ha="center", va="center", transform=axes.transAxes, color="0.4")
+    for column in grid.T:
+        lowest = [axes for axes in column if axes.axison][-1]
+        lowest.set_xlabel("step")
+        lowest.tick_params(labelbottom=True)
     handles, labels = next(axes for axes in grid.flat if axes.get_lines()[1:]).get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
     figure.suptitle(title)
-    return figure
+    return figure, grid
 
 
 def _draw_rewards(axes: Axes, group: Group) -> None:
@@ -159,39 +201,80 @@ def _draw_bars(
     for group in groups:
         x = betas.index(group.beta) + place
         assert group.accuracy is not None
-        assert group.wilson is not None
-        low, high = group.wilson
-        # At 0 and at 100 % a bound is off by the last bit, on the wrong side.
-        errors = [[100 * max(0.0, group.accuracy - low)], [100 * max(0.0, high - group.accuracy)]]
         axes.bar(x, 100 * group.accuracy, 0.92 * width, color=colour, label=label)
-        axes.errorbar(x, 100 * group.accuracy, yerr=errors, color="0.15", linewidth=1, capsize=2)
-        shares = [100 * cell.summary["strict"]["accuracy"] for cell in group.scored if cell.summary]
+        axes.errorbar(x, 100 * group.accuracy, yerr=_errors(group), color="0.15", linewidth=1, capsize=2)
+        shares = _shares(group)
         if len(shares) > 1:
             axes.scatter([x] * len(shares), shares, s=6, color="0.15", zorder=3)
 
 
-def curves_figure(groups: Sequence[Group], metrics: Mapping[str, str]) -> Figure | None:
-    """Metrics over the steps, a panel per metric and a line per method (arXiv 2405.21040, Figure 1).
+def _errors(group: Group) -> list[list[float]]:
+    """Wilson's interval as lengths, in per cent."""
+    assert group.accuracy is not None
+    assert group.wilson is not None
+    low, high = group.wilson
+    # At 0 and at 100 % a bound is off by the last bit, on the wrong side.
+    return [[100 * max(0.0, group.accuracy - low)], [100 * max(0.0, high - group.accuracy)]]
+
+
+def _shares(group: Group) -> list[float]:
+    """Accuracies of the seeds, in per cent."""
+    return [100 * cell.summary["strict"]["accuracy"] for cell in group.scored if cell.summary]
+
+
+def score_list_figure(groups: Sequence[Group], base: float | None) -> Figure | None:
+    """The same for methods that are on one beta each: a bar per group."""
+    scored = [group for group in groups if group.accuracy is not None]
+    if not scored:
+        return None
+    figure = new_figure(7.5, 0.32 * len(scored) + 1.2)
+    axes = figure.subplots()
+    labels = [f"{group.method}, learning rate {group.learning_rate:g}, β = {group.beta:g}" for group in scored]
+    for place, group in enumerate(scored):
+        assert group.accuracy is not None
+        axes.barh(place, 100 * group.accuracy, 0.7, color=COLOURS[0])
+        axes.errorbar(100 * group.accuracy, place, xerr=_errors(group), color="0.15", linewidth=1, capsize=2)
+        shares = _shares(group)
+        if len(shares) > 1:
+            axes.scatter(shares, [place] * len(shares), s=6, color="0.15", zorder=3)
+    if base is not None:
+        axes.axvline(100 * base, color="0.3", linestyle="--", linewidth=1, label="untrained")
+        figure.legend(loc="outside lower center", frameon=False)
+    axes.set_yticks(range(len(scored)), labels)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 100)
+    axes.set_xlabel("accuracy, strict (%)")
+    return figure
+
+
+def refinement_figure(families: Sequence[Sequence[Group]]) -> Figure:
+    """What the refinement does over the steps, as means over seeds (arXiv 2405.21040, Figure 1): a row per loss.
 
     Args:
-        groups: with one learning rate and beta.
-        metrics: metric -> what its panel is called.
+        families: of a loss, its group without refinement if there is one, then those with it, of one learning rate and
+            beta; with logs.
     """
-    groups = [group for group in groups if any(cell.log_history for cell in group.cells)]
-    if not groups:
-        return None
-    figure = new_figure(4.4 * len(metrics), 3.6)
-    for axes, (metric, title) in zip(figure.subplots(1, len(metrics), squeeze=False)[0], metrics.items(), strict=True):
-        for number, group in enumerate(groups):
-            runs = [points for cell in group.cells if (points := _points(cell.log_history, metric))]
-            if runs:
-                colour = COLOURS[number % len(COLOURS)]
-                axes.plot(*zip(*_mean_curve(runs), strict=True), color=colour, label=group.method, linewidth=1.2)
-        axes.set_title(title)
-        axes.set_xlabel("step")
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    figure = new_figure(3.4 * len(REFINEMENT), 3.0 * len(families))
+    for row, family in zip(figure.subplots(len(families), len(REFINEMENT), squeeze=False), families, strict=True):
+        plain = family[0] if family[0].cells[0].loss not in REFINED else None
+        shades = ["0.3", *_shades(len(family) - 1)] if plain else _shades(len(family))
+        for axes, (title, metric) in zip(row, REFINEMENT.items(), strict=True):
+            for group, colour in zip(family, shades, strict=True):
+                points = _mean_points(group, metric)
+                if title == DIFFERENCE:
+                    other = dict(_mean_points(plain, metric)) if plain and group is not plain else {}
+                    points = [(step, value - other[step]) for step, value in points if step in other]
+                if points:
+                    axes.plot(*zip(*points, strict=True), color=colour, label=group.method, linewidth=1.2)
+            axes.set_title(title, fontsize="medium")
+            axes.set_xlabel("step")
+        row[0].legend(frameon=False, fontsize="x-small")
     return figure
+
+
+def _mean_points(group: Group, metric: str) -> list[tuple[int, float]]:
+    runs = [points for cell in group.cells if (points := _points(cell.log_history, metric))]
+    return _mean_curve(runs) if runs else []
 
 
 def sizes_figure(groups: Sequence[Group]) -> Figure | None:
@@ -216,7 +299,9 @@ def sizes_figure(groups: Sequence[Group]) -> Figure | None:
             points = [(group.size, value) for group in members if (value := value_of(group)) is not None]
             if points:
                 label = f"{method}, learning rate {rate:g}, β = {beta:g}"
-                axes.plot(*zip(*sorted(points), strict=True), "o-", color=COLOURS[number % len(COLOURS)], label=label)
+                width = max(1.0, 4.0 - 2 * number)  # lines that coincide are seen all the same
+                colour = COLOURS[number % len(COLOURS)]
+                axes.plot(*zip(*sorted(points), strict=True), "o-", color=colour, linewidth=width, label=label)
         axes.set_xscale("log", base=2)
         axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
         axes.set_xlabel("training pairs")

@@ -16,7 +16,16 @@ from ..monitors import PER_TOKEN
 from ..pairs.files import whole_file
 from ..plots import CURVES, save
 from ..sweep.results import Result, SweepResults, read_results
-from .figures import coefficient_figure, curves_figure, reward_figure, score_figure, sizes_figure
+from .figures import (
+    REFINED,
+    coefficient_figure,
+    refinement_figure,
+    reward_figure,
+    reward_list_figure,
+    score_figure,
+    score_list_figure,
+    sizes_figure,
+)
 from .table import BASELINE, Comparison, Group, compare_with_dpo, degenerated, final, groups
 
 if TYPE_CHECKING:
@@ -24,13 +33,8 @@ if TYPE_CHECKING:
 
 PIXELS_PER_INCH = 96
 TEMPLATE = Path(__file__).with_name("page.html.j2")
-SR_LOSSES = ("sr_dpo", "sr_ipo")
 COEFFICIENT = ("sigmoid", "minor_dpo", "dpop", "sr_dpo")  # the log-sigmoid losses, which have one
-SR_CURVES = {
-    "normalized_rewards/margins": "margin (nats)",
-    "rewards/accuracies": "accuracy",
-    "sr/augmented_margins": "margin under the augmented prompt",
-}
+UNREFINED = {"sr_dpo": BASELINE, "sr_ipo": "ipo"}
 
 
 @dataclass(frozen=True)
@@ -81,26 +85,30 @@ def _figures(results: SweepResults, found: Sequence[Group]) -> Iterator[tuple[st
     sized = [group for group in found if group.size and several_sizes]  # these have a figure of their own
     others = [group for group in found if group not in sized]
     base = _base_accuracy(results)
-    scores = score_figure(others, base)
-    if scores is not None:
-        yield (
-            "scores",
-            "Accuracy",
-            "Strict accuracy with Wilson's 95% interval for one run's number of problems; dots are seeds. "
-            "After Figure 6 of arXiv 2408.09834.",
-            scores,
-        )
-    for rate in sorted({group.learning_rate for group in found}):
-        members = [group for group in others if group.learning_rate == rate]
-        figure = reward_figure(members, f"learning rate {rate:g}")
-        if figure is not None:
+    swept, single = _on_several_betas(others)
+    for name, title, scores in (
+        ("scores", "Accuracy", score_figure(swept, base)),
+        ("scores_single", "Accuracy at one beta", score_list_figure(single, base)),
+    ):
+        if scores is not None:
             yield (
-                f"rewards_lr{rate:g}",
-                f"Normalized rewards, learning rate {rate:g}",
-                "Log-ratios to the reference in nats, free of β: thin lines are seeds, thick ones their mean. "
-                "After Figures 2 to 5 of arXiv 2408.09834.",
-                figure,
+                name,
+                title,
+                "Strict accuracy with Wilson's 95% interval for one run's number of problems; dots are seeds. "
+                "After Figure 6 of arXiv 2408.09834.",
+                scores,
             )
+    for rate in sorted({group.learning_rate for group in found}):
+        for ending, members, draw in (("", swept, reward_figure), ("_single", single, reward_list_figure)):
+            figure = draw([group for group in members if group.learning_rate == rate], f"learning rate {rate:g}")
+            if figure is not None:
+                yield (
+                    f"rewards_lr{rate:g}{ending}",
+                    f"Normalized rewards, learning rate {rate:g}{', at one beta' if ending else ''}",
+                    "Log-ratios to the reference in nats, free of β: thin lines are seeds, thick ones their mean. "
+                    "After Figures 2 to 5 of arXiv 2408.09834.",
+                    figure,
+                )
     yield from _refinement_figures(others)
     sizes = sizes_figure(sized)
     if sizes is not None:
@@ -122,20 +130,29 @@ def _figures(results: SweepResults, found: Sequence[Group]) -> Iterator[tuple[st
         )
 
 
+def _on_several_betas(found: Sequence[Group]) -> tuple[list[Group], list[Group]]:
+    """The groups of methods that the sweep has on more than one beta, and the others."""
+    betas: dict[str, set[float]] = {}
+    for group in found:
+        betas.setdefault(group.method, set()).add(group.beta)
+    swept = [group for group in found if len(betas[group.method]) > 1]
+    return swept, [group for group in found if len(betas[group.method]) == 1]
+
+
 def _refinement_figures(found: Sequence[Group]) -> Iterator[tuple[str, str, str, Figure]]:
-    refined = [group for group in found if group.cells[0].loss in SR_LOSSES]
+    logged = [group for group in found if any(cell.log_history for cell in group.cells)]
+    refined = [group for group in logged if group.cells[0].loss in REFINED]
     for rate, beta in sorted({(group.learning_rate, group.beta) for group in refined}):
-        members = [g for g in found if (g.learning_rate, g.beta) == (rate, beta)]
-        members = [g for g in members if g.cells[0].loss in (*SR_LOSSES, BASELINE, "ipo")]
-        figure = curves_figure(members, SR_CURVES)
-        if figure is not None:
-            yield (
-                f"refinement_lr{rate:g}_beta{beta:g}",
-                f"Self-refinement, learning rate {rate:g}, β = {beta:g}",
-                "Margins and the share of pairs with a margin above 0, as means over seeds. After Figure 1 of arXiv "
-                "2405.21040.",
-                figure,
-            )
+        members = [g for g in logged if (g.learning_rate, g.beta) == (rate, beta)]
+        families = [[g for g in members if g.cells[0].loss in (UNREFINED[loss], loss)] for loss in REFINED]
+        families = [sorted(f, key=lambda g: g.cells[0].loss in REFINED) for f in families]
+        yield (
+            f"refinement_lr{rate:g}_beta{beta:g}",
+            f"Self-refinement, learning rate {rate:g}, β = {beta:g}",
+            "Margins, the share of pairs with a margin above 0, and margins under the augmented prompt, as means over "
+            "seeds. After Figure 1 of arXiv 2405.21040.",
+            refinement_figure([f for f in families if any(g.cells[0].loss in REFINED for g in f)]),
+        )
 
 
 def _written(output: Path, name: str, title: str, caption: str, figure: Figure) -> Section:

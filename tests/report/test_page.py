@@ -115,6 +115,24 @@ def test_numbers_of_pairs_have_a_figure_of_their_own(tmp_path):
     assert "Number of pairs" in page
 
 
+def test_methods_on_one_beta_have_figures_of_their_own(tmp_path):
+    axes = [
+        {"pref_loss": ["sigmoid", "minor_dpo"], "pref_beta": [0.02, 0.1]},
+        {"pref_loss": "sr_dpo", "pref_beta": 0.1, "sr_lambda": [0.1, 0.3]},
+    ]
+    sweep = make_sweep(tmp_path, axes)
+    for cell in sweep.cells():
+        train(sweep, cell)
+        score(sweep, cell.name, 5)
+    report(sweep)
+    names = ("scores", "scores_single", "rewards_lr5e-05", "rewards_lr5e-05_single")
+    shown = {name: (sweep.output / "report" / f"{name}.svg").read_text() for name in names}
+    for name, picture in shown.items():
+        assert ("Sr-DPO sr_lambda=0.3" in picture) is name.endswith("single"), name
+        assert ("MinorDPO" in picture) is not name.endswith("single"), name
+    assert (sweep.output / "report" / "refinement_lr5e-05_beta0.1.svg").is_file()
+
+
 def test_without_a_reference_and_without_scores(tmp_path):
     sweep = make_sweep(tmp_path, {"pref_loss": ["orpo"]}, evaluation=None)
     (cell,) = sweep.cells()
