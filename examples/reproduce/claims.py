@@ -156,7 +156,7 @@ def minor_dpo_survives(study: Study) -> Finding:
         "than DPO (paired test over problems, p < 0.05). That DPO breaks there is how the rate was chosen: no finding.",
         verdict,
         f"Accuracy at {rate:g} by beta (untrained {study.untrained:.1%}): {_listed(accuracies)}; MinorDPO against DPO "
-        f"at beta {beta:g}: {difference:+.1%}, p = {p:.2g}. Outputs that are empty, loop or repeat themselves there: DPO "
+        f"at beta {beta:g}: {difference:+.1%}, p = {p:.2g}. Empty, looping or repetitive outputs there: DPO "
         f"{_share(dpo and dpo.degenerate)}, MinorDPO {_share(minor and minor.degenerate)}.",
     )
 
