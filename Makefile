@@ -19,7 +19,7 @@ help:
 	@echo "make test         run all tests; make test-fast: those that launch no processes"
 	@echo "make test-compat  run all tests with LLaMA-Factory 0.9.4"
 	@echo "make eval         score a model on GSM8K with vLLM: MODEL=, DATA=, ARGS= (make eval-env, test-eval, bench-eval)"
-	@echo "make reproduce    the papers' studies in small, and what became of their claims: an hour (with a GPU: GSM8K=)"
+	@echo "make reproduce    the papers' studies in small, and what became of their claims: 75 minutes (with a GPU: GSM8K=)"
 	@echo "make bench        speed and memory of DPO, LLaMA-Factory's and the plugin's: an hour on two cores (ARGS=--quick)"
 	@echo "make bench-data   time and memory of \`llamafactory-ext data metamath\` for 395,000 pairs"
 	@echo "make check        lint, format and type checks"

@@ -324,4 +324,4 @@ def _share(value: float | None) -> str:
 
 
 def _nats(value: float | None) -> str:
-    return "missing" if value is None else f"{value:.2f}"
+    return "missing" if value is None else f"{value:.3f}"
