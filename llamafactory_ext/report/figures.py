@@ -227,9 +227,14 @@ def score_list_figure(groups: Sequence[Group], base: float | None) -> Figure | N
     scored = [group for group in groups if group.accuracy is not None]
     if not scored:
         return None
-    figure = new_figure(7.5, 0.32 * len(scored) + 1.2)
+    figure = new_figure(6.0, 0.32 * len(scored) + 1.4)
     axes = figure.subplots()
-    labels = [f"{group.method}, learning rate {group.learning_rate:g}, β = {group.beta:g}" for group in scored]
+    settings = [f"learning rate {group.learning_rate:g}, β = {group.beta:g}" for group in scored]
+    labels = [group.method for group in scored]
+    if len(set(settings)) == 1:
+        axes.set_title(settings[0], fontsize="medium")
+    else:
+        labels = [f"{method}\n{setting}" for method, setting in zip(labels, settings, strict=True)]
     for place, group in enumerate(scored):
         assert group.accuracy is not None
         axes.barh(place, 100 * group.accuracy, 0.7, color=COLOURS[0])
@@ -257,7 +262,7 @@ def refinement_figure(families: Sequence[Sequence[Group]]) -> Figure:
     figure = new_figure(3.4 * len(REFINEMENT), 3.0 * len(families))
     for row, family in zip(figure.subplots(len(families), len(REFINEMENT), squeeze=False), families, strict=True):
         plain = family[0] if family[0].cells[0].loss not in REFINED else None
-        shades = ["0.3", *_shades(len(family) - 1)] if plain else _shades(len(family))
+        shades = ["0.6", *_shades(len(family) - 1)] if plain else _shades(len(family))
         for axes, (title, metric) in zip(row, REFINEMENT.items(), strict=True):
             for group, colour in zip(family, shades, strict=True):
                 points = _mean_points(group, metric)
@@ -265,7 +270,8 @@ def refinement_figure(families: Sequence[Sequence[Group]]) -> Figure:
                     other = dict(_mean_points(plain, metric)) if plain and group is not plain else {}
                     points = [(step, value - other[step]) for step, value in points if step in other]
                 if points:
-                    axes.plot(*zip(*points, strict=True), color=colour, label=group.method, linewidth=1.2)
+                    width = 3.5 if group is plain else 1.2  # seen where the others lie on it
+                    axes.plot(*zip(*points, strict=True), color=colour, label=group.method, linewidth=width)
             axes.set_title(title, fontsize="medium")
             axes.set_xlabel("step")
         row[0].legend(frameon=False, fontsize="x-small")
