@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -148,15 +148,16 @@ def minor_dpo_survives(study: Study) -> Finding:
             verdict = "does not hold"
         elif difference > 0 and p < SIGNIFICANT:
             verdict = "holds"
-    accuracies = {m: [_percent(study.one(m, rate, b)) for b in study.betas] for m in ("DPO", "DPOP", "MinorDPO")}
+    methods = ("DPO", "DPOP", "MinorDPO")
+    accuracies = [f"{m} {', '.join(_percent(study.one(m, rate, b)) for b in study.betas)}" for m in methods]
     return Finding(
         MINOR,
         "At the high rate and a low beta DPO degenerates and MinorDPO does not.",
         f"At {rate:g} and beta {beta:g}, MinorDPO solves more than half of what the untrained model solves, and more "
         "than DPO (paired test over problems, p < 0.05). That DPO breaks there is how the rate was chosen: no finding.",
         verdict,
-        f"Accuracy at {rate:g} by beta (untrained {study.untrained:.1%}): {_listed(accuracies)}; MinorDPO against DPO "
-        f"at beta {beta:g}: {difference:+.1%}, p = {p:.2g}. Empty, looping or repetitive outputs there: DPO "
+        f"Accuracy at {rate:g} by beta (untrained {study.untrained:.1%}): {'; '.join(accuracies)}; MinorDPO against "
+        f"DPO at beta {beta:g}: {difference:+.1%}, p = {p:.2g}. Empty, looping or repetitive outputs there: DPO "
         f"{_share(dpo and dpo.degenerate)}, MinorDPO {_share(minor and minor.degenerate)}.",
     )
 
@@ -309,10 +310,6 @@ def _by_rate(study: Study, method: str, curve: str) -> str:
 
 def _count(agree: Sequence[bool]) -> str:
     return f"{sum(agree)} of {len(agree)}"
-
-
-def _listed(values: Mapping[str, Sequence[str]]) -> str:
-    return "; ".join(f"{name} {', '.join(numbers)}" for name, numbers in values.items())
 
 
 def _percent(group: Group | None) -> str:

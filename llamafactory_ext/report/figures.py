@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..plots import CURVES, new_figure
-from .table import Group, Log
+from .table import Group
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,17 +18,12 @@ if TYPE_CHECKING:
 
 # Colours that the colour-blind can tell apart (Okabe and Ito).
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+Points = list[tuple[int, float]]  # step, value
 PANEL = 2.6  # inches
 COLUMNS = 5
 
-REFINED = ("sr_dpo", "sr_ipo")
-DIFFERENCE = "margin minus the unrefined's (nats)"
-REFINEMENT = {
-    "margin (nats)": "normalized_rewards/margins",
-    DIFFERENCE: "normalized_rewards/margins",
-    "accuracy": "rewards/accuracies",
-    "augmented margin (nats)": "sr/augmented_margins",
-}
+UNREFINED = {"sr_dpo": "sigmoid", "sr_ipo": "ipo"}  # loss -> what it is without the refinement term
+REFINEMENT = ("margin (nats)", "margin minus the unrefined's (nats)", "accuracy", "augmented margin (nats)")
 
 
 def coefficient_figure(betas: Sequence[float]) -> Figure:
@@ -105,7 +100,7 @@ def reward_list_figure(groups: Sequence[Group], title: str) -> Figure | None:
 
 
 def _has_rewards(group: Group) -> bool:
-    return any(_curve(cell.log_history, "chosen") for cell in group.cells)
+    return bool(_runs(group, "normalized_rewards/chosen"))
 
 
 def _reward_panels(
@@ -134,23 +129,23 @@ def _reward_panels(
 
 def _draw_rewards(axes: Axes, group: Group) -> None:
     for curve, colour in CURVES.items():
-        runs = [points for cell in group.cells if (points := _curve(cell.log_history, curve))]
+        runs = _runs(group, f"normalized_rewards/{curve}")
         if len(runs) > 1:
             for points in runs:
                 axes.plot(*zip(*points, strict=True), color=colour, linewidth=0.6, alpha=0.5)
         axes.plot(*zip(*_mean_curve(runs), strict=True), color=colour, label=curve.removesuffix("s"))
 
 
-def _curve(history: Sequence[Log], curve: str) -> list[tuple[int, float]]:
-    return _points(history, f"normalized_rewards/{curve}")
+def _runs(group: Group, metric: str) -> list[Points]:
+    """A metric over the steps, of each seed that has logged it."""
+    runs = ([(log["step"], log[metric]) for log in cell.log_history if metric in log] for cell in group.cells)
+    return [points for points in runs if points]
 
 
-def _points(history: Sequence[Log], metric: str) -> list[tuple[int, float]]:
-    return [(log["step"], log[metric]) for log in history if metric in log]
-
-
-def _mean_curve(runs: Sequence[Sequence[tuple[int, float]]]) -> list[tuple[int, float]]:
+def _mean_curve(runs: Sequence[Points]) -> Points:
     """The mean of runs at the steps that all of them have logged."""
+    if not runs:
+        return []
     values = [dict(points) for points in runs]
     steps = sorted(set.intersection(*(set(points) for points in values)))
     return [(step, float(np.mean([points[step] for points in values]))) for step in steps]
@@ -261,26 +256,30 @@ def refinement_figure(families: Sequence[Sequence[Group]]) -> Figure:
     """
     figure = new_figure(3.4 * len(REFINEMENT), 3.0 * len(families))
     for row, family in zip(figure.subplots(len(families), len(REFINEMENT), squeeze=False), families, strict=True):
-        plain = family[0] if family[0].cells[0].loss not in REFINED else None
+        plain = family[0] if family[0].cells[0].loss not in UNREFINED else None
         shades = ["0.6", *_shades(len(family) - 1)] if plain else _shades(len(family))
-        for axes, (title, metric) in zip(row, REFINEMENT.items(), strict=True):
-            for group, colour in zip(family, shades, strict=True):
-                points = _mean_points(group, metric)
-                if title == DIFFERENCE:
-                    other = dict(_mean_points(plain, metric)) if plain and group is not plain else {}
-                    points = [(step, value - other[step]) for step, value in points if step in other]
+        for group, colour in zip(family, shades, strict=True):
+            width = 3.5 if group is plain else 1.2  # seen where the others lie on it
+            for axes, points in zip(row, _refinement_curves(group, plain), strict=True):
                 if points:
-                    width = 3.5 if group is plain else 1.2  # seen where the others lie on it
                     axes.plot(*zip(*points, strict=True), color=colour, label=group.method, linewidth=width)
+        for axes, title in zip(row, REFINEMENT, strict=True):
             axes.set_title(title, fontsize="medium")
             axes.set_xlabel("step")
         row[0].legend(frameon=False, fontsize="x-small")
     return figure
 
 
-def _mean_points(group: Group, metric: str) -> list[tuple[int, float]]:
-    runs = [points for cell in group.cells if (points := _points(cell.log_history, metric))]
-    return _mean_curve(runs) if runs else []
+def _refinement_curves(group: Group, plain: Group | None) -> list[Points]:
+    """A curve per panel of `REFINEMENT`, empty where there is none."""
+    margins = _mean_curve(_runs(group, "normalized_rewards/margins"))
+    others = dict(_mean_curve(_runs(plain, "normalized_rewards/margins"))) if plain and plain is not group else {}
+    return [
+        margins,
+        [(step, margin - others[step]) for step, margin in margins if step in others],
+        _mean_curve(_runs(group, "rewards/accuracies")),
+        _mean_curve(_runs(group, "sr/augmented_margins")),
+    ]
 
 
 def sizes_figure(groups: Sequence[Group]) -> Figure | None:

@@ -17,7 +17,7 @@ from ..pairs.files import whole_file
 from ..plots import CURVES, save
 from ..sweep.results import Result, SweepResults, read_results
 from .figures import (
-    REFINED,
+    UNREFINED,
     coefficient_figure,
     refinement_figure,
     reward_figure,
@@ -26,7 +26,7 @@ from .figures import (
     score_list_figure,
     sizes_figure,
 )
-from .table import BASELINE, Comparison, Group, compare_with_dpo, degenerated, final, groups
+from .table import Comparison, Group, compare_with_dpo, degenerated, final, groups
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 PIXELS_PER_INCH = 96
 TEMPLATE = Path(__file__).with_name("page.html.j2")
 COEFFICIENT = ("sigmoid", "minor_dpo", "dpop", "sr_dpo")  # the log-sigmoid losses, which have one
-UNREFINED = {"sr_dpo": BASELINE, "sr_ipo": "ipo"}
 
 
 @dataclass(frozen=True)
@@ -141,17 +140,17 @@ def _on_several_betas(found: Sequence[Group]) -> tuple[list[Group], list[Group]]
 
 def _refinement_figures(found: Sequence[Group]) -> Iterator[tuple[str, str, str, Figure]]:
     logged = [group for group in found if any(cell.log_history for cell in group.cells)]
-    refined = [group for group in logged if group.cells[0].loss in REFINED]
+    refined = [group for group in logged if group.cells[0].loss in UNREFINED]
     for rate, beta in sorted({(group.learning_rate, group.beta) for group in refined}):
         members = [g for g in logged if (g.learning_rate, g.beta) == (rate, beta)]
-        families = [[g for g in members if g.cells[0].loss in (UNREFINED[loss], loss)] for loss in REFINED]
-        families = [sorted(f, key=lambda g: g.cells[0].loss in REFINED) for f in families]
+        by_loss = {loss: [g for g in members if g.cells[0].loss == loss] for loss in (*UNREFINED, *UNREFINED.values())}
+        families = [by_loss[plain] + by_loss[loss] for loss, plain in UNREFINED.items() if by_loss[loss]]
         yield (
             f"refinement_lr{rate:g}_beta{beta:g}",
             f"Self-refinement, learning rate {rate:g}, β = {beta:g}",
             "Margins, the share of pairs with a margin above 0, and margins under the augmented prompt, as means over "
             "seeds. After Figure 1 of arXiv 2405.21040.",
-            refinement_figure([f for f in families if any(g.cells[0].loss in REFINED for g in f)]),
+            refinement_figure(families),
         )
 
 

@@ -28,13 +28,14 @@ def slots(sweep: Sweep) -> list[Slot]:
     """
     import torch
 
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if torch.cuda.device_count() == 0 or sweep.gpus_per_cell == 0:
+    count = torch.cuda.device_count()
+    if count == 0 or sweep.gpus_per_cell == 0:
         threads = max(1, (os.cpu_count() or 1) // sweep.at_once)
         place = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
-        hidden = {"CUDA_VISIBLE_DEVICES": ""} if torch.cuda.device_count() else {}
+        hidden = {"CUDA_VISIBLE_DEVICES": ""} if count else {}
         return [place | hidden] * sweep.at_once
-    gpus = visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = visible.split(",") if visible else [str(index) for index in range(count)]
     size = sweep.gpus_per_cell
     if len(gpus) < size:
         raise UserError(f"gpus_per_cell is {size}, but there are {len(gpus)} GPUs here: write a smaller number.")

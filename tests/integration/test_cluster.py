@@ -15,6 +15,8 @@ from sweeps import PATH, make_place, sweep, write_sweep
 
 from llamafactory_ext.sweep.results import read_results
 
+pytestmark = pytest.mark.slow
+
 AXES = [
     {"pref_loss": ["sigmoid", "minor_dpo"], "pref_beta": 0.2},
     {"pref_loss": "sigmoid", "max_grad_norm": "much"},  # fails
@@ -52,9 +54,6 @@ def ray():
 @pytest.fixture(params=["slurm", "ray"])
 def launcher(request):
     return request.param, request.getfixturevalue(request.param)
-
-
-pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize("tuning", ["full", "lora"])
