@@ -6,12 +6,14 @@ reference and pairs, such as all cells of a sweep, compute nothing.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
@@ -23,6 +25,7 @@ from .reference import PendingReference, describe, folder_name, obstacle, stretc
 from .refinement import BATCH_PREFIX, PROMPT_IDS, augmented_pair
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from torch import Tensor
 
 logger = logging.get_logger()  # LLaMA-Factory's own, whose lines reach the console and the web UI
@@ -33,6 +36,7 @@ Place = tuple[int, int, bool]  # of a pair: data set, row, whether it is that ro
 
 COLUMN = "reference_logps"  # of a batch; see `from_column`
 LOCK_SECONDS = 60  # of waiting for another run, before the ranks hear of each other again
+ROWS_AT_ONCE = 1000  # that are read from a data set
 BATCHES_PER_FILE = 16  # per rank; what a killed run loses at most
 
 
@@ -126,7 +130,7 @@ class ReferenceLogps:
         """Every pair, and where it is."""
         for number, dataset in enumerate(self.datasets):
             names = [name for name in (*cache.TOKENS, PROMPT_IDS) if name in dataset.column_names]
-            for row, pair in enumerate(dataset.select_columns(names).with_format("numpy")):
+            for row, pair in enumerate(_rows(dataset.select_columns(names))):
                 yield (number, row, False), pair
                 if PROMPT_IDS in names:
                     yield (number, row, True), augmented_pair(pair)
@@ -210,6 +214,26 @@ class ReferenceLogps:
     def column(self, pairs: Sequence[Pair]) -> Tensor:
         """The values of some pairs, as a column of their batch; see `from_column`."""
         return torch.tensor([self.table[cache.pair_key(pair)] for pair in pairs]).view(torch.int32)
+
+
+def _rows(dataset: Any) -> Iterator[dict[str, np.ndarray]]:
+    """The rows of a data set whose columns are lists of numbers.
+
+    Straight from Arrow: the formatters of `datasets` import what they find of torchvision and others, with names that
+    releases of today no longer have, and convert number by number.
+    """
+    tables = dataset.with_format("arrow")
+    for start in range(0, len(dataset), ROWS_AT_ONCE):
+        table = tables[start : start + ROWS_AT_ONCE]
+        columns = [_lists(table[name]) for name in dataset.column_names]
+        for row in zip(*columns, strict=True):
+            yield dict(zip(dataset.column_names, row, strict=True))
+
+
+def _lists(column: pa.ChunkedArray) -> Iterator[np.ndarray]:
+    for array in column.chunks:
+        values, offsets = array.values.to_numpy(zero_copy_only=False), array.offsets.to_numpy()
+        yield from (values[start:end] for start, end in itertools.pairwise(offsets.tolist()))
 
 
 def _length(pair: Pair) -> int:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from llamafactory.data import PairwiseDataCollatorWithPadding
@@ -132,10 +133,12 @@ class AugmentingCollator(PairwiseDataCollatorWithPadding):
 
 
 def augmented_pair(pair: dict[str, Any]) -> dict[str, Any]:
-    prompt = list(pair[PROMPT_IDS])
+    """The same responses under the augmented prompt, as lists like those of the pair."""
+    prompt = np.asarray(pair[PROMPT_IDS]).tolist()
     changed = {}
     for side in ("chosen", "rejected"):
-        response = [label for label in pair[f"{side}_labels"] if label != IGNORE_INDEX]
+        labels = np.asarray(pair[f"{side}_labels"])
+        response = labels[labels != IGNORE_INDEX].tolist()
         changed[f"{side}_input_ids"] = prompt + response
         changed[f"{side}_labels"] = [IGNORE_INDEX] * len(prompt) + response
         changed[f"{side}_attention_mask"] = [1] * (len(prompt) + len(response))
