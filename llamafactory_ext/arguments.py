@@ -18,6 +18,8 @@ else:  # LLaMA-Factory's class is the other base of the one that `extend` makes
     FinetuningArguments = object
 
 STOCK_LOSSES = ("sigmoid", "hinge", "ipo", "kto_pair", "orpo", "simpo")
+# LLaMA-Factory's switches for trainers in which the plugin has no say.
+OTHER_TRAINERS = {"USE_MCA": "has losses of its own", "USE_MEGATRON_BRIDGE": "has no preference losses"}
 
 # YAML key -> the keyword that a loss function takes it by. The plugin's own keys are null unless the user sets them;
 # LLaMA-Factory's have a default, and count as set where they differ from it.
@@ -244,11 +246,11 @@ def _find_loss(args: PreferenceArguments) -> Loss:
 
 
 def _check_backend(loss: Loss) -> None:
-    if os.environ.get("USE_MCA", "0").lower() in ("1", "true", "y") and loss.name not in STOCK_LOSSES:
-        raise ValueError(
-            f"pref_loss {loss.name!r} cannot be trained with USE_MCA, whose trainer has losses of its own: "
-            "unset USE_MCA."
-        )
+    for switch, why in OTHER_TRAINERS.items():
+        if os.environ.get(switch, "0").lower() in ("1", "true", "y") and loss.name not in STOCK_LOSSES:
+            raise ValueError(
+                f"pref_loss {loss.name!r} cannot be trained with {switch}, whose trainer {why}: unset {switch}."
+            )
 
 
 def _from_keys(args: PreferenceArguments, loss: Loss) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.metadata
 import inspect
 import os
 import shlex
@@ -17,7 +16,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import wrapt
 
@@ -66,10 +65,8 @@ def _check(module: ModuleType, name: str, parameters: tuple[str, ...]) -> None:
 
 
 def _misfit(what: str) -> ImportError:
-    try:
-        upstream = importlib.metadata.version("llamafactory")
-    except importlib.metadata.PackageNotFoundError:
-        upstream = "of unknown version"
+    # Not the distribution's version: a source tree has none, and the development version goes by another name.
+    upstream = getattr(sys.modules.get("llamafactory"), "__version__", "of unknown version")
     return ImportError(
         f"llamafactory_ext {__version__} does not fit LLaMA-Factory {upstream}: {what}. "
         "Install llamafactory>=0.9.4,<0.9.7, or set LLAMAFACTORY_EXT=0 to run LLaMA-Factory without the plugin."
@@ -198,16 +195,26 @@ def _refuse_in_v1(module: ModuleType) -> None:
 
 
 def _launch_v1(stock: Callable[..., None], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuse a loss that the engine lacks: it would train another one, or find out once the weights are loaded."""
     from omegaconf import OmegaConf
-
-    from .arguments import STOCK_LOSSES
 
     files = [word for word in sys.argv[1:] if word.endswith((".yaml", ".yml", ".json")) and os.path.isfile(word)]
     recipe = OmegaConf.merge(OmegaConf.create(), *map(OmegaConf.load, files), OmegaConf.from_cli(sys.argv[1:]))
     loss = OmegaConf.select(recipe, "pref_loss")
-    if loss is not None and loss not in STOCK_LOSSES:
-        raise ValueError(f"pref_loss {loss!r} cannot be trained with USE_V1, which has no preference losses: unset it.")
+    if loss is not None and loss not in (known := _losses_of_v1()):
+        has = f"only the preference losses {', '.join(known)}" if known else "no preference losses"
+        raise ValueError(
+            f"pref_loss {loss!r} cannot be trained with USE_V1: the v1 engine of this LLaMA-Factory has {has}. "
+            "Unset USE_V1."
+        )
     stock(*args, **kwargs)
+
+
+def _losses_of_v1() -> tuple[str, ...]:
+    """None in LLaMA-Factory 0.9.5, whose v1 engine has no such key; later versions list them in its type."""
+    from llamafactory.v1.config.training_args import TrainingArguments
+
+    return get_args(get_type_hints(TrainingArguments).get("pref_loss"))
 
 
 def _add_words(module: ModuleType) -> None:
@@ -338,7 +345,7 @@ PATCHES = (
     ),
     Patch(
         "llamafactory.v1.launcher",
-        "The v1 engine would not know the plugin's losses.",
+        "The v1 engine knows few preference losses, or none, and none of the plugin's.",
         {"launch": ()},
         _refuse_in_v1,
     ),

@@ -166,11 +166,14 @@ def test_other_stages_are_left_alone():
     assert not args.use_ref_model
 
 
-def test_mca_refuses_our_losses_only(monkeypatch):
-    monkeypatch.setenv("USE_MCA", "1")
+@pytest.mark.parametrize("switch", ["USE_MCA", "USE_MEGATRON_BRIDGE"])
+def test_a_trainer_of_megatron_refuses_our_losses_only(switch, monkeypatch):
+    monkeypatch.setenv(switch, "1")
     assert parse(pref_loss="hinge").loss.name == "hinge"
-    with pytest.raises(ValueError, match="unset USE_MCA"):
+    with pytest.raises(ValueError, match=f"'minor_dpo' cannot be trained with {switch}, .*: unset {switch}"):
         parse(pref_loss="minor_dpo")
+    monkeypatch.setenv(switch, "0")
+    assert parse(pref_loss="minor_dpo").loss.name == "minor_dpo"
 
 
 def test_command_line_help_and_values():

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import sys
 from types import ModuleType, SimpleNamespace
+from typing import Literal
 
 import pytest
+from llamafactory.extras.env import VERSION
+from packaging.version import Version
 
-from llamafactory_ext import seam
+from llamafactory_ext import __version__, seam
+from llamafactory_ext.arguments import STOCK_LOSSES
 
 
 @pytest.mark.parametrize("patch", seam.PATCHES, ids=lambda patch: patch.module)
@@ -25,8 +28,8 @@ def test_missing_symbol_is_an_import_error_with_both_versions_and_the_switch(pat
         seam._apply(patch, ModuleType(patch.module))
     message = str(error.value)
     assert "is missing" in message
-    assert importlib.metadata.version("llamafactory") in message
-    assert importlib.metadata.version("llamafactory-ext") in message
+    assert VERSION in message
+    assert __version__ in message
     assert "LLAMAFACTORY_EXT=0" in message
 
 
@@ -67,20 +70,50 @@ def test_a_trainer_that_is_not_ours_is_refused():
         TrainerCheck().on_init_end(None, None, None)
 
 
-@pytest.mark.parametrize("words", [["recipe.yaml"], ["recipe.yaml", "pref_loss=minor_dpo"]])
-def test_v1_refuses_our_losses(words, tmp_path, monkeypatch):
-    loss = "dpop" if len(words) == 1 else "sigmoid"
-    (tmp_path / "recipe.yaml").write_text(f"stage: dpo\npref_loss: {loss}\n", encoding="utf-8")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["llamafactory-cli", "train", *words])
-    with pytest.raises(ValueError, match="cannot be trained with USE_V1"):
-        seam._launch_v1(pytest.fail, None, (), {})
+# --- the v1 engine ----------------------------------------------------------------------------------------------------
+
+LOSSES_OF_V1 = ("sigmoid", "orpo", "simpo") if Version(VERSION) >= Version("0.9.6.dev0") else ()
 
 
-def test_v1_runs_everything_else(tmp_path, monkeypatch):
-    (tmp_path / "recipe.yaml").write_text("stage: sft\n", encoding="utf-8")
+@pytest.fixture
+def launch_v1(tmp_path, monkeypatch):
+    """Launch the v1 engine with a recipe and words of the command line, up to where LLaMA-Factory's own code begins."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["llamafactory-cli", "train", "recipe.yaml"])
-    called = []
-    seam._launch_v1(lambda: called.append(True), None, (), {})
-    assert called == [True]
+
+    def launch(recipe, *words):
+        (tmp_path / "recipe.yaml").write_text(recipe, encoding="utf-8")
+        monkeypatch.setattr(sys, "argv", ["llamafactory-cli", "dpo", "recipe.yaml", *words])
+        started = []
+        seam._launch_v1(lambda: started.append(True), None, (), {})
+        return started == [True]
+
+    return launch
+
+
+@pytest.mark.parametrize("loss", [*STOCK_LOSSES, "minor_dpo", "dpop", "sr_dpo", "sr_ipo", "mine"])
+def test_v1_runs_the_losses_that_it_has_and_refuses_all_others(loss, launch_v1):
+    if loss in LOSSES_OF_V1:
+        assert launch_v1(f"pref_loss: {loss}")
+    else:
+        has = "only the preference losses sigmoid, orpo, simpo" if LOSSES_OF_V1 else "no preference losses"
+        with pytest.raises(ValueError, match=f"{loss}' cannot be trained with USE_V1: .* has {has}. Unset USE_V1"):
+            launch_v1(f"pref_loss: {loss}")
+
+
+def test_v1_goes_by_the_losses_in_its_engines_type(launch_v1, monkeypatch):
+    """As LLaMA-Factory 0.9.6.dev0 declares them, whatever version is installed."""
+    from llamafactory.v1.config.training_args import TrainingArguments
+
+    monkeypatch.setitem(TrainingArguments.__annotations__, "pref_loss", Literal["sigmoid", "orpo", "simpo"])
+    assert launch_v1("pref_loss: orpo")
+    with pytest.raises(ValueError, match="has only the preference losses sigmoid, orpo, simpo"):
+        launch_v1("pref_loss: hinge")
+
+
+def test_v1_the_command_line_decides(launch_v1):
+    with pytest.raises(ValueError, match="'minor_dpo' cannot be trained with USE_V1"):
+        launch_v1("pref_loss: sigmoid", "pref_loss=minor_dpo")
+
+
+def test_v1_runs_everything_else(launch_v1):
+    assert launch_v1("model: some/model")

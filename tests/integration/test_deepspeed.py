@@ -8,19 +8,19 @@ import os
 import shutil
 import subprocess
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 import psutil
 import pytest
 import yaml
+from llamafactory.extras.env import VERSION
 from tiny import recipe
 from two_ranks import LOSSES, PATH, assert_same_training, logs, models, train_on_two_ranks
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed"),
-    pytest.mark.skipif(version("llamafactory") < "0.9.5", reason="LLaMA-Factory 0.9.4 refuses DeepSpeed 0.19.8"),
+    pytest.mark.skipif(VERSION < "0.9.5", reason="LLaMA-Factory 0.9.4 refuses DeepSpeed 0.19.8"),
     pytest.mark.skipif(
         shutil.which(os.environ.get("CXX", "c++")) is None,
         reason="DeepSpeed on CPU compiles an operator at its first use, and there is no C++ compiler",

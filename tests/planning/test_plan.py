@@ -9,7 +9,6 @@ import os
 import shutil
 import subprocess
 import sys
-from importlib.metadata import version
 from pathlib import Path
 
 import count_bytes
@@ -18,6 +17,7 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from llamafactory.extras.env import VERSION
 from llamafactory.extras.misc import find_available_port
 from llamafactory.train.tuner import run_exp
 from rich.console import Console
@@ -610,7 +610,7 @@ def two_ranks(larger_model, long_pairs, tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
-@pytest.mark.skipif(version("llamafactory") < "0.9.5", reason="LLaMA-Factory 0.9.4 refuses DeepSpeed 0.19.8")
+@pytest.mark.skipif(VERSION < "0.9.5", reason="LLaMA-Factory 0.9.4 refuses DeepSpeed 0.19.8")
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "c++")) is None, reason="DeepSpeed compiles an operator")
 @pytest.mark.parametrize("name", ZERO_RUNS)
 def test_the_parts_are_what_each_of_two_ranks_holds(name, two_ranks):
