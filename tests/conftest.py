@@ -32,9 +32,37 @@ def data(tmp_path_factory):
     return tiny.make_data(tmp_path_factory.mktemp("tiny") / "data")
 
 
-def pytest_collection_modifyitems(items):
-    """Fast tests first."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+# What takes longest on workers of their own (make test) comes first, so that none is left alone with it at the end.
+LONGEST_FIRST = (
+    "tests/integration/test_deepspeed.py",
+    "tests/integration/test_board.py",
+    "tests/planning/test_plan.py",
+    "tests/test_trainer.py",
+    "tests/integration/test_sweep.py",
+    "tests/test_reproduce.py",
+    "tests/evaluation/test_judge.py",
+    "tests/integration/test_two_ranks.py",
+    "tests/integration/test_command_line.py",
+    "tests/test_examples.py",
+)
+
+
+def pytest_collection_modifyitems(config, items):
+    """In one process, fast tests first; on workers, which take a file at a time, long files first."""
+    if not hasattr(config, "workerinput"):
+        items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+        return
+    place = {file: index for index, file in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: place.get(item.location[0], len(place)))
+
+
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory):
+    """A folder that all workers of a run share; what they put there needs a lock."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 @pytest.fixture(autouse=True)

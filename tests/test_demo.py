@@ -1,4 +1,4 @@
-"""The demo's parts: problems, and the command line up to the point where models are needed."""
+"""The demo: its problems, what it refuses, and all of it with a tiny model."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny import make_model
 
 DEMO = Path(__file__).parents[1] / "examples" / "demo"
 sys.path.insert(0, str(DEMO))
@@ -51,3 +52,25 @@ def test_wrong_arguments_stop_at_once(tmp_path):
         run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
         assert run.returncode != 0
         assert message in run.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.leg
+def test_the_whole_pipeline_at_its_smallest(tmp_path):
+    """Pairs, three trainings, four scores, curves and table."""
+    # Room for a problem and its solution, every byte of which is a token.
+    model = make_model(tmp_path / "model", max_position_embeddings=2048)
+    words = ["--model", str(model), "--pairs", "4", "--problems", "2", "--output", str(tmp_path / "out")]
+    run = subprocess.run([sys.executable, str(DEMO / "demo.py"), *words], capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
+    (folder,) = (tmp_path / "out").iterdir()
+    for name in ("DPO", "DPOP", "MinorDPO"):
+        history = json.loads((folder / name / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+        margins = [log["normalized_rewards/margins"] for log in history if "normalized_rewards/margins" in log]
+        assert margins[0] == 0.0
+        assert margins[-1] != 0.0
+    for name in ("base", "DPO", "DPOP", "MinorDPO"):
+        result = json.loads((folder / f"score_{name}" / "results.json").read_text(encoding="utf-8"))["base"]
+        assert result["problems"] == 2
+        assert name in run.stdout
+    assert (folder / "normalized_rewards.png").stat().st_size > 10_000

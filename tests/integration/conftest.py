@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 import pytest
+from filelock import FileLock
 from llamafactory.train.tuner import run_exp
 from tiny import make_adapter, make_model, recipe
 from two_ranks import logs
@@ -39,14 +40,15 @@ def recipe_for(data, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def one_process(recipe_for, tmp_path_factory):
+def one_process(recipe_for, shared_folder):
     """The steps of a loss in one process. It takes the micro-batches one after the other that two ranks share out."""
-    folder = tmp_path_factory.mktemp("one_process")
 
     @functools.cache
     def steps_of(name, tuning):
-        output = folder / f"{name}-{tuning}"
-        run_exp(recipe_for(name, tuning, output, **TWO_PAIRS_IN_MICRO_BATCHES_OF_ONE))
+        output = shared_folder / "one_process" / f"{name}-{tuning}"
+        with FileLock(shared_folder / f"one_process-{name}-{tuning}.lock"):
+            if not (output / "trainer_state.json").is_file():
+                run_exp(recipe_for(name, tuning, output, **TWO_PAIRS_IN_MICRO_BATCHES_OF_ONE))
         steps = logs(output)
         # Away from ties, where the kinks of hinge, MinorDPO and DPOP would follow the rounding.
         assert name in ("orpo", "simpo") or abs(steps[0]["normalized_rewards/margins"]) > 0.1

@@ -11,7 +11,7 @@ import yaml
 from tiny import recipe
 from two_ranks import LOSSES, PATH, assert_same_training, logs, models, train_on_two_ranks
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.leg]
 
 
 @pytest.fixture(scope="module")
