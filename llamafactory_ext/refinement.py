@@ -9,7 +9,7 @@ augmented prompt as many tokens are cut as from that of the prompt, so that it m
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -145,11 +145,24 @@ def augmented_pair(pair: dict[str, Any]) -> dict[str, Any]:
     return pair | changed
 
 
+def is_joinable(batch: Mapping[str, Any], per_pair: Collection[str]) -> bool:
+    """Whether `joined` knows what the rows of every column are.
+
+    It does for text. What a collator adds for a picture has a row per picture or per patch, and positions may have
+    several axes. LLaMA-Factory adds the same columns to all batches of a run (those without a picture get a blank one),
+    so the ranks of a run agree.
+
+    Args:
+        per_pair: the columns with a row per pair.
+    """
+    return set(batch) <= {*PADDING, *per_pair}
+
+
 def joined(batches: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Batches of pairs as one: the chosen answers of all of them, then the rejected ones, padded to one length.
 
     Args:
-        batches: of LLaMA-Factory's pairwise collator. A column with a row per pair is joined in the same order.
+        batches: of LLaMA-Factory's pairwise collator, each `is_joinable`.
     """
     length = max(batch["input_ids"].shape[1] for batch in batches)
     columns = {}

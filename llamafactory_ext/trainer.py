@@ -25,7 +25,7 @@ from .losses import bco
 from .monitors import DEGENERATING, DegenerationMonitor, RewardPlot, problem
 from .reference import PendingReference, autocast_dtype, match_precision
 from .reference_logps import COLUMN, Pair, ReferenceCollator, ReferenceLogps, from_column, known_beforehand
-from .refinement import AUGMENTED, joined, refinement, split_batch, without_dropout
+from .refinement import AUGMENTED, is_joinable, joined, refinement, split_batch, without_dropout
 from .registry import PairLogps
 
 if TYPE_CHECKING:
@@ -194,19 +194,21 @@ class PreferenceTrainer(CustomDPOTrainer):
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Any]], Any]:
         """The micro-batches of an optimizer step, their augmented pairs already scored.
 
-        The policy is the same for all of them, so several are scored at a time: without gradient, and so without
-        what a layer keeps for its backward pass, more fit into memory. ZeRO-3 and FSDP gather the weights less often.
+        The policy is the same for all of them, so several are scored at a time where they can be joined: without
+        gradient, and so without what a layer keeps for its backward pass, more fit into memory. ZeRO-3 and FSDP gather
+        the weights less often.
         """
         batches, count = super().get_batch_samples(*args, **kwargs)
         if self.finetuning_args.refinement_prompt is None:
             return batches, count
 
         parts = [split_batch(self._prepare_inputs(batch)) for batch in batches]
+        at_once = MICRO_BATCHES_AT_ONCE if all(is_joinable(augmented, [COLUMN]) for _, augmented in parts) else 1
         scored: list[PairLogps] = []
-        for start in range(0, len(parts), MICRO_BATCHES_AT_ONCE):
-            group = [augmented for _, augmented in parts[start : start + MICRO_BATCHES_AT_ONCE]]
+        for start in range(0, len(parts), at_once):
+            group = [augmented for _, augmented in parts[start : start + at_once]]
             with self.compute_loss_context_manager():
-                together = self._augmented_logps(self.model_wrapped, joined(group))
+                together = self._augmented_logps(self.model_wrapped, group[0] if at_once == 1 else joined(group))
             scored += together.split([len(augmented["labels"]) // 2 for augmented in group])
         return [{**batch, AUGMENTED: pairs} for (batch, _), pairs in zip(parts, scored, strict=True)], count
 
