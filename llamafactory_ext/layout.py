@@ -192,6 +192,21 @@ def obstacle(model: torch.nn.Module, config: Any) -> str | None:
     return None
 
 
+def depends_on_batch(config: Any, collator: Any) -> str | None:
+    """Why the same pair has other log-probabilities beside other pairs, or in another layout, or None.
+
+    Args:
+        config: the model's.
+        collator: LLaMA-Factory's pairwise collator.
+    """
+    rope = str(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None))
+    if "'dynamic'" in rope or "'longrope'" in rope:
+        return "the rotary embedding depends on the longest sequence of a batch"
+    if collator.label_pad_token_id != IGNORE_INDEX:
+        return "`ignore_pad_token_for_loss: false` counts padding, of which every batch has its own"
+    return None
+
+
 def is_stock(model: torch.nn.Module) -> bool:
     """Whether transformers' own code runs, and not Unsloth's or that of the model's repository."""
     return type(inner_model(model)).forward.__module__.startswith("transformers.models.")

@@ -79,7 +79,7 @@ def _scored(model: torch.nn.Module, layout: Layout) -> tuple[Tensor, Tensor]:
     """
     # Copies, because some multimodal models change their inputs in place and a second model reads the same batch.
     inputs = nested_detach(layout.inputs, clone=True)
-    with _head_on(model, layout, chunked=_hands_on_logits(model)) as head:
+    with _head_on(model, layout, chunked=scores_in_chunks(model)) as head:
         output = model(**inputs, return_dict=True, use_cache=False).logits
     if head.gives_logps:
         logps, logit_means = output[0].unbind(dim=-1)
@@ -155,7 +155,7 @@ def _in_chunks(head: Callable[[Tensor], Tensor], hidden: Tensor, target: Tensor,
     return torch.cat([checkpoint(score, *part, use_reentrant=False) for part in parts])[None]
 
 
-def _hands_on_logits(model: torch.nn.Module) -> bool:
+def scores_in_chunks(model: torch.nn.Module) -> bool:
     """Whether what the head gives leaves the model as it is, in float32 too, and can be computed again."""
     inner = inner_model(model)
     # FSDP2 rounds all that the model gives; ZeRO-3 cannot compute a head again that is made up of modules (LoRA).

@@ -9,19 +9,22 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
+import transformers
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, parse_flag_from_env
 from llamafactory.extras import logging
+from llamafactory.extras.env import VERSION as LLAMAFACTORY_VERSION
 from llamafactory.extras.misc import use_modelscope, use_openmind
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from . import __version__
 from .errors import NOT_OUR_TRAINER
+from .layout import depends_on_batch
 
 logger = logging.get_logger()  # LLaMA-Factory's own, whose lines reach the console and the web UI
 
@@ -77,14 +80,15 @@ class PendingReference:
         return own and not changed and args.resume_from_checkpoint is None
 
 
-def obstacle(pending: PendingReference, args: Any, datasets: Sequence[Any]) -> str | None:
+def obstacle(pending: PendingReference, policy: torch.nn.Module, about_run: Mapping[str, Any]) -> str | None:
     """Why log-probabilities cannot be computed ahead, or not be recognised later, or None.
 
     Args:
         pending: the reference.
-        args: transformers' training arguments.
-        datasets: the tokenized data sets.
+        policy: the model to be trained.
+        about_run: the trainer's keyword arguments, with collator, data sets and transformers' training arguments.
     """
+    args, datasets = about_run["args"], datasets_of(about_run)
     model_args = pending.model_args
     if not args.do_train:
         return "without training, each pair is asked about once"
@@ -94,15 +98,15 @@ def obstacle(pending: PendingReference, args: Any, datasets: Sequence[Any]) -> s
         return "the pairs hold more than text"
     if model_args.resize_vocab or model_args.train_from_scratch or model_args.mixture_of_depths == "convert":
         return "the model has weights that are drawn at random"
-    return None
+    return depends_on_batch(policy.config, about_run["data_collator"])
 
 
-def stretched_by_batch(config: Any) -> str | None:
-    """Why the same pair has other log-probabilities in another batch, or None."""
-    rope = str(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None))
-    if "'dynamic'" in rope or "'longrope'" in rope:
-        return "the rotary embedding depends on the longest sequence of a batch"
-    return None
+def datasets_of(about_run: Mapping[str, Any]) -> list[Any]:
+    """The data sets that the run goes through: for training first, then for evaluation."""
+    args = about_run["args"]
+    evaluation = about_run.get("eval_dataset") if args.do_eval or args.eval_strategy != "no" else None
+    parts = evaluation.values() if isinstance(evaluation, dict) else [evaluation]
+    return [dataset for dataset in (about_run.get("train_dataset"), *parts) if dataset is not None]
 
 
 def _holds_media(dataset: Any) -> bool:
@@ -155,7 +159,7 @@ def describe(pending: PendingReference, policy: torch.nn.Module, args: Any) -> d
         "DeepSpeed": args.deepspeed is not None,
         "ZeRO-3": is_deepspeed_zero3_enabled(),  # under which LLaMA-Factory merges no adapter
         "device": args.device.type,
-        "versions": {name: version(name) for name in ("torch", "transformers", "llamafactory", "peft")},
+        "versions": _versions(),
         "llamafactory_ext": __version__,
     }
 
@@ -163,6 +167,16 @@ def describe(pending: PendingReference, policy: torch.nn.Module, args: Any) -> d
 def folder_name(about: Mapping[str, Any]) -> str:
     """The name of the folder of a reference that `describe` describes."""
     return _digest(about)[:32]
+
+
+def _versions() -> dict[str, str]:
+    """By the packages' own word: LLaMA-Factory may run from a source tree, which has no metadata."""
+    return {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "llamafactory": LLAMAFACTORY_VERSION,
+        "peft": peft.__version__,
+    }
 
 
 def _digest(value: Any) -> str:

@@ -16,12 +16,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from llamafactory.extras import logging
 from tqdm import tqdm
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from . import reference_cache as cache
-from .reference import PendingReference, describe, folder_name, obstacle, stretched_by_batch
+from .reference import PendingReference, datasets_of, describe, folder_name, obstacle
+from .reference_cache import Logps
 from .refinement import BATCH_PREFIX, PROMPT_IDS, augmented_pair
 
 if TYPE_CHECKING:
@@ -33,6 +36,8 @@ logger = logging.get_logger()  # LLaMA-Factory's own, whose lines reach the cons
 Pair = dict[str, Any]  # as LLaMA-Factory tokenizes it
 
 Place = tuple[int, int, bool]  # of a pair: data set, row, whether it is that row's augmented pair
+
+Batch = list[tuple[int, Place]]  # of pairs, each with the length of its longer answer
 
 COLUMN = "reference_logps"  # of a batch; see `from_column`
 LOCK_SECONDS = 60  # of waiting for another run, before the ranks hear of each other again
@@ -53,11 +58,11 @@ def known_beforehand(
     Raises:
         ValueError: if the recipe insists where it is not exact.
     """
-    args, datasets = about_run["args"], _datasets(about_run)
+    args, datasets = about_run["args"], datasets_of(about_run)
     wanted = pending.finetuning_args.precompute_ref_log_probs
     if wanted is False:
         return None
-    reason = obstacle(pending, args, datasets) or stretched_by_batch(policy.config)
+    reason = obstacle(pending, policy, about_run)
     about = describe(pending, policy, args) if reason is None else None
     references = None
     if about is not None:
@@ -90,14 +95,6 @@ def _epochs(args: Any, dataset: Any) -> float:
     return args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size / len(dataset)
 
 
-def _datasets(about_run: Mapping[str, Any]) -> list[Any]:
-    """The data sets that the run goes through: for training first, then for evaluation."""
-    args = about_run["args"]
-    evaluation = about_run.get("eval_dataset") if args.do_eval or args.eval_strategy != "no" else None
-    parts = evaluation.values() if isinstance(evaluation, dict) else [evaluation]
-    return [dataset for dataset in (about_run.get("train_dataset"), *parts) if dataset is not None]
-
-
 class ReferenceLogps:
     """A table by pair, the same on every rank.
 
@@ -117,9 +114,10 @@ class ReferenceLogps:
             table, places = cache.read(self.folder), self._places
             # Longest first: batches of like lengths, and what does not fit into memory shows at once.
             missing = sorted((value for key, value in places.items() if key not in table), reverse=True)
-            found = [({key: table[key] for key in places if key in table}, [place for _, place in missing])]
+            longest = max((length for length, (number, *_) in places.values() if number == 0), default=0)
+            found = [({key: table[key] for key in places if key in table}, missing, longest)]
         broadcast_object_list(found)
-        self.table, self.missing = found[0]
+        self.table, self.missing, self.longest = found[0]
 
     @cached_property
     def _places(self) -> dict[bytes, tuple[int, Place]]:
@@ -135,32 +133,46 @@ class ReferenceLogps:
                 if PROMPT_IDS in names:
                     yield (number, row, True), augmented_pair(pair)
 
-    def fill(self, score: Callable[[list[Pair]], Tensor], batch_size: int) -> None:
+    def fill(self, score: Callable[[list[Pair]], Tensor], tokens: int) -> None:
         """Compute what is missing, shared out over the ranks; what is done is on disk, whatever happens then.
 
         Args:
             score: gives the reference's log-probabilities of some pairs, shape `(pairs, 2)`, chosen first.
-            batch_size: pairs that it is given at a time.
+            tokens: the most that it is given at a time, padding included; at least one pair. Where memory runs out, it
+                is given fewer.
 
         Raises:
             ValueError: if a log-probability is not a number.
+            RuntimeError: if not even one pair fits into memory.
         """
-        state = PartialState()
         with self._only_one_run():
             self._look_up()  # another run may have been faster
-            size = BATCHES_PER_FILE * batch_size * state.num_processes
-            hidden = not state.is_local_main_process
-            with tqdm(total=len(self.missing), desc="Reference log-probabilities", disable=hidden) as bar:
-                for start in range(0, len(self.missing), size):
-                    part = self.missing[start : start + size]
-                    computed = dict(gather_object(list(self._score(_share(part), score, batch_size))))
-                    self.table |= computed
-                    if state.is_main_process:
-                        self._save(cache.append, self.folder, computed, self.about)
-                    bar.update(len(part))
-            if state.is_main_process:
+            rounds = self._rounds(score, tokens)
+            while part := list(itertools.islice(rounds, BATCHES_PER_FILE)):
+                computed = {key: logps for batch in part for key, logps in batch.items()}
+                self.table |= computed
+                if PartialState().is_main_process:
+                    self._save(cache.append, self.folder, computed, self.about)
+            if PartialState().is_main_process:
                 self._save(cache.merge, self.folder, self.about)
         self.missing = []
+
+    def _rounds(self, score: Callable[[list[Pair]], Tensor], tokens: int) -> Iterator[Logps]:
+        """What is missing, a batch of every rank at a time."""
+        state, start = PartialState(), 0
+        bar = tqdm(total=len(self.missing), desc="Reference log-probabilities", disable=not state.is_local_main_process)
+        with bar:
+            while start < len(self.missing):
+                batches = _batches(self.missing, start, tokens, state.num_processes)
+                # With fewer batches than ranks, some compute what others do: they may gather the weights together.
+                computed = self._score(batches[state.process_index % len(batches)], score)
+                everyone: list[Logps | None] = gather_object([computed])
+                if None in everyone:
+                    tokens = _fewer(batches)
+                    continue
+                yield {key: logps for part in everyone if part is not None for key, logps in part.items()}
+                start += sum(map(len, batches))
+                bar.update(sum(map(len, batches)))
 
     @contextmanager
     def _only_one_run(self) -> Iterator[None]:
@@ -184,18 +196,24 @@ class ReferenceLogps:
             if locks:
                 locks[-1].release()
 
-    def _score(
-        self, places: list[Place], score: Callable[[list[Pair]], Tensor], batch_size: int
-    ) -> Iterator[tuple[bytes, tuple[float, float]]]:
-        for start in range(0, len(places), batch_size):
-            pairs = [self._pair(*place) for place in places[start : start + batch_size]]
+    def _score(self, batch: Batch, score: Callable[[list[Pair]], Tensor]) -> Logps | None:
+        """The values of a batch's pairs; None if memory ran out."""
+        pairs = [self._pair(*place) for _, place in batch]
+        try:
             logps = score(pairs).float().cpu()
-            if not torch.isfinite(logps).all():
-                raise ValueError(
-                    "the reference gives some response a log-probability that is not a number: check its weights and "
-                    "precision (bf16 in place of fp16)."
-                )
-            yield from zip(map(cache.pair_key, pairs), map(tuple, logps.tolist()), strict=True)
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error) or _ranks_wait_for_each_other():
+                raise
+            logps = None
+        if logps is None:  # outside of the except block, which keeps the tensors of the error's frames alive
+            clear_device_cache(garbage_collection=True)
+            return None
+        if not torch.isfinite(logps).all():
+            raise ValueError(
+                "the reference gives some response a log-probability that is not a number: check its weights and "
+                "precision (bf16 in place of fp16)."
+            )
+        return dict(zip(map(cache.pair_key, pairs), map(tuple, logps.tolist()), strict=True))
 
     def _pair(self, number: int, row: int, augmented: bool) -> Pair:
         pair = self.datasets[number][row]
@@ -240,11 +258,32 @@ def _length(pair: Pair) -> int:
     return max(len(pair["chosen_labels"]), len(pair["rejected_labels"]))
 
 
-def _share(places: list[Place]) -> list[Place]:
-    """This rank's part: as many as the others', because they may gather the model's weights together."""
-    state = PartialState()
-    rows = range(state.process_index, len(places) + -len(places) % state.num_processes, state.num_processes)
-    return [places[row % len(places)] for row in rows]
+def _batches(missing: Sequence[tuple[int, Place]], start: int, tokens: int, count: int) -> list[Batch]:
+    """As many batches, from `missing[start:]`, which is sorted by length, longest first; fewer at its end."""
+    batches = []
+    while len(batches) < count and start < len(missing):
+        size = max(1, tokens // (2 * missing[start][0]))
+        batches.append(list(missing[start : start + size]))
+        start += size
+    return batches
+
+
+def _fewer(batches: list[Batch]) -> int:
+    """Half the tokens of the largest of some batches, with which memory ran out."""
+    if all(len(batch) == 1 for batch in batches):
+        raise RuntimeError(
+            f"memory ran out while the reference scored a single pair of {batches[0][0][0]} tokens an answer: write a "
+            "smaller `cutoff_len`."
+        )
+    tokens = max(2 * batch[0][0] * len(batch) for batch in batches) // 2
+    logger.warning_rank0(f"Memory ran out while the reference scored pairs: going on with {tokens} tokens at a time.")
+    return tokens
+
+
+def _ranks_wait_for_each_other() -> bool:
+    """Whether ranks gather weights within a forward pass, so that one of them cannot leave it and try again."""
+    sharded = is_deepspeed_zero3_enabled() or parse_flag_from_env("ACCELERATE_USE_FSDP")
+    return sharded and PartialState().num_processes > 1
 
 
 def from_column(column: Tensor) -> Tensor:

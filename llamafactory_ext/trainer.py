@@ -19,8 +19,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.utils import RunningMoments
 
 from .errors import NOT_OUR_TRAINER
-from .layout import Batch, Layout, is_text, obstacle, padded, shared_prefix
-from .logps import ResponseLogps, response_logps
+from .layout import Batch, Layout, depends_on_batch, is_text, obstacle, padded, shared_prefix
+from .logps import ResponseLogps, response_logps, scores_in_chunks
 from .losses import bco
 from .monitors import DEGENERATING, DegenerationMonitor, RewardPlot, problem
 from .reference import PendingReference, autocast_dtype, match_precision
@@ -77,20 +77,20 @@ class PreferenceTrainer(CustomDPOTrainer):
         self.is_own_reference = ref_model is model
         self.ref_model: Any = None
         self._metric_sums: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
-        args = kwargs["args"]
+        args, collator = kwargs["args"], kwargs["data_collator"]
         self.references: ReferenceLogps | None = None
         if isinstance(ref_model, PendingReference):
             self.references = known_beforehand(ref_model, model, kwargs)
             is_needed = self.references is None or (self.references.missing and not ref_model.starts_as_policy(args))
             ref_model = ref_model.load() if is_needed else None
         if self.references is not None:
-            kwargs["data_collator"] = ReferenceCollator(kwargs["data_collator"], self.references)
+            kwargs["data_collator"] = ReferenceCollator(collator, self.references)
         # ZeRO-3 has loaded both models in the precision of its configuration, and in pieces.
         if ref_model is not None and not self.is_own_reference and not is_deepspeed_zero3_enabled():
             match_precision(ref_model, model, autocast_dtype(args))
 
         super().__init__(model=model, ref_model=ref_model, finetuning_args=finetuning_args, **kwargs)
-        self.shares_prefix = self._may_share_prefix()
+        self.shares_prefix = self._may_share_prefix(collator)
         if self.references is not None:
             self.add_callback(BeforeTraining(self.compute_reference_logps))
         self.add_callback(DegenerationMonitor(stops=bool(finetuning_args.pref_stop_on_degeneration)))
@@ -140,7 +140,7 @@ class PreferenceTrainer(CustomDPOTrainer):
         logger.warning_rank0_once("A batch holds more than text: a row per answer is computed.")
         return padded(batch)
 
-    def _may_share_prefix(self) -> bool:
+    def _may_share_prefix(self, collator: Any) -> bool:
         wanted = self.finetuning_args.share_prefix
         if wanted is False:
             return False
@@ -148,6 +148,7 @@ class PreferenceTrainer(CustomDPOTrainer):
         configs = [self.accelerator.unwrap_model(model).config for model in models]
         reasons = (obstacle(model, config) for model, config in zip(models, configs, strict=True))
         reason = next((reason for reason in reasons if reason is not None), None)
+        reason = reason or next(filter(None, (depends_on_batch(config, collator) for config in configs)), None)
         if len({config._attn_implementation for config in configs}) > 1:
             reason = "policy and reference compute attention in different ways"
         if self.args.neftune_noise_alpha is not None:
@@ -181,14 +182,18 @@ class PreferenceTrainer(CustomDPOTrainer):
         return policy, pairs
 
     def _reference_logps(self, model: Any, layout: Layout) -> tuple[Tensor, Tensor]:
-        """By the reference model, or by the policy: without its adapter, or as it is before the first step."""
+        """By the reference model, or by the policy: without its adapter, or as it is before the first step.
+
+        Without noise (dropout, neftune_noise_alpha) in any case, so that it is the same whenever it is computed.
+        """
         has_adapter = self.finetuning_args.finetuning_type == "lora"
         if self.ref_model is None and has_adapter:
             context = self.accelerator.unwrap_model(model).disable_adapter()
         else:
             context = nullcontext()
-        with torch.no_grad(), context:
-            reference = response_logps(model if self.ref_model is None else self.ref_model, layout)
+        scorer = model if self.ref_model is None else self.ref_model
+        with torch.no_grad(), context, without_dropout(scorer):
+            reference = response_logps(scorer, layout)
         return reference.chosen, reference.rejected
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Any]], Any]:
@@ -223,8 +228,10 @@ class PreferenceTrainer(CustomDPOTrainer):
         """Compute what is not known yet of the reference's log-probabilities, and let go of its model."""
         assert self.references is not None
         if self.references.missing:
-            with without_dropout(self.model_wrapped):
-                self.references.fill(self._score, self.args.eval_batch_size)
+            # What a training step takes, and more only where no logits are held: without gradient, it needs less.
+            at_once = MICRO_BATCHES_AT_ONCE if scores_in_chunks(self.model_wrapped) else 1
+            tokens = at_once * self.args.train_batch_size * 2 * self.references.longest
+            self.references.fill(self._score, tokens)
         reference, self.ref_model = self.ref_model, None
         if hasattr(reference, "destroy"):  # DeepSpeed's engine
             reference.destroy()

@@ -7,6 +7,7 @@ import logging
 import shutil
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,8 @@ from tiny import make_adapter, make_data, make_model, recipe
 from transformers import AutoModelForCausalLM, LlamaConfig, TrainerCallback
 
 from llamafactory_ext import reference_logps
-from llamafactory_ext.reference import PendingReference, describe, folder_name, stretched_by_batch
+from llamafactory_ext.layout import depends_on_batch
+from llamafactory_ext.reference import PendingReference, describe, folder_name
 
 SR_PROMPT = "Rate 9 of 9: "
 EVALUATION = {"eval_dataset": "pairs_eval", "eval_strategy": "steps", "eval_steps": 2}
@@ -279,7 +281,7 @@ def test_a_short_run_computes_only_what_it_trains_on(train, scored, log):
 @pytest.mark.parametrize(("kind", "exact"), [("dynamic", False), ("linear", True)])
 def test_frequencies_that_depend_on_the_batch(kind, exact):
     config = LlamaConfig(rope_scaling={"rope_type": kind, "factor": 2.0})
-    assert (stretched_by_batch(config) is None) == exact
+    assert (depends_on_batch(config, SimpleNamespace(label_pad_token_id=-100)) is None) == exact
 
 
 @pytest.mark.parametrize("tuning", ["full", "lora"])

@@ -39,11 +39,14 @@ def make_data(folder: Path, train: int = 12, evaluation: int = 5) -> Path:
     return folder
 
 
-def make_model(folder: Path, seed: int = 0, dtype: str = "bfloat16", **changes: Any) -> Path:
-    """A two-layer Llama of random weights with a byte-level tokenizer, saved in bfloat16 as most models are."""
+def make_model(
+    folder: Path, seed: int = 0, dtype: str = "bfloat16", config: str = "LlamaConfig", **changes: Any
+) -> Path:
+    """A two-layer model of random weights with a byte-level tokenizer, saved in bfloat16 as most models are."""
     import torch
+    import transformers
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     special = ["<|im_start|>", "<|im_end|>"]
@@ -73,8 +76,8 @@ def make_model(folder: Path, seed: int = 0, dtype: str = "bfloat16", **changes: 
         "eos_token_id": 1,
         "pad_token_id": 1,
     }
-    config = LlamaConfig(**{**shape, **changes})
-    LlamaForCausalLM(config).to(getattr(torch, dtype)).save_pretrained(folder)
+    made = AutoModelForCausalLM.from_config(getattr(transformers, config)(**{**shape, **changes}))
+    made.to(getattr(torch, dtype)).save_pretrained(folder)
     fast.save_pretrained(folder)
     return folder
 
