@@ -259,7 +259,8 @@ def test_dropout_is_off_in_the_augmented_pass_and_on_in_training(data, tmp_path,
     assert abs(first["normalized_rewards/chosen"]) > 0.01
 
 
-def test_the_augmented_pairs_of_a_step_are_scored_some_at_a_time(model, other_model, train, monkeypatch):
+@pytest.mark.parametrize("precompute", [False, True])
+def test_the_augmented_pairs_of_a_step_are_scored_some_at_a_time(precompute, model, other_model, train, monkeypatch):
     """Five micro-batches a step: four at once and one; the numbers are those of one at a time."""
     calls = []
     score = trainer.PreferenceTrainer._augmented_logps
@@ -271,6 +272,7 @@ def test_the_augmented_pairs_of_a_step_are_scored_some_at_a_time(model, other_mo
     monkeypatch.setattr(trainer.PreferenceTrainer, "_augmented_logps", counted)
     changes = {"ref_model": str(other_model), "sr_prompt": SHORT, "gradient_accumulation_steps": 5}
     changes |= {"per_device_train_batch_size": 1, "max_steps": 2, "optim": "sgd"}
+    changes |= {"precompute_ref_log_probs": precompute}
     at_once = train(model, **changes)
     assert calls == [4, 1, 4, 1]
     monkeypatch.setattr(trainer, "MICRO_BATCHES_AT_ONCE", 1)
