@@ -91,10 +91,12 @@ def _run_dpo(stock: Callable[..., None], instance: Any, args: tuple[Any, ...], k
     from llamafactory.train.dpo import trainer as upstream
     from llamafactory.train.dpo import workflow
 
+    from .pitfalls import check_recipe
     from .reference import PendingReference
     from .trainer import PreferenceTrainer, TrainerCheck
 
     arguments = inspect.signature(stock).bind(*args, **kwargs).arguments
+    check_recipe(*(arguments[name] for name in ("model_args", "data_args", "training_args", "finetuning_args")))
     _announce(arguments["model_args"], arguments["training_args"], arguments["finetuning_args"])
 
     callbacks = arguments.get("callbacks") or []

@@ -1,0 +1,96 @@
+"""Recipes that LLaMA-Factory accepts and then fails at, or trains wrongly, with a message that does not say why.
+
+`check_recipe` sees them coming in stage dpo before data and weights are loaded. It only speaks where LLaMA-Factory
+itself would fail, or train against another reference than it says: whatever else trains in stock, trains.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def check_recipe(model_args: Any, data_args: Any, training_args: Any, finetuning_args: Any) -> None:
+    """Say what is wrong with a recipe, and what to write instead.
+
+    Args:
+        model_args, data_args, training_args, finetuning_args: what LLaMA-Factory made of the recipe, for `run_dpo`.
+
+    Raises:
+        ValueError: with one sentence, at the first thing that cannot be trained.
+    """
+    _check_streaming(data_args, training_args)
+    _check_new_tokens(model_args, training_args, finetuning_args)
+    _check_rope_scaling(model_args)
+
+
+def _check_streaming(data_args: Any, training_args: Any) -> None:
+    """A streamed file is cut into as many shards as there are workers: none of it is left with 0 (StopIteration)."""
+    from llamafactory.data.parser import get_dataset_list
+
+    if not data_args.streaming or training_args.dataloader_num_workers > 0 or data_args.tokenized_path is not None:
+        return
+    names = [*(data_args.dataset or []), *(data_args.eval_dataset or [])]
+    files = [str(each) for each in get_dataset_list(names, data_args.dataset_dir) if each.load_from == "file"]
+    if files:
+        raise ValueError(
+            "`streaming: true` reads nothing from files without a worker (there are `dataloader_num_workers: 0`): "
+            f"write `dataloader_num_workers: 1` or more to stream {', '.join(files)}, or remove `streaming: true`."
+        )
+
+
+def _check_new_tokens(model_args: Any, training_args: Any, finetuning_args: Any) -> None:
+    """A reference model of its own would be given the new tokens once more, with other random embeddings.
+
+    For a list of tokens LLaMA-Factory 0.9.5 does not even get there ('list' object has no attribute 'split').
+    """
+    # From a description, and without noise, an embedding comes out the same twice.
+    described = model_args.new_special_tokens_config is not None and model_args.init_special_tokens == "desc_init"
+    keys = ["add_tokens"] if model_args.add_tokens is not None else []
+    if model_args.add_special_tokens is not None and not described:
+        keys += ["new_special_tokens_config" if model_args.new_special_tokens_config else "add_special_tokens"]
+    is_loaded = finetuning_args.ref_model is not None or (
+        training_args.do_train and finetuning_args.finetuning_type != "lora"
+    )
+    if keys and finetuning_args.use_ref_model and is_loaded:
+        taken = " and ".join(f"`{key}`" for key in keys)
+        raise ValueError(
+            f"{taken}: the reference model would not be given the same new embeddings as the policy, which are random. "
+            "Put the tokens into a copy of the model first (`llamafactory-cli export` takes the same keys, as "
+            f"`--model_name_or_path`, `--{keys[0]}` and so on, and writes to `--export_dir`), and train that copy "
+            f"without {taken}."
+        )
+
+
+def _check_rope_scaling(model_args: Any) -> None:
+    """LLaMA-Factory stretches the config as transformers 4 takes it: with a float, and without the base of the angles.
+
+    Asked by doing it, to a config that is thrown away: another release of either may do better.
+    """
+    if model_args.rope_scaling is None:
+        return
+    import transformers
+    from llamafactory.model import load_config
+    from llamafactory.model.model_utils.rope import configure_rope
+
+    config = load_config(model_args)
+    length, base = getattr(config, "max_position_embeddings", None), _rope_base(config)
+    try:
+        configure_rope(config, model_args)
+        fits = _rope_base(config) == base
+    except Exception as error:  # of a class that older releases of huggingface_hub do not have
+        if type(error).__name__ != "StrictDataclassFieldValidationError":
+            raise
+        fits = False
+    if not fits:
+        name = getattr(model_args.rope_scaling, "value", model_args.rope_scaling)
+        raise ValueError(
+            f"`rope_scaling: {name}`: LLaMA-Factory writes it in a way that transformers {transformers.__version__} "
+            f"does not take. Remove it; up to `cutoff_len: {length}` the model needs none. For more, put `rope_type` "
+            "and `factor` into `rope_parameters`, and the longer `max_position_embeddings`, in the config.json of a "
+            "copy of the model."
+        )
+
+
+def _rope_base(config: Any) -> float | None:
+    """The base of the rotary angles, where the config has it among what is replaced (transformers 5)."""
+    return (getattr(config, "rope_parameters", None) or {}).get("rope_theta")

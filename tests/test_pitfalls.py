@@ -1,0 +1,145 @@
+"""Recipes that LLaMA-Factory fails at without saying why: each fails in stock, is named here, and trains as told."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import tiny
+from llamafactory.train import tuner
+from llamafactory.train.dpo import workflow
+
+NEW_TOKENS = {"<a>": "the first letter", "<b>": "the second letter"}
+
+
+@pytest.fixture
+def train(model, data, tmp_path):
+    def run(model=model, data=data, **changes):
+        tuner.run_exp(tiny.recipe(model, data, tmp_path / "output", **changes))
+        return json.loads((tmp_path / "output" / "trainer_state.json").read_text())["log_history"][0]["loss"]
+
+    return run
+
+
+@pytest.fixture
+def stock(monkeypatch):
+    """LLaMA-Factory's workflow, without what the seam wraps around it."""
+    monkeypatch.setattr(tuner, "run_dpo", workflow.run_dpo.__wrapped__)
+
+
+@pytest.fixture
+def no_loading(monkeypatch):
+    """The sentence comes before data and weights."""
+
+    def loaded(*args, **kwargs):
+        raise AssertionError("something was loaded")
+
+    monkeypatch.setattr(workflow, "get_dataset", loaded)
+    monkeypatch.setattr(workflow, "load_model", loaded)
+
+
+@pytest.fixture
+def descriptions(tmp_path):
+    path = tmp_path / "tokens.yaml"
+    path.write_text(json.dumps(NEW_TOKENS), encoding="utf-8")
+    return str(path)
+
+
+STREAMED = {"streaming": True, "overwrite_cache": None}
+TOKENS = [
+    {"add_tokens": "<a>,<b>"},
+    {"add_special_tokens": "<a>,<b>"},
+    {"add_tokens": "<a>", "finetuning_type": "freeze", "freeze_trainable_layers": 1},
+    {"add_tokens": "<a>", "finetuning_type": "lora", "ref_model": "MODEL"},
+]
+SCALED = {"rope_scaling": "linear", "cutoff_len": 512}
+
+
+def test_stock_streams_nothing_without_workers(train, stock):
+    with pytest.raises(StopIteration):
+        train(**STREAMED, ref_log_probs_cache_dir=None)
+
+
+@pytest.mark.usefixtures("no_loading")
+@pytest.mark.parametrize("sets", [{}, {"eval_dataset": "pairs_eval", "do_eval": True}], ids=["train", "eval"])
+def test_a_streamed_file_needs_a_worker(train, sets):
+    with pytest.raises(ValueError, match=r"write `dataloader_num_workers: 1` or more to stream pairs(\.jsonl, |,)"):
+        train(**STREAMED, **sets)
+
+
+def test_a_streamed_file_with_a_worker_trains(train):
+    assert train(**STREAMED, dataloader_num_workers=1) == pytest.approx(0.6931, abs=1e-3)
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_stock_cannot_copy_the_arguments_of_new_tokens(train, stock, model, tokens):
+    changes = {key: str(model) if value == "MODEL" else value for key, value in tokens.items()}
+    with pytest.raises(AttributeError, match="'list' object has no attribute 'split'"):
+        train(**changes, ref_log_probs_cache_dir=None)
+
+
+@pytest.mark.usefixtures("no_loading")
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_new_tokens_with_a_reference_of_its_own(train, model, tokens):
+    changes = {key: str(model) if value == "MODEL" else value for key, value in tokens.items()}
+    with pytest.raises(ValueError, match=r"copy of the model first .*train that copy without `add_(special_)?tokens`"):
+        train(**changes)
+
+
+def test_stock_gives_the_reference_other_embeddings(train, stock, descriptions):
+    """The loss of the first step is log 2 only if policy and reference are the same model."""
+    loss = train(new_special_tokens_config=descriptions, learning_rate=0.0, ref_log_probs_cache_dir=None)
+    assert abs(loss - 0.6931) > 0.01
+
+
+@pytest.mark.usefixtures("no_loading")
+def test_described_tokens_with_random_embeddings(train, descriptions):
+    with pytest.raises(ValueError, match="train that copy without `new_special_tokens_config`"):
+        train(new_special_tokens_config=descriptions)
+
+
+def test_described_tokens_without_noise_train(train, descriptions):
+    loss = train(new_special_tokens_config=descriptions, init_special_tokens="desc_init")
+    assert loss == pytest.approx(0.6931, abs=1e-3)
+
+
+def test_new_tokens_without_a_reference_train(train):
+    assert train(add_tokens="<a>,<b>", pref_loss="orpo") > 0
+
+
+def test_a_copy_of_the_model_with_the_tokens_trains(train, model, tmp_path):
+    copy = tmp_path / "copy"
+    tuner.export_model(
+        {"model_name_or_path": str(model), "add_tokens": "<a>,<b>", "template": "smollm2", "export_dir": str(copy)}
+    )
+    assert train(model=copy) == pytest.approx(0.6931, abs=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["linear", "dynamic", "yarn", "llama3"])
+def test_rope_scaling_is_tried_before_data_and_weights(train, stock, kind, model, data, tmp_path, monkeypatch):
+    """Where this transformers fails at LLaMA-Factory's config, the sentence comes; where it does not, the run."""
+    changes = SCALED | {"rope_scaling": kind}
+    try:
+        train(**changes, ref_log_probs_cache_dir=None)
+    except Exception:
+        monkeypatch.undo()  # the plugin again
+        with pytest.raises(ValueError, match=rf"`rope_scaling: {kind}`: .*Remove it; up to `cutoff_len: 256`"):
+            tuner.run_exp(tiny.recipe(model, data, tmp_path / "again", **changes))
+    else:
+        monkeypatch.undo()
+        tuner.run_exp(tiny.recipe(model, data, tmp_path / "again", **changes))
+
+
+def test_rope_scaling_that_is_not_needed_trains(train):
+    assert train(rope_scaling="linear", cutoff_len=128) == pytest.approx(0.6931, abs=1e-3)
+
+
+def test_a_model_that_is_stretched_in_its_config_trains(train, model, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(model, copy)
+    config = json.loads((copy / "config.json").read_text())
+    key = "rope_parameters" if "rope_parameters" in config else "rope_scaling"
+    config[key] = {**(config[key] or {}), "rope_type": "linear", "factor": 2.0}
+    (copy / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 512}), encoding="utf-8")
+    assert train(model=copy, cutoff_len=512) == pytest.approx(0.6931, abs=1e-3)
