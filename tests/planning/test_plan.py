@@ -162,7 +162,9 @@ def test_when_a_reference_is_held(changes, held, qwen):
 def test_a_loaded_reference_is_let_go_before_the_first_step(changes, states, qwen):
     if "ref_model" in changes:
         changes = changes | {"ref_model": qwen()["model_name_or_path"]}
-    plan = make_plan(qwen(**{**changes, "per_device_train_batch_size": 1}), 8, 80)
+    # transformers' default with current releases of torch; with old ones, its step takes more than the reference does.
+    keys = {"per_device_train_batch_size": 1, "optim": "adamw_torch_fused"}
+    plan = make_plan(qwen(**{**changes, **keys}), 8, 80)
     excess = plan.memory["excess: reference before the first step"]
     beside = sum(plan.memory[name] for name in (*STATES, "activations", "logits and log-softmax")) + excess
     assert 0 < beside - states * PARAMETERS < 2 * GIB
@@ -560,8 +562,8 @@ def test_the_parts_are_what_a_training_holds(name, larger_model, untied_model, l
 
     for part in STATES:
         assert plan.memory[part] == pytest.approx(real[part], **WITHIN), part
-    if transformers.__version__ < "5":
-        return  # whose layers keep and compute other tensors than those that the formulas count
+    if transformers.__version__ < "5" or torch.__version__.startswith("2.6."):
+        return  # whose layers, or attention on a CPU, keep and compute other tensors than those that the formulas count
     assert plan.memory["activations"] == pytest.approx(real["kept"], **WITHIN)
     # Beside weights, states and gradients of the micro-batches before: the most that a micro-batch takes, or, before
     # there are any, the reference.
