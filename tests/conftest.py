@@ -1,3 +1,4 @@
+import gc
 import os
 import sys
 
@@ -54,6 +55,12 @@ def pytest_collection_modifyitems(config, items):
         return
     place = {file: index for index, file in enumerate(LONGEST_FIRST)}
     items.sort(key=lambda item: place.get(item.location[0], len(place)))
+
+
+def pytest_collection_finish():
+    """What was imported stays: going through it at the end of every training takes most of a tiny one's time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

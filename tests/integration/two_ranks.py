@@ -5,6 +5,7 @@ A test imports it to launch; torchrun runs it on every rank, to train each recip
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -106,6 +107,7 @@ def train(recipes: list[dict[str, Any]]) -> None:
     # LLaMA-Factory takes the process group down after a run; the next run of the list still needs it.
     end_process_group, dist.destroy_process_group = dist.destroy_process_group, lambda *args: None
 
+    gc.freeze()  # what was imported, so that the collection at the end of each training need not go through it
     for settings in recipes:
         run_exp(settings)
     end_process_group()
