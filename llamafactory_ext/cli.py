@@ -48,15 +48,15 @@ def env() -> None:
     """Versions, whether the plugin acts, devices, and conflicts with their fix; ends with 1 if there are conflicts."""
     from .environment import findings
 
-    table = Table(show_header=False, box=None)
-    conflicts = 0
-    for finding in findings():
-        table.add_row(finding.name, escape(finding.value), style="red" if finding.fix else None)
+    found = findings()
+    width = max(len(finding.name) for finding in found)
+    for finding in found:
+        # Not in a table, which would break the commands that are there to be copied.
+        line = f"{finding.name:{width}}  {finding.value}"
+        console.print(line, style="red" if finding.fix else None, soft_wrap=True, markup=False, highlight=False)
         if finding.fix:
-            table.add_row("", escape(f"-> {finding.fix}"))
-            conflicts += 1
-    console.print(table)
-    if conflicts:
+            console.print(f"{'':{width}}  -> {finding.fix}", soft_wrap=True, markup=False, highlight=False)
+    if any(finding.fix for finding in found):
         raise typer.Exit(1)
 
 

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import os
 import platform
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from . import __version__
 from .arguments import STOCK_LOSSES
+from .distributions import distribution, requires, version
 
 PACKAGES = ("llamafactory", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "deepspeed", "vllm")
 OPTIONAL = ("bitsandbytes", "flash-attn", "liger-kernel", "torchvision", "torchaudio")
+COMPANIONS = ("torchvision", "torchaudio")
 SAFE_DEEPSPEED = "0.19.8"
+# torchaudio 2.11, the last one, requires no torch, but stops beside another CUDA than its own, which is 13.0. These are
+# the releases of torch on PyPI with that CUDA; each earlier torchaudio requires the torch that it was built for.
+LAST_TORCHAUDIO, ITS_TORCH = "2.11.0", ">=2.11,<2.15"
 
 
 @dataclass(frozen=True)
@@ -29,17 +34,9 @@ class Finding:
 
 def findings() -> list[Finding]:
     """Everything worth knowing when a training does not do what it should, in the order in which to read it."""
-    checks: tuple[Callable[[], Iterator[Finding]], ...] = (_versions, _requirements, _plugin, _devices, _deepspeed)
-    checks += (_vllm, _loss_dispatch, _torchvision)
+    checks: tuple[Callable[[], Iterator[Finding]], ...] = (_versions, _requirements, _torch, _companions, _training)
+    checks += (_plugin, *((_devices, _deepspeed) if _import_error("torch") is None else ()), _vllm, _loss_dispatch)
     return [finding for check in checks for finding in check()]
-
-
-def version(package: str) -> str | None:
-    """The installed version, or None."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _older(package: str, bound: str) -> bool:
@@ -64,35 +61,119 @@ def _requirements() -> Iterator[Finding]:
     from packaging.requirements import Requirement
 
     for package in ("llamafactory", "llamafactory-ext"):
-        for line in _requires(package):
+        found = distribution(package)
+        for line in requires(package):
             requirement = Requirement(line)
             if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
                 continue
+            requirement.marker = None
             installed = version(requirement.name)
+            needs = f"{package if found is None else found.name} needs"
             # torchvision and torchaudio are required of everybody, but a text-only machine does without.
-            if installed is None and requirement.name not in ("torchvision", "torchaudio"):
-                yield Finding(f"{package} needs", line, f'it is not installed: pip install "{line}"')
+            if installed is None and requirement.name not in COMPANIONS:
+                yield Finding(needs, line, f'it is not installed: pip install "{requirement}"')
             if installed is not None and not requirement.specifier.contains(installed, prereleases=True):
-                yield Finding(f"{package} needs", line, f'{installed} is installed: pip install "{line}"')
+                yield Finding(needs, line, f'{installed} is installed: pip install "{requirement}"')
 
 
-def _requires(package: str) -> list[str]:
+def _import_error(module: str) -> Exception | None:
+    """What an import ends with, at its root: a RuntimeError for a missing symbol, an OSError for a missing library."""
     try:
-        return importlib.metadata.requires(package) or []
-    except importlib.metadata.PackageNotFoundError:
-        return []
+        importlib.import_module(module)
+    except Exception as error:
+        while isinstance(error.__cause__, Exception):
+            error = error.__cause__
+        return error
+    return None
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _torch() -> Iterator[Finding]:
+    from packaging.version import Version
+
+    installed, error = version("torch"), _import_error("torch")
+    if installed is not None and error is not None:
+        fix = f'pip install --force-reinstall "torch=={Version(installed).public}"'
+        yield Finding("torch", f"{installed} cannot be imported ({_told(error)})", fix)
+
+
+def _companions() -> Iterator[Finding]:
+    """torchvision and torchaudio are built for one torch: beside another, LLaMA-Factory fails at their import."""
+    broken = {package: reason for package in COMPANIONS if (reason := _misfit(package))}
+    for package, reason in broken.items():
+        yield Finding(package, f"{version(package)} {reason}", _companions_fix(tuple(broken)))
+
+
+def _misfit(companion: str) -> str | None:
+    """Why an installed companion does not go with the installed torch; None if it does, or one of them is not there."""
+    if version(companion) is None or _import_error("torch") is not None:
+        return None
+    if wanted := _torch_refused_by(companion):
+        return f"needs {wanted}, but {version('torch')} is installed"
+    error = _import_error(companion)
+    return None if error is None else f"cannot be imported ({_told(error)})"
+
+
+def _torch_refused_by(companion: str) -> str | None:
+    """The torch that a companion's metadata requires, if it is not the installed one."""
+    from packaging.requirements import Requirement
+
+    wanted = [each for each in map(Requirement, requires(companion)) if each.name == "torch"]
+    refused = [each for each in wanted if not each.specifier.contains(version("torch") or "", prereleases=True)]
+    return str(refused[0]) if refused else None
+
+
+def _companions_fix(broken: tuple[str, ...]) -> str:
+    """The one line of pip after which torch, torchvision and torchaudio go together, and with them LLaMA-Factory.
+
+    torch stays as it is, unless no torchaudio is built for its CUDA. torchvision's metadata leads pip to the right one.
+    """
+    from packaging.specifiers import SpecifierSet
+    from packaging.version import Version
+
+    installed = {name: Version(found) for name in ("torch", *COMPANIONS) if (found := version(name))}
+    wanted = {name: SpecifierSet() for name in installed} | {"torch": SpecifierSet(f"=={installed['torch'].public}")}
+    if "torchaudio" in broken and installed["torch"] < Version(LAST_TORCHAUDIO):
+        wanted["torchaudio"] = SpecifierSet(f"<{LAST_TORCHAUDIO}")
+    elif "torchaudio" in broken:
+        wanted["torchaudio"] = SpecifierSet(f"=={LAST_TORCHAUDIO}")
+        if installed["torch"] not in SpecifierSet(ITS_TORCH):
+            wanted["torch"] = SpecifierSet(ITS_TORCH)
+    are_wanted = all(installed[name] in wanted[name] for name in wanted) and not any(map(_torch_refused_by, broken))
+    # A build like 2.13.0+cu126 comes from an index of its own, which the companion must come from, too.
+    if are_wanted or any(installed[name].local for name in ("torch", *broken)):
+        return f"text data does without, so take it away: pip uninstall -y {' '.join(broken)}"
+    return "pip install " + " ".join(f'"{name}{wanted[name]}"' if wanted[name] else name for name in wanted)
+
+
+def _training() -> Iterator[Finding]:
+    """Whether LLaMA-Factory itself starts, where nothing that was found before says why it would not."""
+    if any(_torch()) or any(_companions()):
+        return
+    error = _import_error("llamafactory.train.tuner")
+    if error is None:
+        return
+    advised = re.search(r"`pip install ([^`\s]+)", str(error))  # by LLaMA-Factory, without the quotes a shell needs
+    if advised:
+        fix = f'pip install "{advised[1]}"'
+    elif isinstance(error, ModuleNotFoundError) and error.name == "llamafactory":
+        fix = 'pip install "llamafactory>=0.9.4,<0.9.7"'
+    else:
+        fix = 'see where it ends: python -c "import llamafactory.train.tuner"'
+    yield Finding("LLaMA-Factory", f"its training cannot be imported ({_told(error)})", fix)
 
 
 def _plugin() -> Iterator[Finding]:
     if os.environ.get("LLAMAFACTORY_EXT") == "0":
         yield Finding("plugin", "off: LLAMAFACTORY_EXT=0 is set", "unset LLAMAFACTORY_EXT")
         return
-    try:
-        arguments = importlib.import_module("llamafactory.hparams")
-    except ImportError as error:
-        yield Finding("plugin", "off: LLaMA-Factory cannot be imported", f"{error}")
+    if _import_error("llamafactory.hparams") is not None:
+        yield Finding("plugin", "waits for a LLaMA-Factory that can be imported")
         return
-    if hasattr(arguments.FinetuningArguments, "dpop_lambda"):
+    if hasattr(importlib.import_module("llamafactory.hparams").FinetuningArguments, "dpop_lambda"):
         yield Finding("plugin", "active: LLaMA-Factory knows its keys")
     else:
         fix = "install llamafactory-ext with pip into the environment of llamafactory; do not run Python with -S or -I"
@@ -142,13 +223,3 @@ def _loss_dispatch() -> Iterator[Finding]:
         losses = ", ".join(name for name in STOCK_LOSSES if name not in ("sigmoid", "orpo", "simpo"))
         fix = "LLaMA-Factory alone does not pass pref_loss on to TRL 0.20 or later: unset LLAMAFACTORY_EXT"
         yield Finding("pref_loss", f"{losses} train sigmoid", fix)
-
-
-def _torchvision() -> Iterator[Finding]:
-    if version("torchvision") is None:
-        return
-    try:
-        importlib.import_module("torchvision")
-    except Exception as error:  # a missing symbol is a RuntimeError, a missing library an OSError
-        fix = "install the build that belongs to your torch, or uninstall torchvision: text data does without"
-        yield Finding("torchvision", f"cannot be imported ({type(error).__name__}: {error})", fix)

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
-from importlib.metadata import version
 from pathlib import Path
 
+import llamafactory
 import pytest
 import torch
 from llamafactory.hparams import FinetuningArguments
 
-from llamafactory_ext import environment
+from llamafactory_ext import distributions, environment
 from llamafactory_ext.arguments import PREF_BETA, STOCK_LOSSES, keys_of
 from llamafactory_ext.environment import findings
 from llamafactory_ext.registry import get_loss
 
-OLD = version("llamafactory") < "0.9.5"
+LLAMAFACTORY = llamafactory.__version__
+OLD = LLAMAFACTORY < "0.9.5"
 SCRIPT = Path(sys.executable).with_name("llamafactory-ext")
 
 
@@ -32,7 +34,7 @@ def conflicts():
 @pytest.fixture
 def versions(monkeypatch):
     """Other versions than the installed ones; None uninstalls."""
-    installed = environment.version
+    installed = distributions.version
 
     def pretend(**changes):
         monkeypatch.setattr(environment, "version", lambda name: changes.get(name, installed(name)))
@@ -71,13 +73,138 @@ def test_versions_that_llamafactory_refuses(versions):
     assert any(fix.startswith("it is not installed: pip install") for fix in fixes)
 
 
-def test_a_torchvision_that_does_not_import(versions, monkeypatch, tmp_path):
-    (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator nms does not exist')", encoding="utf-8")
+@pytest.fixture
+def module(monkeypatch, tmp_path):
+    """A module that is found before the installed one."""
+
+    def write(name, text):
+        (tmp_path / f"{name}.py").write_text(text, encoding="utf-8")
+        monkeypatch.syspath_prepend(tmp_path)
+        for loaded in [each for each in sys.modules if each.split(".")[0] == name]:
+            monkeypatch.delitem(sys.modules, loaded)
+
+    return write
+
+
+@pytest.fixture
+def torch_family(versions, module, monkeypatch):
+    """torch and companions of other versions, of which `broken` ones do not import, and the torch that they need."""
+
+    def pretend(torch, torchvision=None, torchaudio=None, broken=(), needs=None):
+        versions(torch=torch, torchvision=torchvision, torchaudio=torchaudio)
+        for name in ("torchvision", "torchaudio"):
+            module(name, "raise RuntimeError('compiled with different CUDA versions')" if name in broken else "")
+        metadata = {name: [f"torch{torch_wanted}"] for name, torch_wanted in (needs or {}).items()}
+        monkeypatch.setattr(environment, "requires", lambda package: metadata.get(package, []))
+        return {name: fix for name, fix in conflicts().items() if name.startswith("torch")}
+
+    return pretend
+
+
+def test_a_torch_whose_cuda_has_no_torchaudio_is_the_one_to_go(torch_family):
+    fixes = torch_family("2.15.0", "0.29.2", "2.11.0", broken=["torchaudio"], needs={"torchvision": ">=2.14.0"})
+    assert fixes == {"torchaudio": 'pip install "torch<2.15,>=2.11" torchvision "torchaudio==2.11.0"'}
+
+
+def test_an_old_torch_gets_the_torchaudio_that_was_built_for_it(torch_family):
+    fixes = torch_family("2.6.0", "0.21.0", "2.11.0", broken=["torchaudio"], needs={"torchvision": "==2.6.0"})
+    assert fixes == {"torchaudio": 'pip install "torch==2.6.0" torchvision "torchaudio<2.11.0"'}
+
+
+def test_a_torchvision_of_another_torch_is_known_by_its_metadata(torch_family):
+    fixes = torch_family("2.14.1", "0.28.0", "2.11.0", needs={"torchvision": "==2.13.0"})
+    assert fixes == {"torchvision": 'pip install "torch==2.14.1" torchvision torchaudio'}
+    (found,) = [finding for finding in findings() if finding.name == "torchvision" and finding.fix]
+    assert found.value == "0.28.0 needs torch==2.13.0, but 2.14.1 is installed"
+
+
+def test_both_companions_are_mended_by_one_line(torch_family):
+    needs = {"torchvision": "==2.6.0", "torchaudio": "==2.6.0"}
+    fixes = torch_family("2.13.0", "0.21.0", "2.6.0", broken=["torchvision", "torchaudio"], needs=needs)
+    line = 'pip install "torch==2.13.0" torchvision "torchaudio==2.11.0"'
+    assert fixes == {"torchvision": line, "torchaudio": line}
+
+
+@pytest.mark.parametrize("torch", ["2.13.0+cpu", "2.13.0"])
+def test_a_companion_that_pip_would_keep_as_it_is_goes(torch_family, torch):
+    """Of another index's build, or broken in spite of its versions: an install line would change nothing."""
+    fixes = torch_family(torch, "0.28.0", broken=["torchvision"], needs={"torchvision": "==2.13.0"})
+    assert fixes == {"torchvision": "text data does without, so take it away: pip uninstall -y torchvision"}
+
+
+def test_companions_that_fit_are_no_conflict(torch_family):
+    assert torch_family("2.14.1", "0.29.2", "2.11.0", needs={"torchvision": ">=2.14.0"}) == {}
+
+
+SEES = """
+import sys
+from llamafactory_ext.environment import findings
+for finding in findings():
+    print(finding.name, finding.value, finding.fix, sep=" | ")
+"""
+
+
+def seen_with(folder, *flags):
+    """The findings of a Python process that looks into a folder first."""
+    command = [sys.executable, *flags, "-c", SEES]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(folder)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_packages_without_metadata_are_asked_themselves(tmp_path):
+    """LLaMA-Factory and the plugin on PYTHONPATH, its dependencies beside them, none of the two installed."""
+    for name in ("llamafactory", "llamafactory_ext"):
+        (tmp_path / name).symlink_to(Path(importlib.import_module(name).__file__).parent)
+    site_packages = Path(torch.__file__).parent.parent
+    for entry in site_packages.iterdir():
+        if not entry.name.startswith(("llamafactory", "__editable__", "torchvision", "torchaudio")):
+            (tmp_path / entry.name).symlink_to(entry)
+    shown = seen_with(tmp_path, "-S")
+    assert f"llamafactory | {LLAMAFACTORY} | \n" in shown
+    assert "not installed: pip install" not in shown
+    assert "plugin | off: its start-up hook (llamafactory_ext.pth) did not run" in shown
+
+
+@pytest.mark.slow
+def test_a_torch_that_does_not_import_is_a_finding(tmp_path):
+    (tmp_path / "torch.py").write_text("raise OSError('libcudart.so.13: not found')", encoding="utf-8")
+    shown = seen_with(tmp_path)
+    assert "cannot be imported (OSError: libcudart.so.13: not found) | pip install --force-reinstall" in shown
+
+
+@pytest.mark.slow
+def test_a_transformers_that_llamafactory_refuses_is_told_with_a_line_for_a_shell(tmp_path):
+    """Where no metadata says it, LLaMA-Factory's own check does, and its line is quoted."""
+    refusal = "transformers>=4.55.0,!=5.6.0 is required. To fix: run `pip install transformers>=4.55.0,!=5.6.0` or so."
+    package = tmp_path / "llamafactory"
+    (package / "extras").mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "extras" / "env.py").write_text('VERSION = "0.9.6.dev0"', encoding="utf-8")
+    (package / "hparams.py").write_text(f"raise ImportError({refusal!r})", encoding="utf-8")
+    (package / "train").mkdir()
+    (package / "train" / "tuner.py").write_text("import llamafactory.hparams", encoding="utf-8")
+    shown = seen_with(tmp_path)
+    assert "llamafactory | 0.9.6.dev0 | \n" in shown
+    assert '| pip install "transformers>=4.55.0,!=5.6.0"\n' in shown
+
+
+def test_the_distribution_is_the_one_whose_code_is_imported(monkeypatch, tmp_path):
+    """The development version goes by another name, and may lie over an installed release."""
+    for name, number in (("llamafactory_dev", LLAMAFACTORY), ("llamafactory", "0.1")):
+        info = tmp_path / f"{name}-{number}.dist-info"
+        info.mkdir()
+        text = f"Metadata-Version: 2.1\nName: {name}\nVersion: {number}\nRequires-Dist: transformers!={number}\n"
+        (info / "METADATA").write_text(text, encoding="utf-8")
+        (info / "top_level.txt").write_text("llamafactory\n", encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "torchvision", raising=False)
-    monkeypatch.setattr(environment, "_requires", lambda package: [])
-    versions(torchvision="0.1")
-    assert "uninstall torchvision" in conflicts()["torchvision"]
+    distributions._providers.cache_clear()
+    try:
+        assert distributions.distribution("llamafactory").name == "llamafactory_dev"
+        assert distributions.requires("llamafactory") == [f"transformers!={LLAMAFACTORY}"]
+    finally:
+        distributions._providers.cache_clear()
 
 
 def test_no_compiler(monkeypatch):

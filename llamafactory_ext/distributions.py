@@ -1,0 +1,52 @@
+"""What is installed, found by the name under which it is imported: forks go by another name, source trees by none."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from importlib.metadata import Distribution, PackageNotFoundError, packages_distributions
+from importlib.metadata import distribution as by_name
+
+
+def distribution(package: str) -> Distribution | None:
+    """The distribution that a package comes from, like `llamafactory-kt` for `llamafactory`.
+
+    None if it is not installed, or runs from a source tree that has no metadata.
+    """
+    for name in (package, *_providers().get(package.replace("-", "_"), ())):
+        try:
+            found = by_name(name)
+        except PackageNotFoundError:
+            continue
+        if package != "llamafactory" or _code_version() in (found.version, None):
+            return found
+    return None
+
+
+def version(package: str) -> str | None:
+    """The installed version, or None; LLaMA-Factory's is that of its code, with or without metadata."""
+    found = distribution(package)
+    if found is None and package == "llamafactory":
+        return _code_version()
+    return None if found is None else found.version
+
+
+def requires(package: str) -> list[str]:
+    """What a package's metadata requires of others; nothing if it has none."""
+    found = distribution(package)
+    return [] if found is None else found.requires or []
+
+
+@functools.cache
+def _providers() -> dict[str, list[str]]:
+    """Import name -> names of distributions; half a second, once."""
+    return {package: sorted(set(names)) for package, names in packages_distributions().items()}
+
+
+def _code_version() -> str | None:
+    """LLaMA-Factory's own word: of several distributions that hold its package, the one that says the same is meant."""
+    try:
+        code: str = importlib.import_module("llamafactory.extras.env").VERSION
+    except ImportError:
+        return None
+    return code
