@@ -29,7 +29,7 @@ help:
 	@echo "make eval         score a model on GSM8K with vLLM: MODEL=, DATA=, ARGS= (make eval-env, test-eval, bench-eval)"
 	@echo "make reproduce    the papers' studies in small, and what became of their claims: 75 minutes (with a GPU: GSM8K=)"
 	@echo "make bench        speed and memory of DPO, LLaMA-Factory's and the plugin's: an hour on two cores (ARGS=--quick)"
-	@echo "make bench-data   time and memory of \`llamafactory-ext data metamath\` for 395,000 pairs"
+	@echo "make bench-data   time and memory of \`llamafactory-ext data metamath\`, and of the reference's look-up, at full size"
 	@echo "make check        lint, format and type checks"
 	@echo "make venv         only set up the environment in $(VENV)"
 	@echo "make clean        remove the environments and everything that was made"
@@ -112,6 +112,7 @@ reproduce: venv
 
 bench-data: venv
 	$(BIN)/python benchmarks/metamath.py
+	$(BIN)/python benchmarks/lookup.py
 
 clean:
 	rm -rf .venv .venv-compat .venv-eval $(LEGS:%=.venv-%) outputs build dist *.egg-info

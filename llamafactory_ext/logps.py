@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 CHUNK = 2**26
 
 
+# Of an optimizer step, in a pass without gradient: what a layer keeps for its backward pass is not there, so more fit.
+MICRO_BATCHES_AT_ONCE = 4
+
+
 @dataclass(frozen=True)
 class ResponseLogps:
     """A model's view of a batch of pairs.

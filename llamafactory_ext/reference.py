@@ -24,7 +24,6 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from . import __version__
 from .errors import NOT_OUR_TRAINER
-from .layout import depends_on_batch
 
 logger = logging.get_logger()  # LLaMA-Factory's own, whose lines reach the console and the web UI
 
@@ -80,15 +79,14 @@ class PendingReference:
         return own and not changed and args.resume_from_checkpoint is None
 
 
-def obstacle(pending: PendingReference, policy: torch.nn.Module, about_run: Mapping[str, Any]) -> str | None:
+def obstacle(pending: PendingReference, args: Any, datasets: Sequence[Any]) -> str | None:
     """Why log-probabilities cannot be computed ahead, or not be recognised later, or None.
 
     Args:
         pending: the reference.
-        policy: the model to be trained.
-        about_run: the trainer's keyword arguments, with collator, data sets and transformers' training arguments.
+        args: transformers' training arguments.
+        datasets: the tokenized data sets.
     """
-    args, datasets = about_run["args"], datasets_of(about_run)
     model_args = pending.model_args
     if not args.do_train:
         return "without training, each pair is asked about once"
@@ -98,21 +96,14 @@ def obstacle(pending: PendingReference, policy: torch.nn.Module, about_run: Mapp
         return "the pairs hold more than text"
     if model_args.resize_vocab or model_args.train_from_scratch or model_args.mixture_of_depths == "convert":
         return "the model has weights that are drawn at random"
-    return depends_on_batch(policy.config, about_run["data_collator"])
-
-
-def datasets_of(about_run: Mapping[str, Any]) -> list[Any]:
-    """The data sets that the run goes through: for training first, then for evaluation."""
-    args = about_run["args"]
-    evaluation = about_run.get("eval_dataset") if args.do_eval or args.eval_strategy != "no" else None
-    parts = evaluation.values() if isinstance(evaluation, dict) else [evaluation]
-    return [dataset for dataset in (about_run.get("train_dataset"), *parts) if dataset is not None]
+    return None
 
 
 def _holds_media(dataset: Any) -> bool:
-    arrow = dataset.with_format("arrow")
     names = [name for name in ("images", "videos", "audios") if name in dataset.column_names]
-    return len(dataset) > 0 and any(arrow[:][name].null_count < len(dataset) for name in names)
+    # Without the other columns: rows in another order than on disk are copied.
+    columns = dataset.select_columns(names).with_format("arrow")[:]
+    return any(columns[name].null_count < len(dataset) for name in names)
 
 
 # --- what it is ------------------------------------------------------------------------------------------------------

@@ -23,7 +23,8 @@ from tqdm import tqdm
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from . import reference_cache as cache
-from .reference import PendingReference, datasets_of, describe, folder_name, obstacle
+from .layout import depends_on_batch
+from .reference import PendingReference, describe, folder_name, obstacle
 from .reference_cache import Logps
 from .refinement import BATCH_PREFIX, PROMPT_IDS, augmented_pair
 
@@ -58,11 +59,11 @@ def known_beforehand(
     Raises:
         ValueError: if the recipe insists where it is not exact.
     """
-    args, datasets = about_run["args"], datasets_of(about_run)
+    args, datasets = about_run["args"], _datasets(about_run)
     wanted = pending.finetuning_args.precompute_ref_log_probs
     if wanted is False:
         return None
-    reason = obstacle(pending, policy, about_run)
+    reason = obstacle(pending, args, datasets) or depends_on_batch(policy.config, about_run["data_collator"])
     about = describe(pending, policy, args) if reason is None else None
     references = None
     if about is not None:
@@ -95,6 +96,14 @@ def _epochs(args: Any, dataset: Any) -> float:
     return args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size / len(dataset)
 
 
+def _datasets(about_run: Mapping[str, Any]) -> list[Any]:
+    """The data sets that the run goes through: for training first, then for evaluation."""
+    args = about_run["args"]
+    evaluation = about_run.get("eval_dataset") if args.do_eval or args.eval_strategy != "no" else None
+    parts = evaluation.values() if isinstance(evaluation, dict) else [evaluation]
+    return [dataset for dataset in (about_run.get("train_dataset"), *parts) if dataset is not None]
+
+
 class ReferenceLogps:
     """A table by pair, the same on every rank.
 
@@ -121,8 +130,11 @@ class ReferenceLogps:
 
     @cached_property
     def _places(self) -> dict[bytes, tuple[int, Place]]:
-        """Per pair its length and where it is. The main process alone goes through the data, and once."""
-        return {cache.pair_key(pair): (_length(pair), place) for place, pair in self._pairs()}
+        """Per pair its length and where it is first. The main process alone goes through the data, and once."""
+        places: dict[bytes, tuple[int, Place]] = {}
+        for place, pair in self._pairs():
+            places.setdefault(cache.pair_key(pair), (_length(pair), place))
+        return places
 
     def _pairs(self) -> Iterator[tuple[Place, Pair]]:
         """Every pair, and where it is."""
@@ -260,7 +272,7 @@ def _length(pair: Pair) -> int:
 
 def _batches(missing: Sequence[tuple[int, Place]], start: int, tokens: int, count: int) -> list[Batch]:
     """As many batches, from `missing[start:]`, which is sorted by length, longest first; fewer at its end."""
-    batches = []
+    batches: list[Batch] = []
     while len(batches) < count and start < len(missing):
         size = max(1, tokens // (2 * missing[start][0]))
         batches.append(list(missing[start : start + size]))

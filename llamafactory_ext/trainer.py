@@ -20,7 +20,7 @@ from trl.trainer.utils import RunningMoments
 
 from .errors import NOT_OUR_TRAINER
 from .layout import Batch, Layout, depends_on_batch, is_text, obstacle, padded, shared_prefix
-from .logps import ResponseLogps, response_logps, scores_in_chunks
+from .logps import MICRO_BATCHES_AT_ONCE, ResponseLogps, response_logps, scores_in_chunks
 from .losses import bco
 from .monitors import DEGENERATING, DegenerationMonitor, RewardPlot, problem
 from .reference import PendingReference, autocast_dtype, match_precision
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 logger = logging.get_logger()  # LLaMA-Factory's own, whose lines reach the console and the web UI
 
 BCO_STATE = "bco_running.json"
-MICRO_BATCHES_AT_ONCE = 4  # of an optimizer step, where no gradient is needed
 
 
 class TrainerCheck(TrainerCallback):
@@ -89,8 +88,10 @@ class PreferenceTrainer(CustomDPOTrainer):
         if ref_model is not None and not self.is_own_reference and not is_deepspeed_zero3_enabled():
             match_precision(ref_model, model, autocast_dtype(args))
 
+        models = (model, ref_model) if ref_model is not None else (model,)
+        self.batch_dependence = next(filter(None, (depends_on_batch(m.config, collator) for m in models)), None)
         super().__init__(model=model, ref_model=ref_model, finetuning_args=finetuning_args, **kwargs)
-        self.shares_prefix = self._may_share_prefix(collator)
+        self.shares_prefix = self._may_share_prefix()
         if self.references is not None:
             self.add_callback(BeforeTraining(self.compute_reference_logps))
         self.add_callback(DegenerationMonitor(stops=bool(finetuning_args.pref_stop_on_degeneration)))
@@ -140,15 +141,14 @@ class PreferenceTrainer(CustomDPOTrainer):
         logger.warning_rank0_once("A batch holds more than text: a row per answer is computed.")
         return padded(batch)
 
-    def _may_share_prefix(self, collator: Any) -> bool:
+    def _may_share_prefix(self) -> bool:
         wanted = self.finetuning_args.share_prefix
         if wanted is False:
             return False
         models = [self.model, self.ref_model] if self.ref_model is not None else [self.model]
         configs = [self.accelerator.unwrap_model(model).config for model in models]
         reasons = (obstacle(model, config) for model, config in zip(models, configs, strict=True))
-        reason = next((reason for reason in reasons if reason is not None), None)
-        reason = reason or next(filter(None, (depends_on_batch(config, collator) for config in configs)), None)
+        reason = next((reason for reason in reasons if reason is not None), self.batch_dependence)
         if len({config._attn_implementation for config in configs}) > 1:
             reason = "policy and reference compute attention in different ways"
         if self.args.neftune_noise_alpha is not None:
@@ -208,7 +208,8 @@ class PreferenceTrainer(CustomDPOTrainer):
             return batches, count
 
         parts = [split_batch(self._prepare_inputs(batch)) for batch in batches]
-        at_once = MICRO_BATCHES_AT_ONCE if all(is_joinable(augmented, [COLUMN]) for _, augmented in parts) else 1
+        can_join = self.batch_dependence is None and all(is_joinable(augmented, [COLUMN]) for _, augmented in parts)
+        at_once = self._micro_batches_at_once() if can_join else 1
         scored: list[PairLogps] = []
         for start in range(0, len(parts), at_once):
             group = [augmented for _, augmented in parts[start : start + at_once]]
@@ -216,6 +217,10 @@ class PreferenceTrainer(CustomDPOTrainer):
                 together = self._augmented_logps(self.model_wrapped, group[0] if at_once == 1 else joined(group))
             scored += together.split([len(augmented["labels"]) // 2 for augmented in group])
         return [{**batch, AUGMENTED: pairs} for (batch, _), pairs in zip(parts, scored, strict=True)], count
+
+    def _micro_batches_at_once(self) -> int:
+        """How many a pass without gradient takes; as many as a training step where it would hold all logits."""
+        return MICRO_BATCHES_AT_ONCE if scores_in_chunks(self.model_wrapped) else 1
 
     def _augmented_logps(self, model: Any, batch: Batch) -> PairLogps:
         """The same responses under the augmented prompts: adapters on for the policy, no gradient, no dropout."""
@@ -228,10 +233,8 @@ class PreferenceTrainer(CustomDPOTrainer):
         """Compute what is not known yet of the reference's log-probabilities, and let go of its model."""
         assert self.references is not None
         if self.references.missing:
-            # What a training step takes, and more only where no logits are held: without gradient, it needs less.
-            at_once = MICRO_BATCHES_AT_ONCE if scores_in_chunks(self.model_wrapped) else 1
-            tokens = at_once * self.args.train_batch_size * 2 * self.references.longest
-            self.references.fill(self._score, tokens)
+            pairs = self._micro_batches_at_once() * self.args.train_batch_size
+            self.references.fill(self._score, tokens=2 * pairs * self.references.longest)
         reference, self.ref_model = self.ref_model, None
         if hasattr(reference, "destroy"):  # DeepSpeed's engine
             reference.destroy()

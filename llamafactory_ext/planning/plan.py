@@ -147,7 +147,7 @@ def _training(
     beforehand: bool,
     notes: list[str],
 ) -> Training:
-    from ..logps import CHUNK, FAMILIES
+    from ..logps import CHUNK, FAMILIES, MICRO_BATCHES_AT_ONCE
 
     trust = bool(getattr(model_args, "trust_remote_code", False))
     model = read_model(model_args.model_name_or_path, trust)
@@ -162,11 +162,12 @@ def _training(
         notes.append("additional_target is not counted.")
 
     targets, rank = finetuning_args.lora_target, finetuning_args.lora_rank
+    sequences, in_chunks = 2 * training_args.per_device_train_batch_size, model.family in FAMILIES
     half = bool(training_args.bf16 or training_args.fp16)
     return Training(
         model=model,
         reference=reference,
-        reference_sequences=2 * training_args.per_device_eval_batch_size if beforehand else 0,
+        reference_sequences=sequences * (MICRO_BATCHES_AT_ONCE if in_chunks else 1) if beforehand else 0,
         adapter=lora_adapter(model, targets, rank, finetuning_args.use_dora) if lora else None,
         engine=read_engine(training_args, model, gpus),
         optimizer=_optimizer(finetuning_args, training_args, notes),
@@ -177,10 +178,10 @@ def _training(
         ],
         checkpointing=not model_args.disable_gradient_checkpointing,
         attention={"disabled": "eager", "fa2": "fa2"}.get(str(model_args.flash_attn), "sdpa"),
-        sequences=2 * training_args.per_device_train_batch_size,
+        sequences=sequences,
         length=padded(data_args.cutoff_len),
         answer=answer,
-        chunk=CHUNK if model.family in FAMILIES else math.inf,
+        chunk=CHUNK if in_chunks else math.inf,
     )
 
 
