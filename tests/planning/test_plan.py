@@ -489,12 +489,12 @@ def test_what_is_printed(qwen):
 
 # Large enough that rounding, masks and step counters are of no account; the vocabulary weighs as in a real model.
 SHAPE = {
-    "hidden_size": 256,
-    "intermediate_size": 704,
+    "hidden_size": 128,
+    "intermediate_size": 352,
     "num_hidden_layers": 4,
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
-    "vocab_size": 4096,
+    "vocab_size": 2048,
 }
 WITHIN = {"rel": 0.05}
 BF16 = {"bf16": True, "use_cpu": True}
