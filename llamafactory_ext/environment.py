@@ -88,7 +88,7 @@ def _import_error(module: str) -> Exception | None:
 
 
 def _told(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _torch() -> Iterator[Finding]:
@@ -153,7 +153,7 @@ def _training() -> Iterator[Finding]:
     """Whether LLaMA-Factory itself starts, where nothing that was found before says why it would not."""
     if any(_torch()) or any(_companions()):
         return
-    error = _import_error("llamafactory.train.tuner")
+    error = _import_error("llamafactory.train.tuner") or _refusal()
     if error is None:
         return
     advised = re.search(r"`pip install ([^`\s]+)", str(error))  # by LLaMA-Factory, without the quotes a shell needs
@@ -163,7 +163,16 @@ def _training() -> Iterator[Finding]:
         fix = 'pip install "llamafactory>=0.9.4,<0.9.7"'
     else:
         fix = 'see where it ends: python -c "import llamafactory.train.tuner"'
-    yield Finding("LLaMA-Factory", f"its training cannot be imported ({_told(error)})", fix)
+    yield Finding("LLaMA-Factory", f"does not start ({_told(error)})", fix)
+
+
+def _refusal() -> Exception | None:
+    """LLaMA-Factory's own check of versions: the development version makes it at a launch, not at the import."""
+    try:
+        importlib.import_module("llamafactory.extras.misc").check_dependencies()
+    except ImportError as error:
+        return error
+    return None
 
 
 def _plugin() -> Iterator[Finding]:

@@ -174,9 +174,18 @@ def test_a_torch_that_does_not_import_is_a_finding(tmp_path):
     assert "cannot be imported (OSError: libcudart.so.13: not found) | pip install --force-reinstall" in shown
 
 
+@pytest.mark.parametrize("wanted", ["transformers>=99", "transformers>=4.55.0,!=99"])
+def test_versions_that_only_llamafactory_itself_refuses(monkeypatch, wanted):
+    """A source tree has no metadata; the development version checks at a launch; its line lacks a shell's quotes."""
+    from llamafactory.extras import misc
+
+    monkeypatch.setattr(misc, "check_dependencies", lambda: misc.check_version(wanted))
+    fixes = [finding.fix for finding in findings() if finding.name == "LLaMA-Factory"]
+    assert fixes == ([f'pip install "{wanted}"'] if wanted == "transformers>=99" else [])
+
+
 @pytest.mark.slow
-def test_a_transformers_that_llamafactory_refuses_is_told_with_a_line_for_a_shell(tmp_path):
-    """Where no metadata says it, LLaMA-Factory's own check does, and its line is quoted."""
+def test_a_llamafactory_that_refuses_at_its_import(tmp_path):
     refusal = "transformers>=4.55.0,!=5.6.0 is required. To fix: run `pip install transformers>=4.55.0,!=5.6.0` or so."
     package = tmp_path / "llamafactory"
     (package / "extras").mkdir(parents=True)
@@ -188,6 +197,7 @@ def test_a_transformers_that_llamafactory_refuses_is_told_with_a_line_for_a_shel
     shown = seen_with(tmp_path)
     assert "llamafactory | 0.9.6.dev0 | \n" in shown
     assert '| pip install "transformers>=4.55.0,!=5.6.0"\n' in shown
+    assert "plugin | waits for a LLaMA-Factory that can be imported" in shown
 
 
 def test_the_distribution_is_the_one_whose_code_is_imported(monkeypatch, tmp_path):
@@ -217,10 +227,11 @@ def test_command_line_with_and_without_the_plugin():
     on = run("env")
     assert on.returncode == (1 if OLD else 0), on.stdout + on.stderr
     assert "active: LLaMA-Factory knows its keys" in on.stdout
-    off = run("env", LLAMAFACTORY_EXT="0")
+    off = run("env", LLAMAFACTORY_EXT="0", COLUMNS="40")
     assert off.returncode == 1
     assert "LLAMAFACTORY_EXT=0 is set" in off.stdout
     assert "hinge, ipo, kto_pair train sigmoid" in off.stdout
+    assert "pass pref_loss on to TRL 0.20 or later: unset LLAMAFACTORY_EXT\n" in off.stdout, "a line to copy was broken"
 
 
 def test_keys_are_those_of_the_recipe():
