@@ -113,6 +113,20 @@ def test_computed_once_or_in_every_step(name, tuning, train, other, scored):
     assert_same(known, train(precompute_ref_log_probs=False, **changes))
 
 
+@pytest.mark.parametrize("noise", ["neftune_noise_alpha", "attention_dropout"])
+def test_noise_is_the_policys_alone(noise, train, tmp_path):
+    """LoRA without `ref_model`, where the reference passes through the very model that makes the noise."""
+    if noise == "attention_dropout":
+        model = make_model(tmp_path / "dropout", seed=1, dtype="float32", attention_dropout=0.5)
+        changes = {"model_name_or_path": str(model)}
+    else:
+        changes = {"neftune_noise_alpha": 5.0}
+    changes |= {"finetuning_type": "lora", "pref_loss": "sigmoid"}
+    known = train(precompute_ref_log_probs=True, **changes)
+    assert abs(known[0]["normalized_rewards/chosen"]) > 0.01  # the policy has noise, before its first step
+    assert_same(known, train(precompute_ref_log_probs=False, **changes))
+
+
 def test_the_adapter_is_left_out(train, policy, tmp_path):
     """With LoRA and no `ref_model`, the reference is the model under the adapter."""
     adapter = str(make_adapter(tmp_path / "adapter", policy))
@@ -257,6 +271,7 @@ def test_weights_that_are_broken(train, policy, tmp_path):
         ({"streaming": True, "dataloader_num_workers": 1, "max_steps": 2}, "the data set is streamed"),
         ({"resize_vocab": True}, "drawn at random"),
         ({"train_from_scratch": True}, "drawn at random"),
+        ({"ignore_pad_token_for_loss": False}, "counts padding, of which every batch has its own"),
     ],
 )
 def test_falls_back_and_says_why(changes, reason, train, scored, log):
