@@ -120,6 +120,8 @@ def draw_options(number: int) -> dict[str, Any]:
     for key in draw.sample(sorted(table), draw.randint(2, 10)):
         value = draw.choice(table[key])
         options |= value if isinstance(value, dict) else {key: value}
+    if "pref_bco_weight" in options:  # evaluation moves its baseline in stock, and not here
+        options = {key: value for key, value in options.items() if "eval" not in key and key != "val_size"}
     return options
 
 
@@ -191,8 +193,6 @@ def train(places: dict[str, Path], folder: Path, options: dict[str, Any]) -> Log
     for kind, prefix in (("train", ""), ("eval", "eval_")):
         if options.get(f"per_device_{kind}_batch_size") == 1:
             compared |= {prefix + name for name in METRICS}
-    if "pref_bco_weight" in options:  # evaluation moves its baseline in stock, and not here
-        compared = {name for name in compared if not name.startswith("eval_")}
     return [{key: log[key] for key in log if key in compared} for log in logs]
 
 
