@@ -37,13 +37,17 @@ def data(tmp_path_factory):
 LONGEST_FIRST = (
     "tests/integration/test_deepspeed.py",
     "tests/integration/test_board.py",
-    "tests/planning/test_plan.py",
     "tests/test_trainer.py",
-    "tests/integration/test_sweep.py",
-    "tests/test_reproduce.py",
-    "tests/evaluation/test_judge.py",
-    "tests/integration/test_two_ranks.py",
+    "tests/planning/test_plan.py",
     "tests/integration/test_command_line.py",
+    "tests/integration/test_sweep.py",
+    "tests/integration/test_two_ranks.py",
+    "tests/test_demo.py",
+    "tests/test_vision.py",
+    "tests/test_reference.py",
+    "tests/test_options.py",
+    "tests/test_cli.py",
+    "tests/integration/test_install.py",
     "tests/test_examples.py",
 )
 
