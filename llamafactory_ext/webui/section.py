@@ -70,7 +70,8 @@ class _Section:
         """Show what belongs to the chosen stage and loss. The board sets its language when a page is loaded."""
         loss_file = self.fields["pref_loss_file"]
         triggers = [lang.change, stage.change, loss_file.submit]
-        options: dict[str, Any] = {"queue": False, "show_progress": "hidden", "show_api": False}
+        # One after the other: on a busy machine, an answer to an earlier choice could come last, and hide fields.
+        options: dict[str, Any] = {"concurrency_limit": 1, "show_progress": "hidden", "show_api": False}
         inputs = [stage, self.pref_loss, loss_file]
         gr.on(triggers, self.offer, inputs, [self.pref_loss], **options)
         # Not the choices, when one of them was taken: new ones would close a list that is open again.

@@ -423,7 +423,7 @@ def test_a_run_is_started_and_watched(open_page, address, workspace):
     page.get_by_role("button", name="Start", exact=True).click()
 
     settings = workspace / "saves" / "Custom" / "full" / "healthy" / "training_args.yaml"
-    for _ in range(100):
+    for _ in range(600):
         if settings.is_file():
             break
         page.wait_for_timeout(200)
