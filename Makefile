@@ -6,6 +6,7 @@ LLAMAFACTORY ?= llamafactory==0.9.5
 # Named, because PyPI's newest need not go together: torch 2.15 is built for CUDA 13.2, and LLaMA-Factory cannot be
 # imported beside it, as torchaudio's last release is built for 13.0 and refuses it.
 TORCH ?= torch==2.13.0 torchvision~=0.28.0
+EXTRAS ?= dev
 BIN := $(VENV)/bin
 
 # With a GPU: PyPI's builds, which are for CUDA, and no find-links, which may hold a CPU build that uv would prefer.
@@ -41,7 +42,7 @@ $(VENV)/.ready: pyproject.toml setup.py llamafactory_ext.pth Makefile
 	$(BIN)/python -m pip install --quiet uv
 	for package in $(NEVER_$(BUILD)) $(NEVER); do echo "$$package; sys_platform == 'never'"; done > $(VENV)/never.txt
 	$(BIN)/uv pip install --python $(BIN)/python $(FIND_LINKS_$(BUILD)) --override $(VENV)/never.txt \
-		$(foreach package,$(TORCH) $(LLAMAFACTORY),"$(package)") -e ".[dev]"
+		$(foreach package,$(TORCH) $(LLAMAFACTORY),"$(package)") -e ".[$(EXTRAS)]"
 	touch $@
 
 demo: venv
@@ -70,11 +71,12 @@ test-compat:
 	$(MAKE) test VENV=.venv-compat LLAMAFACTORY="llamafactory==0.9.4"
 
 # Legs: the tests that depend on the environment, in the environments that users have, of CUDA builds but on the CPU.
-#   pip     what pip gives a user with a GPU
+#   pip     what pip gives a user with a GPU, and Ray
 #   oldest  the oldest torch of pyproject.toml, with the torchvision and torchaudio of its release
 #   newest  the newest torch of PyPI with which LLaMA-Factory itself starts
 #   dev     LLaMA-Factory's development version, which `llamafactory-kt` carries, in the bounds that it checks itself
 LEGS := pip oldest newest dev
+LEG_pip := EXTRAS=dev,cluster
 LEG_oldest := TORCH="torch==2.6.0 torchvision~=0.21.0 torchaudio~=2.6.0"
 LEG_newest := TORCH="torch==2.14.1 torchvision~=0.29.0"
 LEG_dev := NEVER="llamafactory transformers-kt accelerate-kt peft-kt trl-kt" \

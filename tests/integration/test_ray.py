@@ -12,7 +12,7 @@ import yaml
 from tiny import recipe
 from two_ranks import PATH, logs
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.leg]
 
 # LLaMA-Factory asks Ray for ten cores per device, and takes each core for a device where there is no GPU: there are
 # never enough. Here it counts the GPUs that Ray was told of; everything else is the command line's own way.
