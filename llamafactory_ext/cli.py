@@ -92,10 +92,10 @@ def plan(
     gpus_per_node: Annotated[int, typer.Option(min=1, help="That share a host's memory.")] = 8,
     tokens: Annotated[
         int | None,
-        typer.Option(min=1, help="Typical length of a sequence, as `data check` shows [default: cutoff_len]."),
+        typer.Option(min=1, help="Typical length of a sequence, as `data check` shows it (default: cutoff_len)."),
     ] = None,
     answer_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Of the longest answer [default: cutoff_len].")
+        int | None, typer.Option(min=1, help="Tokens of the longest answer (default: cutoff_len).")
     ] = None,
 ) -> None:
     """Steps, tokens and memory per GPU by part, from the model's config alone; what to change if it does not fit.

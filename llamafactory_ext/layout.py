@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 
 Batch = dict[str, "Tensor"]
 
+# Why something is not exact, with keys that show it before any model is there; see `depends_on_batch`.
+COUNTED_PADDING = "`ignore_pad_token_for_loss: false` counts padding, of which every batch has its own"
+SHARED_NOISE = "with `neftune_noise_alpha`, both answers would see the same noise"
+
 _SHARED, _CHOSEN, _REJECTED = range(3)  # the parts of a trie
 
 
@@ -203,7 +207,7 @@ def depends_on_batch(config: Any, collator: Any) -> str | None:
     if "'dynamic'" in rope or "'longrope'" in rope:
         return "the rotary embedding depends on the longest sequence of a batch"
     if collator.label_pad_token_id != IGNORE_INDEX:
-        return "`ignore_pad_token_for_loss: false` counts padding, of which every batch has its own"
+        return COUNTED_PADDING
     return None
 
 

@@ -1,12 +1,14 @@
-"""Recipes that LLaMA-Factory accepts and then fails at, or trains wrongly, with a message that does not say why.
+"""Recipes that would fail, or train wrongly, after data and weights are loaded; some without a word of the reason.
 
-`check_recipe` sees them coming in stage dpo before data and weights are loaded. It only speaks where LLaMA-Factory
-itself would fail, or train against another reference than it says: whatever else trains in stock, trains.
+`check_recipe` sees them coming in stage dpo beforehand. Of LLaMA-Factory's own keys it only refuses what LLaMA-Factory
+itself would fail at, or train against another reference than it says: whatever else trains in stock, trains.
 """
 
 from __future__ import annotations
 
 from typing import Any
+
+from .layout import COUNTED_PADDING, SHARED_NOISE
 
 
 def check_recipe(model_args: Any, data_args: Any, training_args: Any, finetuning_args: Any) -> None:
@@ -18,9 +20,22 @@ def check_recipe(model_args: Any, data_args: Any, training_args: Any, finetuning
     Raises:
         ValueError: with one sentence, at the first thing that cannot be trained.
     """
+    _check_insisted(data_args, training_args, finetuning_args)
     _check_streaming(data_args, training_args)
     _check_new_tokens(model_args, training_args, finetuning_args)
     _check_rope_scaling(model_args)
+
+
+def _check_insisted(data_args: Any, training_args: Any, finetuning_args: Any) -> None:
+    """What the recipe insists on, where its other keys already rule it out; the rest is known with the model only."""
+    padding = None if data_args.ignore_pad_token_for_loss else COUNTED_PADDING
+    obstacles = {
+        "precompute_ref_log_probs": "the data set is streamed" if data_args.streaming else padding,
+        "share_prefix": SHARED_NOISE if training_args.neftune_noise_alpha is not None else padding,
+    }
+    for key, reason in obstacles.items():
+        if getattr(finetuning_args, key) and reason is not None:
+            raise ValueError(f"`{key}: true` is not possible here: {reason}. Remove it.")
 
 
 def _check_streaming(data_args: Any, training_args: Any) -> None:

@@ -51,10 +51,10 @@ def read(folder: Path) -> Logps:
         except FileNotFoundError:  # replaced by another process a moment ago
             return read(folder)
         except OSError as error:
-            logger.warning(f"{path} cannot be read ({error}): what it holds is computed again.")
+            logger.warning_rank0_once(f"{path} cannot be read ({error}): what it holds is computed again.")
             continue
         if hashlib.sha256(content).hexdigest() != path.stem:
-            logger.warning(f"{path} is damaged: the reference log-probabilities in it are computed again.")
+            logger.warning_rank0_once(f"{path} is damaged: the reference log-probabilities in it are computed again.")
             continue
         tensors = safetensors.numpy.load(content)
         keys = tensors["keys"].tobytes()

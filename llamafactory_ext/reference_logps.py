@@ -76,16 +76,15 @@ def known_beforehand(
         reason = "the content of its files is not known"
 
     if references is None and wanted:
-        raise ValueError(
-            f"the reference cannot be computed beforehand: {reason}. Remove `precompute_ref_log_probs: true`."
-        )
+        raise ValueError(f"`precompute_ref_log_probs: true` is not possible here: {reason}. Remove it.")
     if references is None:
-        logger.info_rank0(f"The reference's log-probabilities are computed in every step, because {reason}.")
+        logger.info_rank0(f"The reference's log-probabilities are computed in every step: {reason}.")
         return None
     found, missing = len(references.table), len(references.missing)
     logger.info_rank0(
-        f"Reference log-probabilities: {found} pairs in {references.folder}, "
-        + (f"{missing} to compute before the first step." if missing else "no reference model is needed.")
+        f"Reference log-probabilities: {found} of {found + missing} pairs (for training, evaluation and augmented) "
+        f"are in {references.folder}: "
+        + (f"{missing} are computed before the first step." if missing else "no reference model is needed.")
     )
     return references
 

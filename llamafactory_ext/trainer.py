@@ -19,7 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.utils import RunningMoments
 
 from .errors import NOT_OUR_TRAINER
-from .layout import Batch, Layout, depends_on_batch, is_text, obstacle, padded, shared_prefix
+from .layout import SHARED_NOISE, Batch, Layout, depends_on_batch, is_text, obstacle, padded, shared_prefix
 from .logps import MICRO_BATCHES_AT_ONCE, ResponseLogps, response_logps, scores_in_chunks
 from .losses import bco
 from .monitors import DEGENERATING, DegenerationMonitor, RewardPlot, problem
@@ -152,11 +152,11 @@ class PreferenceTrainer(CustomDPOTrainer):
         if len({config._attn_implementation for config in configs}) > 1:
             reason = "policy and reference compute attention in different ways"
         if self.args.neftune_noise_alpha is not None:
-            reason = "with neftune_noise_alpha, both answers would see the same noise"
+            reason = SHARED_NOISE
         if reason is not None and wanted:
-            raise ValueError(f"share_prefix is not exact here: {reason}. Remove `share_prefix: true`.")
+            raise ValueError(f"`share_prefix: true` is not possible here: {reason}. Remove it.")
         if reason is not None:
-            logger.info_rank0(f"What both answers begin with is computed for each of them, because {reason}.")
+            logger.info_rank0(f"Prefix sharing is off: {reason}.")
         return reason is None
 
     def _pair_logps(self, model: Any, batch: Batch, ld_alpha: float | None = None) -> tuple[ResponseLogps, PairLogps]:

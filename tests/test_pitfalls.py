@@ -56,6 +56,25 @@ TOKENS = [
 SCALED = {"rope_scaling": "linear", "cutoff_len": 512}
 
 
+@pytest.mark.parametrize("counts_padding", [{"precompute_ref_log_probs": True}, {"share_prefix": True}])
+def test_counted_padding_rules_out_what_the_recipe_insists_on(train, no_loading, counts_padding):
+    (key,) = counts_padding
+    with pytest.raises(ValueError, match=f"`{key}: true` is not possible here: `ignore_pad_token_for_loss: false`"):
+        train(ignore_pad_token_for_loss=False, **counts_padding)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"precompute_ref_log_probs": True, "dataloader_num_workers": 1, **STREAMED}, "the data set is streamed"),
+        ({"share_prefix": True, "neftune_noise_alpha": 5}, "both answers would see the same noise"),
+    ],
+)
+def test_keys_that_rule_each_other_out(train, no_loading, changes, words):
+    with pytest.raises(ValueError, match=words):
+        train(**changes)
+
+
 def test_stock_streams_nothing_without_workers(train, stock):
     with pytest.raises(StopIteration):
         train(**STREAMED, ref_log_probs_cache_dir=None)

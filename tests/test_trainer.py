@@ -201,15 +201,15 @@ def test_two_hundred_steps_end_at_the_same_losses(tuning, train, float_model, fl
 
 def test_a_prefix_that_cannot_be_shared_is_said_or_refused(train, caplog, tmp_path):
     dropping = make_model(tmp_path / "dropping", attention_dropout=0.1)
-    with pytest.raises(ValueError, match="share_prefix is not exact here: with dropout"):
+    with pytest.raises(ValueError, match="`share_prefix: true` is not possible here: with dropout"):
         train(model_name_or_path=str(dropping), share_prefix=True)
     logger = logging.getLogger("llamafactory")
     logger.addHandler(caplog.handler)
     train(model_name_or_path=str(dropping), max_steps=1)
     train(neftune_noise_alpha=5, max_steps=1)
     logger.removeHandler(caplog.handler)
-    assert "because with dropout, both answers would see the same draw" in caplog.text
-    assert "because with neftune_noise_alpha" in caplog.text
+    assert "Prefix sharing is off: with dropout, both answers would see the same draw" in caplog.text
+    assert "Prefix sharing is off: with `neftune_noise_alpha`" in caplog.text
 
 
 def test_a_foreign_trainer_is_refused(train, monkeypatch):
