@@ -241,12 +241,8 @@ def difference(options: dict[str, Any], ours: Logs | str, stock: Logs | str) -> 
     if isinstance(stock, str):
         return "" if isinstance(ours, str) else f"{options}: stock refuses it: {stock}"
     if isinstance(ours, str):
-        # `precompute_ref_log_probs: true` is an error where it is not exact.
-        return (
-            ""
-            if "`precompute_ref_log_probs: true` is not possible here" in ours
-            else f"{options}: only the plugin refuses it: {ours}"
-        )
+        by_design = "`precompute_ref_log_probs: true` is not possible here" in ours
+        return "" if by_design else f"{options}: only the plugin refuses it: {ours}"
     if has_noise_of_its_own(options):
         return ""
     for number, (step, expected) in enumerate(itertools.zip_longest(ours, stock, fillvalue={})):
