@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib.metadata
 import json
 import os
 import platform
@@ -21,6 +20,7 @@ from training_report import Case, Result
 
 import llamafactory_ext
 from llamafactory_ext.arguments import SR_PROMPT
+from llamafactory_ext.distributions import version
 from llamafactory_ext.errors import UserError
 from llamafactory_ext.registry import get_loss
 
@@ -191,7 +191,7 @@ def sources() -> str:
 
 def versions() -> dict[str, str]:
     packages = ("llamafactory-ext", "llamafactory", "torch", "transformers", "trl")
-    return {name: importlib.metadata.version(name) for name in packages}
+    return {name: version(name) or "not installed" for name in packages}
 
 
 def commit() -> str | None:

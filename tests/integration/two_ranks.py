@@ -22,22 +22,22 @@ LOSSES = [*STOCK_LOSSES, "minor_dpo", "dpop", "sr_dpo", "sr_ipo"]
 PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
 
-def torchrun(script: Path, *words: str) -> None:
+def torchrun(script: Path, *words: str, **settings: str) -> None:
     from llamafactory.extras.misc import find_available_port
 
     port = f"--master_port={find_available_port()}"
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", port, str(script), *words]
     # Python's own view of the environment: the board's runner, tested in this process, leaves more in the C library's.
-    environment = {**os.environ, "PATH": PATH, "PYTHONFAULTHANDLER": "1"}
+    environment = {**os.environ, "PATH": PATH, "PYTHONFAULTHANDLER": "1", **settings}
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     crash = run.stderr.find("Fatal Python error")
     assert run.returncode == 0, run.stderr[crash:][:6000] if crash >= 0 else run.stderr[-4000:]
 
 
-def train_on_two_ranks(recipes: list[dict[str, Any]], folder: Path) -> None:
+def train_on_two_ranks(recipes: list[dict[str, Any]], folder: Path, **settings: str) -> None:
     file = folder / "recipes.json"
     file.write_text(json.dumps(recipes), encoding="utf-8")
-    torchrun(Path(__file__), str(file))
+    torchrun(Path(__file__), str(file), **settings)
 
 
 def logs(output: Path) -> list[dict[str, float]]:
