@@ -1,4 +1,4 @@
-"""What the command line shows without a traceback."""
+"""Errors that several modules raise. The command line shows a UserError without a traceback."""
 
 
 class UserError(ValueError):
@@ -9,3 +9,8 @@ NOT_OUR_TRAINER = (
     "stage dpo built a trainer that is not llamafactory_ext's, which would train another loss than pref_loss names: "
     "unset what replaces it (use_kt, another plugin), or set LLAMAFACTORY_EXT=0."
 )
+
+
+def not_possible(key: str, reason: str) -> ValueError:
+    """What to raise where a recipe says `key: true`, and it would not be exact."""
+    return ValueError(f"`{key}: true` is not possible here: {reason}. Remove it.")

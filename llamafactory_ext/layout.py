@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 Batch = dict[str, "Tensor"]
 
-# Why something is not exact, with keys that show it before any model is there; see `depends_on_batch`.
+# Why something is not exact, where keys of the recipe alone decide it: they are checked before any model is loaded.
 COUNTED_PADDING = "`ignore_pad_token_for_loss: false` counts padding, of which every batch has its own"
 SHARED_NOISE = "with `neftune_noise_alpha`, both answers would see the same noise"
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from .errors import not_possible
 from .layout import COUNTED_PADDING, SHARED_NOISE
+from .reference import STREAMED
 
 
 def check_recipe(model_args: Any, data_args: Any, training_args: Any, finetuning_args: Any) -> None:
@@ -30,12 +32,12 @@ def _check_insisted(data_args: Any, training_args: Any, finetuning_args: Any) ->
     """What the recipe insists on, where its other keys already rule it out; the rest is known with the model only."""
     padding = None if data_args.ignore_pad_token_for_loss else COUNTED_PADDING
     obstacles = {
-        "precompute_ref_log_probs": "the data set is streamed" if data_args.streaming else padding,
+        "precompute_ref_log_probs": STREAMED if data_args.streaming else padding,
         "share_prefix": SHARED_NOISE if training_args.neftune_noise_alpha is not None else padding,
     }
     for key, reason in obstacles.items():
         if getattr(finetuning_args, key) and reason is not None:
-            raise ValueError(f"`{key}: true` is not possible here: {reason}. Remove it.")
+            raise not_possible(key, reason)
 
 
 def _check_streaming(data_args: Any, training_args: Any) -> None:

@@ -25,6 +25,8 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from . import __version__
 from .errors import NOT_OUR_TRAINER
 
+STREAMED = "the data set is streamed"
+
 logger = logging.get_logger()  # LLaMA-Factory's own, whose lines reach the console and the web UI
 
 # Settings of a model that say where it is, how its tokens are made, or how it is trained and served: the log-
@@ -91,7 +93,7 @@ def obstacle(pending: PendingReference, args: Any, datasets: Sequence[Any]) -> s
     if not args.do_train:
         return "without training, each pair is asked about once"
     if any(not hasattr(dataset, "column_names") or not hasattr(dataset, "__len__") for dataset in datasets):
-        return "the data set is streamed"
+        return STREAMED
     if any(_holds_media(dataset) for dataset in datasets):
         return "the pairs hold more than text"
     if model_args.resize_vocab or model_args.train_from_scratch or model_args.mixture_of_depths == "convert":

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from . import reference_cache as cache
+from .errors import not_possible
 from .layout import depends_on_batch
 from .reference import PendingReference, describe, folder_name, obstacle
 from .reference_cache import Logps
@@ -75,14 +76,15 @@ def known_beforehand(
     elif reason is None:
         reason = "the content of its files is not known"
 
-    if references is None and wanted:
-        raise ValueError(f"`precompute_ref_log_probs: true` is not possible here: {reason}. Remove it.")
     if references is None:
+        assert reason is not None
+        if wanted:
+            raise not_possible("precompute_ref_log_probs", reason)
         logger.info_rank0(f"The reference's log-probabilities are computed in every step: {reason}.")
         return None
     found, missing = len(references.table), len(references.missing)
     logger.info_rank0(
-        f"Reference log-probabilities: {found} of {found + missing} pairs (for training, evaluation and augmented) "
+        f"Reference log-probabilities: {found} of {found + missing} pairs (training, evaluation and augmented ones) "
         f"are in {references.folder}: "
         + (f"{missing} are computed before the first step." if missing else "no reference model is needed.")
     )

@@ -18,7 +18,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.utils import RunningMoments
 
-from .errors import NOT_OUR_TRAINER
+from .errors import NOT_OUR_TRAINER, not_possible
 from .layout import SHARED_NOISE, Batch, Layout, depends_on_batch, is_text, obstacle, padded, shared_prefix
 from .logps import MICRO_BATCHES_AT_ONCE, ResponseLogps, response_logps, scores_in_chunks
 from .losses import bco
@@ -154,7 +154,7 @@ class PreferenceTrainer(CustomDPOTrainer):
         if self.args.neftune_noise_alpha is not None:
             reason = SHARED_NOISE
         if reason is not None and wanted:
-            raise ValueError(f"`share_prefix: true` is not possible here: {reason}. Remove it.")
+            raise not_possible("share_prefix", reason)
         if reason is not None:
             logger.info_rank0(f"Prefix sharing is off: {reason}.")
         return reason is None
