@@ -427,6 +427,7 @@ def test_a_run_is_started_and_watched(open_page, address, workspace):
         if settings.is_file():
             break
         page.wait_for_timeout(200)
+    assert settings.is_file(), "the run did not start"
     other = open_page(address)  # a page that is loaded while it runs shows its settings
     expect(dropdown(other, "Stage")).to_have_value("DPO")
     other.get_by_text("RLHF configurations").click()

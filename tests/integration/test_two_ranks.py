@@ -64,9 +64,16 @@ def test_command_line_under_torchrun_with_a_loss_file(model, data, tmp_path):
     settings |= {"pref_loss_args": {"target": 2.0}, "max_steps": 2}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
 
-    environment = os.environ | {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2", "PATH": PATH}
+    environment = os.environ | {
+        "FORCE_TORCHRUN": "1",
+        "NPROC_PER_NODE": "2",
+        "PATH": PATH,
+        "ACCELERATE_USE_CPU": "true",
+    }
     command = ["llamafactory-cli", "train", "recipe.yaml"]
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-4000:]
-    assert (run.stdout + run.stderr).count("is active and trains squared(beta=0.1, target=2.0)") == 1  # rank 0 only
+    printed = run.stdout + run.stderr
+    assert f"distributed & accumulation) = {2 * settings['per_device_train_batch_size']}" in printed  # of two ranks
+    assert printed.count("is active and trains squared(beta=0.1, target=2.0)") == 1  # rank 0 only
     assert logs(tmp_path / "out")[0]["loss"] == pytest.approx(4.0)  # the margin starts at 0
