@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import inspect
 import json
-import math
 import os
+import re
+import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
+from .paths import named_path
 from .registry import Loss, get_loss, load_loss_file
 
 if TYPE_CHECKING:
@@ -322,6 +324,8 @@ def _check_refinement(args: PreferenceArguments, loss: Loss, hyperparameters: di
         return
     if not args.sr_prompt.strip():
         raise ValueError("`sr_prompt` is empty: write the text to put in front of the query, or remove it.")
+    if re.search("[\ud800-\udfff]", args.sr_prompt):
+        raise ValueError(f"`sr_prompt` holds half a character ({args.sr_prompt!r}): write it as text.")
     if not ("sr_lambda" in loss.parameters and hyperparameters["sr_lambda"]):
         raise ValueError(
             f"`sr_prompt` belongs to the refinement term, which pref_loss {loss.name!r} is trained without here: "
@@ -340,21 +344,34 @@ def _check_ld_alpha(args: PreferenceArguments, hyperparameters: dict[str, Any]) 
 
 def _check_keys(args: PreferenceArguments) -> None:
     """Refuse values of the wrong type or range: a YAML value arrives here as it was written."""
+    defaults = {each.name: each.default for each in fields(args)}
     for key, (wanted, accepts) in NUMBERS.items():
         value = getattr(args, key)
+        if value is None and defaults[key] is not None:
+            raise ValueError(f"`{key}` is empty: write {wanted}, or remove the key.")
         if value is not None and not (_is_number(value) and accepts(value)):
-            raise ValueError(f"`{key}` is {value!r}: write {wanted}.")
+            raise ValueError(f"`{key}` is {_shown(value)}: write {wanted}.")
     kinds: dict[str, type] = {"pref_loss": str, "pref_loss_file": str, "sr_prompt": str}
     kinds |= {"ref_log_probs_cache_dir": str, "precompute_ref_log_probs": bool}
     kinds |= {"ipo_length_normalize": bool, "share_prefix": bool, "pref_stop_on_degeneration": bool}
     for key, kind in kinds.items():
         value = getattr(args, key)
         if value is not None and not isinstance(value, kind):
-            raise ValueError(f"`{key}` is {value!r}: write a value of type {kind.__name__}.")
+            raise ValueError(f"`{key}` is {_shown(value)}: write a value of type {kind.__name__}.")
+    for key in ("pref_loss_file", "ref_log_probs_cache_dir"):
+        if getattr(args, key) is not None:
+            named_path(key, getattr(args, key))
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}…"
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether a float can hold it; an integer of YAML may have any number of digits."""
+    is_real = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_real and abs(value) <= sys.float_info.max
 
 
 def _listed(names: Any) -> str:

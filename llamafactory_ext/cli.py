@@ -48,15 +48,15 @@ def env() -> None:
     """Versions, whether the plugin acts, devices, and conflicts with their fix; ends with 1 if there are conflicts."""
     from .environment import findings
 
-    found = findings()
-    width = max(len(finding.name) for finding in found)
-    for finding in found:
+    has_conflict = False
+    for finding in findings():  # one at a time: an import that is tried may end the process
         # Not in a table, which would break the commands that are there to be copied.
-        line = f"{finding.name:{width}}  {finding.value}"
+        line = f"{finding.name:21}  {finding.value}"
         console.print(line, style="red" if finding.fix else None, soft_wrap=True, markup=False, highlight=False)
         if finding.fix:
-            console.print(f"{'':{width}}  -> {finding.fix}", soft_wrap=True, markup=False, highlight=False)
-    if any(finding.fix for finding in found):
+            has_conflict = True
+            console.print(f"{'':21}  -> {finding.fix}", soft_wrap=True, markup=False, highlight=False)
+    if has_conflict:
         raise typer.Exit(1)
 
 
@@ -76,12 +76,16 @@ def losses(
     table = Table("pref_loss", "loss per pair", "keys", show_lines=True)
     for name in loss_names():
         loss = get_loss(name)
-        keys = "\n".join(f"{key}: {value}" for key, value in keys_of(loss).items())
+        keys = "\n".join(f"{key}: {_as_yaml(value)}" for key, value in keys_of(loss).items())
         table.add_row(name, escape(loss.description), escape(keys))
     console.print(table)
     console.print(
         "D_w, D_l: log pi/pi_ref of the chosen and the rejected answer; sigma: the logistic function.", markup=False
     )
+
+
+def _as_yaml(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 @app.command()
@@ -122,7 +126,7 @@ def plan(
 @app.command()
 def report(
     folder: Annotated[Path, typer.Argument(help="The `output` of a sweep, finished or not.")],
-    output: Annotated[Path | None, typer.Option(help="A folder [default: FOLDER/report].")] = None,
+    output: Annotated[Path | None, typer.Option(help="A folder (default: FOLDER/report).")] = None,
 ) -> None:
     """One page of a sweep: figures, tests against DPO, every cell, and all that is needed to repeat it.
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import importlib
-from importlib.metadata import Distribution, PackageNotFoundError, packages_distributions
+from importlib.metadata import Distribution, PackageNotFoundError, distributions, packages_distributions
 from importlib.metadata import distribution as by_name
+from typing import Any
 
 
 def distribution(package: str) -> Distribution | None:
@@ -18,7 +19,7 @@ def distribution(package: str) -> Distribution | None:
             found = by_name(name)
         except PackageNotFoundError:
             continue
-        if package != "llamafactory" or _code_version() in (found.version, None):
+        if package != "llamafactory" or _code_version() in (_metadata(found, "version"), None):
             return found
     return None
 
@@ -28,19 +29,35 @@ def version(package: str) -> str | None:
     found = distribution(package)
     if found is None and package == "llamafactory":
         return _code_version()
-    return None if found is None else found.version
+    return None if found is None else _metadata(found, "version")
 
 
 def requires(package: str) -> list[str]:
     """What a package's metadata requires of others; nothing if it has none."""
     found = distribution(package)
-    return [] if found is None else found.requires or []
+    return [] if found is None else _metadata(found, "requires") or []
+
+
+def unreadable() -> list[str]:
+    """The folders of metadata that are no text. One of them is enough for transformers not to be imported."""
+    return [str(getattr(each, "_path", each)) for each in distributions() if _metadata(each, "metadata") is None]
+
+
+def _metadata(found: Distribution, field: str) -> Any:
+    """A field of a distribution's metadata; None if it lacks it, or cannot be read."""
+    try:
+        return getattr(found, field)
+    except (KeyError, UnicodeDecodeError):
+        return None
 
 
 @functools.cache
 def _providers() -> dict[str, list[str]]:
-    """Import name -> names of distributions; half a second, once."""
-    return {package: sorted(set(names)) for package, names in packages_distributions().items()}
+    """Import name -> names of distributions; half a second, once. Nothing if the metadata of any one is damaged."""
+    try:
+        return {package: sorted(set(names)) for package, names in packages_distributions().items()}
+    except UnicodeDecodeError:
+        return {}
 
 
 def _code_version() -> str | None:

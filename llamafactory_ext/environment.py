@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import platform
 import re
+import shlex
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from . import __version__
 from .arguments import STOCK_LOSSES
-from .distributions import distribution, requires, version
+from .distributions import distribution, requires, unreadable, version
+
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
+    from packaging.version import Version
 
 PACKAGES = ("llamafactory", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "deepspeed", "vllm")
 OPTIONAL = ("bitsandbytes", "flash-attn", "liger-kernel", "torchvision", "torchaudio")
@@ -32,18 +40,44 @@ class Finding:
     fix: str = ""
 
 
-def findings() -> list[Finding]:
+def findings() -> Iterator[Finding]:
     """Everything worth knowing when a training does not do what it should, in the order in which to read it."""
-    checks: tuple[Callable[[], Iterator[Finding]], ...] = (_versions, _requirements, _torch, _companions, _training)
-    checks += (_plugin, *((_devices, _deepspeed) if _import_error("torch") is None else ()), _vllm, _loss_dispatch)
-    return [finding for check in checks for finding in check()]
+    checks: tuple[Callable[[], Iterator[Finding]], ...] = (_versions, _metadata, _requirements, _torch, _companions)
+    checks += (_optional, _training, _plugin)
+    checks += (*((_devices, _deepspeed) if _import_error("torch") is None else ()), _vllm, _loss_dispatch)
+    for check in checks:
+        yield from check()
+
+
+def _parsed(package: str) -> Version | None:
+    """The installed version; None also if it is no version, which `_metadata` reports."""
+    from packaging.version import InvalidVersion, Version
+
+    try:
+        return Version(version(package) or "")
+    except InvalidVersion:
+        return None
+
+
+def _required(package: str) -> list[Requirement]:
+    """What a package requires, without the lines that cannot be read."""
+    return [line for line in map(_requirement, requires(package)) if line is not None]
+
+
+def _requirement(line: str) -> Requirement | None:
+    from packaging.requirements import InvalidRequirement, Requirement
+
+    try:
+        return Requirement(line)
+    except InvalidRequirement:
+        return None
 
 
 def _older(package: str, bound: str) -> bool:
     from packaging.version import Version
 
-    installed = version(package)
-    return installed is not None and Version(installed) < Version(bound)
+    installed = _parsed(package)
+    return installed is not None and installed < Version(bound)
 
 
 def _versions() -> Iterator[Finding]:
@@ -56,14 +90,26 @@ def _versions() -> Iterator[Finding]:
             yield Finding(package, installed)
 
 
+def _metadata() -> Iterator[Finding]:
+    """Packages whose metadata cannot be read: pip knows them no better."""
+    for folder in unreadable():
+        fix = f"install its package again, or remove it: rm -r {shlex.quote(folder)}"
+        yield Finding("metadata", f"{folder} is damaged", fix)
+    for package in ("llamafactory-ext", *PACKAGES, *OPTIONAL):
+        found, lines = distribution(package), requires(package)
+        unread = [line for line in lines if _requirement(line) is None]
+        if found is not None and (unread or _parsed(package) is None):
+            what = f"the requirement {unread[0]!r}" if unread else f"the version {version(package)!r}"
+            fix = f"pip install --force-reinstall --no-deps {package}"
+            yield Finding(package, f"has damaged metadata: {what} cannot be read", fix)
+
+
 def _requirements() -> Iterator[Finding]:
     """What LLaMA-Factory and the plugin require of other packages, and do not get."""
-    from packaging.requirements import Requirement
-
     for package in ("llamafactory", "llamafactory-ext"):
         found = distribution(package)
-        for line in requires(package):
-            requirement = Requirement(line)
+        for requirement in _required(package):
+            line = str(requirement)
             if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
                 continue
             requirement.marker = None
@@ -76,27 +122,30 @@ def _requirements() -> Iterator[Finding]:
                 yield Finding(needs, line, f'{installed} is installed: pip install "{requirement}"')
 
 
-def _import_error(module: str) -> Exception | None:
+def _import_error(module: str) -> BaseException | None:
     """What an import ends with, at its root: a RuntimeError for a missing symbol, an OSError for a missing library."""
+    logging.disable(logging.WARNING)  # DeepSpeed reports that there is no GPU, in the middle of our lines
     try:
         importlib.import_module(module)
-    except Exception as error:
-        while isinstance(error.__cause__, Exception):
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # some end the process (SystemExit)
+        while error.__cause__ is not None:
             error = error.__cause__
         return error
+    finally:
+        logging.disable(logging.NOTSET)
     return None
 
 
-def _told(error: Exception) -> str:
+def _told(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _torch() -> Iterator[Finding]:
-    from packaging.version import Version
-
-    installed, error = version("torch"), _import_error("torch")
+    installed, error = _parsed("torch"), _import_error("torch")
     if installed is not None and error is not None:
-        fix = f'pip install --force-reinstall "torch=={Version(installed).public}"'
+        fix = f'pip install --force-reinstall "torch=={installed.public}"'
         yield Finding("torch", f"{installed} cannot be imported ({_told(error)})", fix)
 
 
@@ -109,7 +158,7 @@ def _companions() -> Iterator[Finding]:
 
 def _misfit(companion: str) -> str | None:
     """Why an installed companion does not go with the installed torch; None if it does, or one of them is not there."""
-    if version(companion) is None or _import_error("torch") is not None:
+    if _parsed(companion) is None or _parsed("torch") is None or _import_error("torch") is not None:
         return None
     if wanted := _torch_refused_by(companion):
         return f"needs {wanted}, but {version('torch')} is installed"
@@ -119,9 +168,7 @@ def _misfit(companion: str) -> str | None:
 
 def _torch_refused_by(companion: str) -> str | None:
     """The torch that a companion's metadata requires, if it is not the installed one."""
-    from packaging.requirements import Requirement
-
-    wanted = [each for each in map(Requirement, requires(companion)) if each.name == "torch"]
+    wanted = [each for each in _required(companion) if each.name == "torch"]
     refused = [each for each in wanted if not each.specifier.contains(version("torch") or "", prereleases=True)]
     return str(refused[0]) if refused else None
 
@@ -134,7 +181,7 @@ def _companions_fix(broken: tuple[str, ...]) -> str:
     from packaging.specifiers import SpecifierSet
     from packaging.version import Version
 
-    installed = {name: Version(found) for name in ("torch", *COMPANIONS) if (found := version(name))}
+    installed = {name: found for name in ("torch", *COMPANIONS) if (found := _parsed(name))}
     wanted = {name: SpecifierSet() for name in installed} | {"torch": SpecifierSet(f"=={installed['torch'].public}")}
     if "torchaudio" in broken and installed["torch"] < Version(LAST_TORCHAUDIO):
         wanted["torchaudio"] = SpecifierSet(f"<{LAST_TORCHAUDIO}")
@@ -145,8 +192,21 @@ def _companions_fix(broken: tuple[str, ...]) -> str:
     are_wanted = all(installed[name] in wanted[name] for name in wanted) and not any(map(_torch_refused_by, broken))
     # A build like 2.13.0+cu126 comes from an index of its own, which the companion must come from, too.
     if are_wanted or any(installed[name].local for name in ("torch", *broken)):
-        return f"text data does without, so take it away: pip uninstall -y {' '.join(broken)}"
+        names = " ".join(broken)
+        return f"install {names} from where torch came from; text data needs none: pip uninstall -y {names}"
     return "pip install " + " ".join(f'"{name}{wanted[name]}"' if wanted[name] else name for name in wanted)
+
+
+def _optional() -> Iterator[Finding]:
+    """Packages that transformers, PEFT and accelerate import as soon as they are installed."""
+    if _import_error("torch") is not None:
+        return
+    for package in (*OPTIONAL, "deepspeed"):
+        if package not in COMPANIONS and version(package) is not None:
+            error = _import_error(package.replace("-", "_"))
+            if error is not None:
+                fix = f"install it again, or do without: pip uninstall -y {package}"
+                yield Finding(package, f"cannot be imported ({_told(error)})", fix)
 
 
 def _training() -> Iterator[Finding]:
@@ -161,16 +221,18 @@ def _training() -> Iterator[Finding]:
         fix = f'pip install "{advised[1]}"'
     elif isinstance(error, ModuleNotFoundError) and error.name == "llamafactory":
         fix = 'pip install "llamafactory>=0.9.4,<0.9.7"'
+    elif sys.flags.optimize == 2:
+        fix = "unset PYTHONOPTIMIZE (or run without -OO): transformers needs its docstrings"
     else:
         fix = 'see where it ends: python -c "import llamafactory.train.tuner"'
     yield Finding("LLaMA-Factory", f"does not start ({_told(error)})", fix)
 
 
-def _refusal() -> Exception | None:
+def _refusal() -> BaseException | None:
     """LLaMA-Factory's own check of versions: the development version makes it at a launch, not at the import."""
     try:
         importlib.import_module("llamafactory.extras.misc").check_dependencies()
-    except ImportError as error:
+    except Exception as error:
         return error
     return None
 
@@ -185,7 +247,7 @@ def _plugin() -> Iterator[Finding]:
     if hasattr(importlib.import_module("llamafactory.hparams").FinetuningArguments, "dpop_lambda"):
         yield Finding("plugin", "active: LLaMA-Factory knows its keys")
     else:
-        fix = "install llamafactory-ext with pip into the environment of llamafactory; do not run Python with -S or -I"
+        fix = "install llamafactory-ext with pip into the environment of llamafactory; do not run Python with -S"
         yield Finding("plugin", "off: its start-up hook (llamafactory_ext.pth) did not run", fix)
 
 

@@ -1,8 +1,8 @@
 """Reference log-probabilities on disk, found by the token ids of a pair.
 
-A folder per reference holds files of rows (key, chosen, rejected), each named after the hash of its content: one that
-was cut off, altered or misplaced is seen to be, and left out. Files appear whole or not at all and are only added to,
-until one that holds everything replaces them.
+A folder per reference holds files of rows (key, chosen, rejected), each named after the hash of the folder's name and
+its content: one that was cut off, altered, or moved from another reference's folder is seen to be, and left out. Files
+appear whole or not at all and are only added to, until one that holds everything replaces them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,11 @@ TOKENS = tuple(f"{side}_{column}" for side in ("chosen", "rejected") for column 
 
 def default_folder() -> Path:
     """Where references are kept if the recipe names no folder."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "llamafactory_ext" / "references"
+    try:
+        home = Path.home()
+    except RuntimeError:  # a container's user without a name; Docker gives it this one
+        home = Path("/")
+    return Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache") / "llamafactory_ext" / "references"
 
 
 def pair_key(pair: Mapping[str, Any]) -> bytes:
@@ -53,14 +57,28 @@ def read(folder: Path) -> Logps:
         except OSError as error:
             logger.warning_rank0_once(f"{path} cannot be read ({error}): what it holds is computed again.")
             continue
-        if hashlib.sha256(content).hexdigest() != path.stem:
-            logger.warning_rank0_once(f"{path} is damaged: the reference log-probabilities in it are computed again.")
+        rows = _rows(content) if path.stem == _name(folder, content) else None
+        if rows is None:
+            logger.warning_rank0_once(
+                f"{path} is damaged, or belongs to another reference: the log-probabilities in it are computed again."
+            )
             continue
-        tensors = safetensors.numpy.load(content)
-        keys = tensors["keys"].tobytes()
-        starts = range(0, len(keys), KEY_BYTES)
-        logps |= zip((keys[at : at + KEY_BYTES] for at in starts), map(tuple, tensors["logps"].tolist()), strict=True)
+        logps |= rows
     return logps
+
+
+def _name(folder: Path, content: bytes) -> str:
+    return hashlib.sha256(os.fsencode(folder.name) + content).hexdigest()
+
+
+def _rows(content: bytes) -> Logps | None:
+    """The rows of a file; None if it holds something else, as another release's may."""
+    try:
+        tensors = safetensors.numpy.load(content)
+        keys, logps = tensors["keys"].tobytes(), map(tuple, tensors["logps"].tolist())
+        return dict(zip((keys[at : at + KEY_BYTES] for at in range(0, len(keys), KEY_BYTES)), logps, strict=True))
+    except (safetensors.SafetensorError, KeyError, ValueError):
+        return None
 
 
 def append(folder: Path, logps: Logps, about: Mapping[str, Any]) -> Path:
@@ -78,7 +96,7 @@ def append(folder: Path, logps: Logps, about: Mapping[str, Any]) -> Path:
             "logps": np.array(list(logps.values()), dtype=np.float32).reshape(len(logps), 2),
         }
     )
-    path = folder / f"{hashlib.sha256(content).hexdigest()}.safetensors"
+    path = folder / f"{_name(folder, content)}.safetensors"
     _write(path, content)
     return path
 

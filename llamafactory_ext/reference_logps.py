@@ -25,6 +25,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from . import reference_cache as cache
 from .errors import not_possible
 from .layout import depends_on_batch
+from .paths import named_path
 from .reference import PendingReference, describe, folder_name, obstacle
 from .reference_cache import Logps
 from .refinement import BATCH_PREFIX, PROMPT_IDS, augmented_pair
@@ -69,7 +70,8 @@ def known_beforehand(
     references = None
     if about is not None:
         directory = pending.finetuning_args.ref_log_probs_cache_dir
-        folder = (Path(directory).expanduser() if directory else cache.default_folder()) / folder_name(about)
+        parent = named_path("ref_log_probs_cache_dir", directory) if directory else cache.default_folder()
+        folder = parent / folder_name(about)
         references = ReferenceLogps(folder, about, datasets)
         if wanted is None and references.missing and _epochs(args, datasets[0]) < 1:
             references, reason = None, "the run ends before it has trained on every pair"

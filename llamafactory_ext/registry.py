@@ -14,6 +14,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .paths import named_path
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -102,7 +104,8 @@ MetricsFunction = Callable[..., "dict[str, Tensor]"]
 class Loss:
     """A registered preference loss: call it with `PairLogps` and its hyper-parameters as keywords.
 
-    Returns a tensor of shape `(batch,)`, one loss per pair; an unknown hyper-parameter is a TypeError.
+    Returns a tensor of shape `(batch,)`, one loss per pair; an unknown hyper-parameter is a TypeError, and a function
+    that returns any other shape is a ValueError.
     """
 
     name: str
@@ -111,7 +114,29 @@ class Loss:
     metrics: MetricsFunction | None
 
     def __call__(self, pairs: PairLogps, **hyperparameters: Any) -> Tensor:
-        return self.function(pairs, **hyperparameters)
+        return self._per_pair("", self.function(pairs, **hyperparameters), pairs)
+
+    def measure(self, pairs: PairLogps, **hyperparameters: Any) -> dict[str, Tensor]:
+        """The metrics of a batch by name, shape `(batch,)` each; none if the loss was registered without.
+
+        Raises:
+            ValueError: as for the loss.
+        """
+        if self.metrics is None:
+            return {}
+        found = self.metrics(pairs, **hyperparameters)
+        return {name: self._per_pair(f" for the metric {name!r}", values, pairs) for name, values in found.items()}
+
+    def _per_pair(self, which: str, values: Any, pairs: PairLogps) -> Any:
+        """What was returned, unless a mean or an accidental broadcast made it other than a value per pair."""
+        wanted = tuple(pairs.policy_chosen.shape)
+        given = tuple(values.shape) if hasattr(values, "shape") else type(values).__name__
+        if given != wanted:
+            raise ValueError(
+                f"the loss {self.name!r} returned {given}{which} where one value per pair is needed, shape {wanted}: "
+                "write it without a mean or a sum, and without a further dimension."
+            )
+        return values
 
     @functools.cached_property
     def parameters(self) -> Mapping[str, inspect.Parameter]:
@@ -213,7 +238,7 @@ def load_loss_file(path: str) -> list[str]:
     """
     from . import losses  # noqa: F401  (so that a name of the package's own cannot be taken)
 
-    file = Path(path).expanduser().resolve()
+    file = named_path("pref_loss_file", path).resolve()
     if not file.is_file():
         raise ValueError(f"pref_loss_file {path!r} is not a file (looked for {file}): write the path of a Python file.")
 

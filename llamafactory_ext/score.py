@@ -103,7 +103,10 @@ def reference_of(settings: Settings) -> Settings:
         return plain | {key: value for key, value in named.items() if value is not None}
     if settings.get("adapter_name_or_path") is not None:
         return {key: value for key, value in settings.items() if key != "adapter_name_or_path"}
-    raise UserError("the model has no reference but itself: name one with ref_model=, or adapter_name_or_path=.")
+    raise UserError(
+        "the model would be its own reference: name another one with ref_model=, or write adapter_name_or_path= to "
+        "compare the model that has this adapter with the model that has none."
+    )
 
 
 # --- loading ---------------------------------------------------------------------------------------------------------

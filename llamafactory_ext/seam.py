@@ -13,9 +13,10 @@ import inspect
 import os
 import shlex
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
+from types import FrameType, ModuleType, TracebackType
 from typing import Any, get_args, get_type_hints
 
 import wrapt
@@ -44,6 +45,21 @@ def arm() -> None:
     """Register every patch, to be applied when its module is loaded."""
     for patch in PATCHES:
         wrapt.register_post_import_hook(functools.partial(_apply, patch), patch.module)
+    sys.excepthook = functools.partial(_tell_of_env, sys.excepthook)
+
+
+def _tell_of_env(
+    shown: Callable[..., None], kind: type[BaseException], error: BaseException, at: TracebackType | None
+) -> None:
+    """After the traceback of a failed import of LLaMA-Factory, which seldom names the package that is to blame."""
+    shown(kind, error, at)
+    if any(_is_import_of_llamafactory(frame) for frame, _ in traceback.walk_tb(at)):
+        print("`llamafactory-ext env` names packages that do not go together, and what mends them.", file=sys.stderr)
+
+
+def _is_import_of_llamafactory(frame: FrameType) -> bool:
+    name = frame.f_globals.get("__name__", "")
+    return frame.f_code.co_name == "<module>" and name.startswith("llamafactory.")
 
 
 def _apply(patch: Patch, module: ModuleType) -> None:

@@ -295,9 +295,7 @@ class PreferenceTrainer(CustomDPOTrainer):
                 "normalized_rewards/chosen_per_token": per_token.chosen_logratio,
                 "normalized_rewards/rejected_per_token": per_token.rejected_logratio,
             }
-        if self.finetuning_args.loss.metrics is not None:
-            metrics |= self.finetuning_args.loss.metrics(pairs, **self.finetuning_args.loss_hyperparameters)
-        return metrics
+        return metrics | self.finetuning_args.loss.measure(pairs, **self.finetuning_args.loss_hyperparameters)
 
     def store_metrics(self, metrics: dict[str, Tensor], train_eval: str = "train") -> None:
         """Add a batch to the running (sum, count) of each metric: no transfer from the device until they are logged."""

@@ -34,10 +34,12 @@ def conflicts():
 @pytest.fixture
 def versions(monkeypatch):
     """Other versions than the installed ones; None uninstalls."""
-    true = distributions.version
+    version, distribution = distributions.version, distributions.distribution
 
     def pretend(**changes):
-        monkeypatch.setattr(environment, "version", lambda name: changes.get(name, true(name)))
+        gone = {name for name, number in changes.items() if number is None}
+        monkeypatch.setattr(environment, "version", lambda name: changes.get(name, version(name)))
+        monkeypatch.setattr(environment, "distribution", lambda name: None if name in gone else distribution(name))
 
     return pretend
 
@@ -155,7 +157,8 @@ def test_both_companions_are_mended_by_one_line(torch_family):
 def test_a_companion_that_pip_would_keep_as_it_is_goes(torch_family, torch):
     """Of another index's build, or broken in spite of its versions: an install line would change nothing."""
     fixes = torch_family(torch, "0.28.0", broken=["torchvision"], needs={"torchvision": "==2.13.0"})
-    assert fixes == {"torchvision": "text data does without, so take it away: pip uninstall -y torchvision"}
+    line = "install torchvision from where torch came from; text data needs none: pip uninstall -y torchvision"
+    assert fixes == {"torchvision": line}
 
 
 def test_companions_that_fit_are_no_conflict(torch_family):
@@ -191,6 +194,48 @@ def test_packages_without_metadata_are_asked_themselves(tmp_path):
     assert f"llamafactory | {LLAMAFACTORY} | \n" in shown
     assert "not installed: pip install" not in shown
     assert "plugin | off: its start-up hook (llamafactory_ext.pth) did not run" in shown
+
+
+@pytest.mark.parametrize(
+    ("package", "metadata", "shown"),
+    [
+        ("trl", b"Version: 0.x-dirty\n", "has damaged metadata: the version '0.x-dirty' cannot be read"),
+        ("deepspeed", b"Version: not-a-version\n", "has damaged metadata: the version 'not-a-version' cannot be read"),
+        ("torch", b"", "has damaged metadata: the version None cannot be read"),
+        ("torchvision", b"Version: 1\nRequires-Dist: torch (===x\n", "requirement 'torch (===x' cannot be read"),
+        ("anything", b"\xff", "is damaged"),
+    ],
+)
+def test_damaged_metadata_is_a_finding(package, metadata, shown, monkeypatch, tmp_path):
+    """And whatever else there is to find is found."""
+    info = tmp_path / f"{package}-9.dist-info"
+    info.mkdir()
+    text = b"" if not metadata else b"Metadata-Version: 2.1\nName: " + package.encode() + b"\n" + metadata
+    (info / "METADATA").write_bytes(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    distributions._providers.cache_clear()
+    try:
+        found = list(findings())
+    finally:
+        distributions._providers.cache_clear()
+    (damaged,) = [finding for finding in found if "damaged" in finding.value]
+    assert shown in damaged.value
+    assert damaged.name == (package if package != "anything" else "metadata")
+    assert {"python", "plugin", "vLLM"} <= {finding.name for finding in found}
+
+
+@pytest.mark.parametrize("ending", ["RuntimeError('no kernel')", "SystemExit(3)"])
+def test_an_optional_package_that_does_not_import_is_a_finding(versions, module, ending):
+    versions(bitsandbytes="0.50.2")
+    module("bitsandbytes", f"raise {ending}")
+    (broken,) = [finding for finding in findings() if finding.name == "bitsandbytes" and finding.fix]
+    assert broken.value.startswith("cannot be imported (" + ending.split("(")[0])
+    assert broken.fix.endswith(": pip uninstall -y bitsandbytes")
+
+
+@pytest.mark.slow
+def test_without_docstrings_transformers_does_not_start(tmp_path):
+    assert "| unset PYTHONOPTIMIZE (or run without -OO)" in seen_with(tmp_path, "-OO")
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -45,6 +46,34 @@ def test_a_damaged_file_is_left_out(damage, tmp_path, caplog):
     assert cache.read(tmp_path) == {KEYS[0]: (-1.5, -2.5)}
     cache.merge(tmp_path, ABOUT)
     assert list(tmp_path.glob("*.safetensors")) == [good]
+
+
+def test_a_file_of_another_reference_is_left_out(tmp_path, caplog):
+    own, other = tmp_path / "own", tmp_path / "other"
+    cache.append(own, {KEYS[0]: (-1.5, -2.5)}, ABOUT)
+    moved = cache.append(other, {KEYS[0]: (-9.0, -9.0), KEYS[1]: (-9.0, -9.0)}, ABOUT)
+    moved.rename(own / moved.name)
+    assert cache.read(own) == {KEYS[0]: (-1.5, -2.5)}
+
+
+def test_a_file_of_another_format_is_left_out(tmp_path):
+    for content in (b"", b"rows", safetensors.numpy.save({"rows": np.zeros(3)})):
+        (tmp_path / f"{cache._name(tmp_path, content)}.safetensors").write_bytes(content)
+    good = cache.append(tmp_path, {KEYS[0]: (-1.5, -2.5)}, ABOUT)
+    assert cache.read(tmp_path) == {KEYS[0]: (-1.5, -2.5)}
+    cache.merge(tmp_path, ABOUT)
+    assert list(tmp_path.glob("*.safetensors")) == [good]
+
+
+def test_a_user_without_a_home_has_a_folder(monkeypatch):
+    def unknown():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", unknown)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert cache.default_folder() == Path("/.cache/llamafactory_ext/references")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/elsewhere")
+    assert cache.default_folder() == Path("/elsewhere/llamafactory_ext/references")
 
 
 def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
 
 import pytest
+import torch
 
 import llamafactory_ext
 from llamafactory_ext import registry
@@ -81,6 +83,30 @@ def test_loss_file_path_is_relative_to_the_working_directory(tmp_path, monkeypat
 def test_bad_loss_file_is_refused(tmp_path, body, message):
     with pytest.raises(ValueError, match=message):
         registry.load_loss_file(str(write_loss(tmp_path, body)))
+
+
+@pytest.mark.parametrize(
+    ("returned", "given"),
+    [
+        ("pairs.margin.mean()", "()"),
+        ("pairs.margin[:, None] - pairs.margin[None]", "(3, 3)"),
+        ("1.0", "float"),
+        ("None", "NoneType"),
+    ],
+)
+def test_a_loss_that_is_no_value_per_pair_is_refused(tmp_path, returned, given):
+    body = f"""
+        @register_loss("mine", metrics=lambda pairs: {{"mine/it": {returned}}})
+        def mine(pairs):
+            return {returned}
+    """
+    registry.load_loss_file(str(write_loss(tmp_path, body)))
+    pairs = registry.PairLogps(*(torch.ones(3) for _ in range(6)))
+    loss, wanted = registry.get_loss("mine"), "where one value per pair is needed, shape (3,): write it without a mean"
+    with pytest.raises(ValueError, match=re.escape(f"the loss 'mine' returned {given} {wanted}")):
+        loss(pairs)
+    with pytest.raises(ValueError, match=re.escape(f"returned {given} for the metric 'mine/it' {wanted}")):
+        loss.measure(pairs)
 
 
 def test_missing_loss_file_is_refused(tmp_path):

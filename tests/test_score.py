@@ -109,7 +109,7 @@ def test_an_interrupted_run_goes_on(settings, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"ref_model": None}, "no reference but itself"),
+        ({"ref_model": None}, "its own reference"),
         ({"dataset": "pairs,pairs_eval"}, "one data set"),
         ({"pref_loss": "orpo"}, "'orpo' has no reference"),
         ({"pref_loss": "nope"}, "unknown"),

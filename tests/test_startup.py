@@ -56,6 +56,19 @@ def test_stand_in_for_torchaudio():
 
 
 @pytest.mark.slow
+def test_a_failed_import_of_llamafactory_leads_to_env(tmp_path):
+    (tmp_path / "peft.py").write_text("raise RuntimeError('operator does not exist')", encoding="utf-8")
+    command = [sys.executable, "-m", "llamafactory.cli", "version"]
+    told = "`llamafactory-ext env` names packages that do not go together, and what mends them."
+    for switch in ("1", "0"):
+        environment = os.environ | {"PYTHONPATH": str(tmp_path), "LLAMAFACTORY_EXT": switch}
+        failed = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert failed.returncode == 1
+        assert "RuntimeError: operator does not exist" in failed.stderr
+        assert (failed.stderr.splitlines()[-1] == told) == (switch == "1")
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("torchaudio") is not None, reason="torchaudio is installed here")
 def test_llamafactory_without_the_plugin_still_imports():
     code = (

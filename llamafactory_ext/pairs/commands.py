@@ -42,8 +42,8 @@ def metamath(
         "data/metamath_zero_shot.jsonl"
     ),
     prompt: Annotated[str, Opt(help="Put in front of each question.")] = "",
-    lead: Annotated[str | None, Opt(help="Text before the last question [default: learned].")] = None,
-    suffix: Annotated[str | None, Opt(help="Text behind the last question [default: learned].")] = None,
+    lead: Annotated[str | None, Opt(help="Text before the last question (default: learned from the pairs).")] = None,
+    suffix: Annotated[str | None, Opt(help="Text behind the last question (default: learned from the pairs).")] = None,
     split: Split = "train",
     overwrite: Overwrite = False,
 ) -> None:
