@@ -20,10 +20,17 @@ if TYPE_CHECKING:
 def trie_lengths(lengths: list[tuple[int, int, int]]) -> Tensor:
     """What a model is given in place of a mask: per trie, tokens of its prefix, chosen tail and rejected tail.
 
-    Shape `(1, 1, tries, 3)`, int64. transformers hands a mask of four dimensions to its layers as it is. It stays on
-    the CPU, because every layer reads it, and would wait for a GPU each time.
+    Shape `(1, 1, tries, 3)`, int64. transformers hands a mask of four dimensions to its layers as it is.
     """
     return torch.tensor(lengths, dtype=torch.int64)[None, None]
+
+
+def _tries(lengths: Tensor) -> list[list[int]]:
+    """`trie_lengths` as numbers, kept with the tensor: where DDP has moved it to a GPU, only the first layer waits."""
+    if not hasattr(lengths, "tries"):
+        lengths.tries = lengths[0, 0].tolist()  # type: ignore[attr-defined]
+    tries: list[list[int]] = lengths.tries  # type: ignore[attr-defined]
+    return tries
 
 
 def attend(
@@ -38,7 +45,7 @@ def attend(
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
     outputs, start = [], 0
-    for shared, chosen, rejected in attention_mask[0, 0].tolist():
+    for shared, chosen, rejected in _tries(attention_mask):
         tail, end = start + shared + chosen, start + shared + chosen + rejected
         q, k, v = (tensor[:, :, start:tail] for tensor in (query, key, value))
         outputs.append(sdpa_attention_forward(module, q, k, v, None, **kwargs)[0])

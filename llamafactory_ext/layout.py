@@ -41,6 +41,7 @@ class Layout:
             a pair share is scored once, and belongs to both.
         response: which response it belongs to: `pair` for the chosen one, `pairs + pair` for the rejected one.
         ordinal: which token of that response it is, from 0.
+        longest: at least the number of tokens of the longest response, known without asking a GPU.
         pairs: the number of pairs.
     """
 
@@ -51,6 +52,7 @@ class Layout:
     entry: Tensor
     response: Tensor
     ordinal: Tensor
+    longest: int
     pairs: int
 
 
@@ -70,6 +72,7 @@ def padded(batch: Batch) -> Layout:
         entry=torch.arange(len(row), device=row.device),
         response=row,
         ordinal=scored.cumsum(dim=1)[row, column] - 1,
+        longest=scored.shape[1],
         pairs=len(scored) // 2,
     )
 
@@ -115,7 +118,8 @@ def shared_prefix(batch: Batch, attention: str = "sdpa") -> Layout:
         "position_ids": torch.cat([trie.positions for trie in tries])[None].to(device),
         "attention_mask": _eager_mask(lengths, device) if attention == "eager" else trie_lengths(lengths),
     }
-    return Layout(inputs=inputs, pairs=pairs, **{name: values.to(device) for name, values in parts.items()})
+    tensors = {name: values.to(device) for name, values in parts.items()}
+    return Layout(inputs=inputs, longest=max(map(len, entries)), pairs=pairs, **tensors)
 
 
 @dataclass(frozen=True)

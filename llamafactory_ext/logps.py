@@ -65,7 +65,9 @@ def response_logps(model: torch.nn.Module, layout: Layout, ld_alpha: float | Non
     logps, logit_means = _scored(model, layout)
 
     def per_response(values: Tensor) -> Tensor:
-        return values.new_zeros(2 * layout.pairs).index_add(0, layout.response, values)
+        # Row by row, because index_add adds in an order of its own on a GPU: the same pair, another rounding.
+        rows = values.new_zeros(2 * layout.pairs, layout.longest)
+        return rows.index_put((layout.response, layout.ordinal), values).sum(dim=1)
 
     lengths = per_response(torch.ones_like(layout.response))
     terms = logps[layout.entry]

@@ -301,7 +301,8 @@ class PreferenceTrainer(CustomDPOTrainer):
         """Add a batch to the running (sum, count) of each metric: no transfer from the device until they are logged."""
         sums = self._metric_sums[train_eval]
         for name, values in metrics.items():
-            batch = torch.stack([values.float().sum(), values.new_tensor(values.numel(), dtype=torch.float32)])
+            total = values.float().sum()
+            batch = torch.stack([total, total.new_full((), values.numel())])
             sums[name] = sums[name] + batch if name in sums else batch
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:

@@ -1,0 +1,86 @@
+"""A step does not wait for a GPU between its layout and its metrics: seen on tensors that have shapes but no values."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from unittest import mock
+
+import pytest
+import torch
+from test_layout import collate, model_of
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from llamafactory_ext import attention
+from llamafactory_ext.attention import trie_lengths
+from llamafactory_ext.layout import Layout, shared_prefix
+from llamafactory_ext.logps import response_logps
+from llamafactory_ext.losses import minor_dpo, minor_dpo_metrics
+from llamafactory_ext.registry import PairLogps
+from llamafactory_ext.trainer import PreferenceTrainer
+
+BATCH = collate([([1, 2, 3], [4, 5, 6], [4, 7]), ([8], [9], [10, 11])])
+
+
+class NoTransfers(TorchDispatchMode):
+    """Refuses what moves a tensor from one device to another; what asks a `meta` tensor for a value fails anyway."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and args and isinstance(args[0], torch.Tensor):
+            assert result.device == args[0].device, f"{function} moves a tensor"
+        return result
+
+
+def without_values(layout):
+    """The layout on the `meta` device, but for what is a number anyway."""
+
+    def moved(value):
+        if isinstance(value, dict):
+            return {name: moved(each) for name, each in value.items()}
+        return value.to("meta") if isinstance(value, torch.Tensor) else value
+
+    return Layout(**{each.name: moved(getattr(layout, each.name)) for each in dataclasses.fields(layout)})
+
+
+@pytest.mark.parametrize("chunk", [60, 2**26])
+def test_from_layout_to_metrics(chunk, monkeypatch):
+    """Of shared prefixes: with a row per answer, transformers asks once a pass how the rows are masked."""
+    layout = shared_prefix(BATCH)
+    tries = layout.inputs["attention_mask"][0, 0].tolist()
+    monkeypatch.setattr(attention, "_tries", lambda lengths: tries)  # which stay on the CPU
+    monkeypatch.setattr("llamafactory_ext.logps.CHUNK", chunk)
+    model = copy.deepcopy(model_of("Llama, tied head", dtype=torch.float32)).to("meta")
+    layout = without_values(layout)
+    trainer = mock.Mock(_metric_sums={"train": {}})
+    with NoTransfers():
+        policy = response_logps(model, layout, ld_alpha=0.5)
+        known = torch.zeros_like(policy.chosen)
+        lengths = policy.chosen_length, policy.rejected_length
+        pairs = PairLogps(policy.chosen, policy.rejected, known, known, *lengths)
+        PreferenceTrainer.store_metrics(trainer, minor_dpo_metrics(pairs, beta=0.1))
+        minor_dpo(pairs, beta=0.1).mean().backward()
+    assert trainer._metric_sums["train"]["dpo/coefficient"].is_meta
+    assert model.model.embed_tokens.weight.grad.is_meta
+
+
+@pytest.mark.parametrize(
+    "waits", [lambda x: x.sum().item(), lambda x: x.cpu(), lambda x: x.nonzero(), lambda x: x[x > 0]]
+)
+def test_what_waits_is_seen(waits):
+    with NoTransfers(), pytest.raises((RuntimeError, NotImplementedError)):
+        waits(torch.ones(3, device="meta"))
+
+
+def test_lengths_of_tries_are_asked_for_once():
+    class Counted(torch.Tensor):
+        asked = 0
+
+        def tolist(self):
+            Counted.asked += 1
+            return self.as_subclass(torch.Tensor).tolist()
+
+    lengths = trie_lengths([(2, 1, 3)]).as_subclass(Counted)
+    for _ in range(3):  # as every layer does
+        assert attention._tries(lengths) == [[2, 1, 3]]
+    assert Counted.asked == 1
