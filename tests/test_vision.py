@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from llamafactory.train import tuner
 from PIL import Image
 from plain import plain_loss
@@ -86,6 +87,9 @@ def test_dpo_trains_as_in_stock(changes, train, monkeypatch):
 
 # --- the refinement term ----------------------------------------------------------------------------------------------
 
+# transformers 4 logs a training loss with four digits.
+AS_LOGGED = 1e-5 if transformers.__version__ >= "5" else 1e-4
+
 
 def logp(model: Any, processor: Any, prompt: str, response: str, images: list[Any]) -> tuple[float, int]:
     """The summed log-probability of one response, alone, and its length: all of it by transformers' own code."""
@@ -150,7 +154,7 @@ def test_refined_loss_is_that_of_each_answer_scored_alone(loss, dataset, refined
     names = [DATASETS[dataset][key] for key in ("dataset", "eval_dataset")]
     for prefix, log, pairs in zip(("", "eval_"), (step, evaluation), map(plain_pairs, names), strict=True):
         expected = plain_loss(loss, pairs, beta=0.1, sr_lambda=0.3).mean().item()
-        assert log[f"{prefix}loss"] == pytest.approx(expected, abs=1e-5)
+        assert log[f"{prefix}loss"] == pytest.approx(expected, abs=AS_LOGGED)
         assert log[f"{prefix}sr/refinement"] == pytest.approx(pairs.refinement.mean().item(), abs=1e-5)
         assert log[f"{prefix}logps/chosen"] == pytest.approx(pairs.policy_chosen.mean().item(), rel=1e-5)
 
@@ -161,7 +165,8 @@ def test_accumulation_leaves_the_refinement_as_it_is(dataset, refined):
     *alone, _ = refined("sr_dpo", dataset, micro_batches=1)
     assert len({log["sr/refinement"] for log in alone}) == len(alone) == 4
     for name in ("loss", "sr/refinement", "sr/augmented_margins"):
-        assert together[name] == pytest.approx(sum(log[name] for log in alone) / 4, abs=1e-5), name
+        near = AS_LOGGED if name == "loss" else 1e-5
+        assert together[name] == pytest.approx(sum(log[name] for log in alone) / 4, abs=near), name
 
 
 def test_pictures_show_in_the_answers(family, models, data):

@@ -136,7 +136,10 @@ def _processor(family: str, tokenizer: Any) -> Any:
 
     if family == "llava":
         # Without torchvision, transformers has this one under another name.
-        name = "CLIPImageProcessor" if transformers.utils.is_torchvision_available() else "CLIPImageProcessorPil"
+        # transformers 5 has one with torchvision and one without; that of transformers 4 needs none.
+        needs_torchvision = hasattr(transformers, "CLIPImageProcessorPil")
+        without = needs_torchvision and not transformers.utils.is_torchvision_available()
+        name = "CLIPImageProcessorPil" if without else "CLIPImageProcessor"
         size = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
         images = getattr(transformers, name)(**size)
         about_tower = {"patch_size": 14, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
