@@ -20,7 +20,7 @@ NEVER_cpu := torchvision torchaudio torchcodec
 # many containers: there, each process would compile all that it imports.
 COMPILED := --compile-bytecode
 
-.PHONY: help venv browser demo model reproduce test test-fast test-compat check format bench bench-data clean
+.PHONY: help venv browser demo model reproduce test test-fast test-compat check format bench bench-data gpu-wheels clean
 
 help:
 	@echo "make demo         train DPO, DPOP and MinorDPO on a small model, score and plot them (DATA=, MODEL=)"
@@ -34,6 +34,7 @@ help:
 	@echo "make reproduce    the papers' studies in small, and what became of their claims: 75 minutes (with a GPU: GSM8K=)"
 	@echo "make bench        speed and memory of DPO, LLaMA-Factory's and the plugin's: an hour on two cores (ARGS=--quick)"
 	@echo "make bench-data   time and memory of \`llamafactory-ext data metamath\`, and of the reference's look-up, at full size"
+	@echo "make gpu-wheels   fetch what benchmarks/gpu.py needs on a machine with a GPU and no network (20 MiB)"
 	@echo "make check        lint, format and type checks"
 	@echo "make venv         only set up the environment in $(VENV)"
 	@echo "make clean        remove the environments and everything that was made"
@@ -119,8 +120,12 @@ bench-data: venv
 	$(BIN)/python benchmarks/metamath.py
 	$(BIN)/python benchmarks/lookup.py
 
+# For a machine with a GPU and no network: benchmarks/gpu.py finds them.
+gpu-wheels:
+	$(PYTHON) benchmarks/gpu_packages.py
+
 clean:
-	rm -rf .venv .venv-compat .venv-eval $(LEGS:%=.venv-%) outputs build dist *.egg-info
+	rm -rf .venv .venv-compat .venv-eval $(LEGS:%=.venv-%) .wheels outputs build dist *.egg-info
 
 # --- evaluation: vLLM lives in an environment of its own, because it pins versions that LLaMA-Factory refuses ----------
 EVAL_VENV ?= .venv-eval

@@ -42,6 +42,7 @@ LONGEST_FIRST = (
     "tests/integration/test_command_line.py",
     "tests/integration/test_sweep.py",
     "tests/integration/test_two_ranks.py",
+    "tests/test_gpu.py",
     "tests/test_demo.py",
     "tests/test_vision.py",
     "tests/test_reference.py",

@@ -1,0 +1,31 @@
+"""Stage `small`: shapes that are trained in full on one GPU, with pairs as long as GSM8K's and of 1,024 tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from gpu_runs import DEVICE, GSM8K, LONG, QWEN_05B, QWEN_15B, SHORT, TINY, Lengths, Trainings, make_model, make_pairs
+from gpu_speed import STEPS, Comparison
+
+PAIRS = 16  # of an optimizer step
+
+
+def measure(record: Any, folder: Path, rehearse: bool) -> None:
+    shapes = {"tiny": TINY} if rehearse else {"0.5B": QWEN_05B, "1.5B": QWEN_15B}
+    lengths = {"short pairs": SHORT} if rehearse else {"GSM8K's lengths": GSM8K, "1,024 tokens": LONG}
+    sizes = (1, 2) if rehearse else (2, 4, 8)
+    settings = {"bf16": True, "optim": "adamw_torch", "disable_gradient_checkpointing": True}
+    for shape_name, shape in shapes.items():
+        model = make_model(folder / shape_name, shape)
+        for length_name, length in lengths.items():
+            name = f"{shape_name}, full, {length_name}"
+            with record.going_on(name):
+                train = trainings(folder, model, length, PAIRS, settings)
+                Comparison(record, name, train, PAIRS)(sizes, goals=False)
+
+
+def trainings(folder: Path, model: Path, lengths: Lengths, pairs: int, settings: dict[str, Any]) -> Trainings:
+    data = make_pairs(folder / f"pairs{lengths.prompt}", lengths, pairs * (1 + STEPS))
+    cpu = {"use_cpu": True} if DEVICE == "cpu" else {}
+    return Trainings(model, data, folder / f"runs-{model.name}-{lengths.prompt}", settings | cpu)

@@ -1,0 +1,142 @@
+"""Pairs a second and memory of LLaMA-Factory's DPO stage and of the plugin's, for one shape of a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+import torch
+from gpu_runs import DEVICE, Trainings
+from training_report import flops, peak_flops
+from training_worker import Seconds, now
+from transformers import TrainerCallback
+
+from llamafactory_ext.planning.plan import make_plan
+
+GIB = 2**30
+STEPS = 2  # that are measured, after one to warm up
+
+
+class Memory(TrainerCallback):
+    """Bytes of the GPU: what lasts (weights, optimizer states, a reference model), and the most that was held."""
+
+    lasting = allocated = reserved = 0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if DEVICE == "cuda":
+            self.lasting = torch.cuda.memory_allocated()
+            if state.global_step == 0:
+                torch.cuda.reset_peak_memory_stats()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if DEVICE == "cuda":
+            self.allocated, self.reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+
+
+@dataclass
+class Measured:
+    """A training: seconds before the first step and of a step, and its memory in bytes."""
+
+    setup: float
+    step: float
+    lasting: int
+    allocated: int
+    reserved: int
+    operations: float = field(repr=False)  # of a step
+
+    @property
+    def above(self) -> int:
+        return self.allocated - self.lasting
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Stock and ours on one model and one length of pairs.
+
+    Args:
+        record: the stage's.
+        name: of the model, tuning and pairs, for the results.
+        train: the trainings, with the keys that both sides share.
+        pairs: of an optimizer step.
+    """
+
+    record: Any
+    name: str
+    train: Trainings
+    pairs: int
+
+    def run(self, stock: bool, size: int, **changes: Any) -> Measured:
+        seconds, memory = Seconds(), Memory()
+        started = now()
+        steps = {"gradient_accumulation_steps": self.pairs // size, "max_steps": 1 + STEPS}
+        extra = {} if stock else {"precompute_ref_log_probs": True}
+        self.train(stock, (seconds, memory), per_device_train_batch_size=size, **steps, **extra, **changes)
+        result = seconds.result()
+        step = median(result["steps"][1:])
+        shares = not stock
+        per_pair = [flops(pair, shares, result) for pair in result["pairs"]]
+        operations = self.pairs * sum(per_pair) / len(per_pair)
+        setup = seconds.marks[0] - started
+        return Measured(setup, step, memory.lasting, memory.allocated, memory.reserved, operations)
+
+    def runs(self, stock: bool, sizes: tuple[int, ...], **changes: Any) -> dict[int, Measured]:
+        """A run per micro-batch, each recorded; those after the first that does not fit are not tried."""
+        found: dict[int, Measured] = {}
+        loss = changes.get("pref_loss", "sigmoid")
+        for size in sizes:
+            what = f"{self.name}, {'stock' if stock else 'ours'}, {loss}, {size} at a time"
+            try:
+                found[size] = measured = self.run(stock, size, **changes)
+            except torch.OutOfMemoryError:
+                self.record(what, "out of memory")
+                break
+            self.record(f"{what}: speed", self.pairs / measured.step, "pairs/s")
+            if DEVICE == "cuda":
+                self.record(f"{what}: peak above what lasts", measured.above / GIB, "GiB")
+                if (peak := peak_flops(torch.cuda.get_device_name())) is not None:
+                    self.record(f"{what}: MFU", measured.operations / measured.step / peak)
+        return found
+
+    def __call__(self, sizes: tuple[int, ...], goals: bool, refined: bool = False) -> dict[int, Measured]:
+        """Both at their best micro-batches, ours with a cache that it finds and one that it builds; then Sr-DPO.
+
+        Args:
+            goals: whether the ratios are those that the project aims at.
+
+        Returns:
+            our runs by micro-batch.
+        """
+
+        def step(measured: Measured) -> float:
+            return measured.step
+
+        smallest = min(sizes)
+        stock_runs = self.runs(True, sizes)
+        cold = self.run(False, smallest)
+        runs = self.runs(False, sizes)
+        if not stock_runs or not runs:
+            return runs
+        stock, ours = min(stock_runs.values(), key=step), min(runs.values(), key=step)
+        self.record(
+            f"{self.name}: ours over stock, warm cache", stock.step / ours.step, at_least=2.0 if goals else None
+        )
+        building = max(cold.setup - runs[smallest].setup, 0.0) / (1 + STEPS)  # for as many pairs as a step has
+        ratio = stock.step / (ours.step + building)
+        self.record(f"{self.name}: ours over stock, cache built in the run", ratio, at_least=1.5 if goals else None)
+        if DEVICE == "cuda":
+            ratio = runs[smallest].above / stock_runs[smallest].above
+            what = f"{self.name}: peak above what lasts, ours to stock's, {smallest} at a time"
+            self.record(what, ratio, at_most=0.5 if goals else None)
+        if refined and (refined_runs := self.runs(False, sizes[:1], pref_loss="sr_dpo")):
+            ratio = refined_runs[sizes[0]].step / stock.step
+            self.record(f"{self.name}: Sr-DPO's time to stock DPO's", ratio, at_most=0.75 if goals else None)
+        return runs
+
+    def plan(self, size: int, measured: Measured, **changes: Any) -> None:
+        """What `llamafactory-ext plan` says of the same recipe, beside what was held."""
+        accumulated = {"gradient_accumulation_steps": self.pairs // size, "precompute_ref_log_probs": True}
+        settings = self.train.recipe(per_device_train_batch_size=size, **accumulated, **changes)
+        planned = make_plan(settings, 1, torch.cuda.get_device_properties(0).total_memory / GIB)
+        self.record(f"{self.name}: planned to allocated memory", planned.total / measured.allocated)
+        self.record(f"{self.name}: planned to reserved memory", planned.total / measured.reserved)
