@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 from gpu_runs import DEVICE
@@ -15,14 +17,15 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.profiler import ProfilerActivity, profile
 from training_worker import now
 
+from llamafactory_ext import attention
 from llamafactory_ext.attention import attend, trie_lengths
 
 TRIES = 4
 HEADS, HEAD_SIZE = 32, 128  # Qwen1.5-7B's
 SHARED = 0.6  # of a trie's tokens; the rest are two tails
 REPEATS = 10
-# What is told apart of a kernel's name.
-KERNELS = {"flash": "flash", "fmha": "memory-efficient", "cutlass": "memory-efficient", "cudnn": "cuDNN"}
+# What torch calls its ways, of which each runs kernels of its own.
+KERNELS = {"flash_attention": "flash", "efficient_attention": "memory-efficient", "cudnn_attention": "cuDNN"}
 Run = Callable[[], torch.Tensor]
 
 
@@ -50,8 +53,14 @@ def of_length(record: Any, total: int, heads: int, size: int, dtype: torch.dtype
     module = SimpleNamespace(is_causal=True, num_key_value_groups=1, training=True)
 
     seen = torch.ones(tail, shared + tail, dtype=torch.bool, device=DEVICE).tril(shared)
+
+    def with_cudnn() -> torch.Tensor:
+        with mock.patch.object(attention, "_without_cudnn", nullcontext):
+            return attend(module, *one_row, mask)[0]
+
     ways: dict[str, Run] = {
         "tries": lambda: attend(module, *one_row, mask)[0],
+        "tries, cuDNN allowed": with_cudnn,
         "a row per answer": lambda: scaled_dot_product_attention(*rows, is_causal=True),
         "a tail under a mask": lambda: scaled_dot_product_attention(query[:, :, shared:], key, value, seen),
         "a tail aligned at its end": lambda: scaled_dot_product_attention(
@@ -67,6 +76,9 @@ def of_length(record: Any, total: int, heads: int, size: int, dtype: torch.dtype
     times = {}
     for name, run in ways.items():
         with record.going_on(f"{total} tokens, {name}"):
+            start = now()
+            forward_and_backward(run)
+            record(f"{total} tokens, {name}: the first time", 1000 * (now() - start), "ms")
             times[name] = milliseconds(run)
             record(f"{total} tokens, {name}", times[name], "ms")
             if DEVICE == "cuda":
@@ -94,5 +106,5 @@ def kernels(run: Run) -> str:
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
         forward_and_backward(run)
         torch.cuda.synchronize()
-    names = " ".join(event.key.lower() for event in profiled.key_averages())
+    names = " ".join(event.key for event in profiled.key_averages() if event.key.startswith("aten::_"))
     return ", ".join(dict.fromkeys(kind for part, kind in KERNELS.items() if part in names)) or "plain products"

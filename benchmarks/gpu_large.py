@@ -20,14 +20,14 @@ FULL = {"finetuning_type": "full", "bf16": True, "optim": OPTIMIZER}
 
 def measure(record: Any, folder: Path, rehearse: bool) -> None:
     name, shape = ("tiny", TINY) if rehearse else ("7B", QWEN_7B)
-    lengths, sizes = (SHORT, (1, 2)) if rehearse else (GSM8K, (4, 8))
+    lengths, sizes, pairs = (SHORT, (1, 2), 2) if rehearse else (GSM8K, (4, 16), PAIRS)
     model = make_model(folder / name, shape)
     with record.going_on(f"{name}, LoRA"):
-        compared = Comparison(record, f"{name}, LoRA", trainings(folder / "lora", model, lengths, PAIRS, LORA), PAIRS)
+        compared = Comparison(record, f"{name}, LoRA", trainings(folder / "lora", model, lengths, pairs, LORA), pairs)
         runs = compared(sizes, goals=not rehearse, refined=True)
         if DEVICE == "cuda" and runs:
             compared.plan(*next(iter(runs.items())))
     with record.going_on(f"{name}, full"):
         pure = {} if rehearse else {"pure_bf16": True}  # float32 weights and states would take 123 GB
-        train = trainings(folder / "full", model, lengths, PAIRS, FULL | pure)
-        Comparison(record, f"{name}, full, {OPTIMIZER}", train, PAIRS)(sizes[:1], goals=False)
+        train = trainings(folder / "full", model, lengths, pairs, FULL | pure)
+        Comparison(record, f"{name}, full, {OPTIMIZER}", train, pairs)(sizes[:1], goals=False)

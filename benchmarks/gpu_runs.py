@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import math
 import os
 import random
 import shutil
@@ -86,7 +87,8 @@ def make_pairs(folder: Path, lengths: Lengths, count: int, seed: int = 0) -> Pat
     draw = random.Random(seed)
 
     def words(number: int) -> str:
-        return " ".join(f"w{draw.randrange(WORDS)}" for _ in range(number))
+        """About as many, because equal lengths would hide what each new one costs."""
+        return " ".join(f"w{draw.randrange(WORDS)}" for _ in range(round(number * draw.uniform(0.7, 1.3))))
 
     folder.mkdir(parents=True, exist_ok=True)
     columns = {"prompt": "instruction", "query": "input", "chosen": "chosen", "rejected": "rejected"}
@@ -139,6 +141,7 @@ class Trainings:
             "dataset": "pairs",
             "finetuning_type": "full",
             "cutoff_len": 2048,
+            "logging_nan_inf_filter": False,  # which logs a loss that is not a number as 0
             "learning_rate": 1.0e-5,
             "lr_scheduler_type": "constant",
             "logging_steps": 1,
@@ -157,8 +160,10 @@ class Trainings:
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
     """A training leaves its precision in the environment and in accelerate's state, and its memory to the collector."""
-    from accelerate.state import AcceleratorState
+    from accelerate.state import AcceleratorState, GradientState
 
+    gc.collect()  # also what an error's frames held, of a run that did not fit
+    torch.cuda.empty_cache()
     before = dict(os.environ)
     try:
         yield
@@ -166,8 +171,7 @@ def alone() -> Iterator[None]:
         os.environ.clear()
         os.environ.update(before)
         AcceleratorState._reset_state(reset_partial_state=True)
-        gc.collect()
-        torch.cuda.empty_cache()
+        GradientState._reset_state()
 
 
 @contextlib.contextmanager
@@ -182,8 +186,7 @@ def losses(logs: list[dict[str, Any]]) -> list[float]:
 
 
 def difference(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> float:
-    """The largest between the losses of two runs, step by step; infinite if one has fewer."""
-    pairs = list(zip(losses(one), losses(other), strict=False))
-    if not pairs or len(losses(one)) != len(losses(other)):
-        return float("inf")
-    return max(abs(a - b) for a, b in pairs)
+    """The largest between the losses of two runs, step by step; infinite if one has fewer, or a loss is no number."""
+    differences = [abs(a - b) for a, b in zip(losses(one), losses(other), strict=False)]
+    is_whole = differences and len(losses(one)) == len(losses(other)) and all(map(math.isfinite, differences))
+    return max(differences) if is_whole else math.inf

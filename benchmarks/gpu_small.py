@@ -14,15 +14,15 @@ PAIRS = 16  # of an optimizer step
 def measure(record: Any, folder: Path, rehearse: bool) -> None:
     shapes = {"tiny": TINY} if rehearse else {"0.5B": QWEN_05B, "1.5B": QWEN_15B}
     lengths = {"short pairs": SHORT} if rehearse else {"GSM8K's lengths": GSM8K, "1,024 tokens": LONG}
-    sizes = (1, 2) if rehearse else (2, 4, 8)
+    sizes, pairs = ((1, 2), 2) if rehearse else ((2, 8), PAIRS)
     settings = {"bf16": True, "optim": "adamw_torch", "disable_gradient_checkpointing": True}
     for shape_name, shape in shapes.items():
         model = make_model(folder / shape_name, shape)
         for length_name, length in lengths.items():
             name = f"{shape_name}, full, {length_name}"
             with record.going_on(name):
-                train = trainings(folder, model, length, PAIRS, settings)
-                Comparison(record, name, train, PAIRS)(sizes, goals=False)
+                train = trainings(folder, model, length, pairs, settings)
+                Comparison(record, name, train, pairs)(sizes, goals=False)
 
 
 def trainings(folder: Path, model: Path, lengths: Lengths, pairs: int, settings: dict[str, Any]) -> Trainings:

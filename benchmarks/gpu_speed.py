@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
+from unittest import mock
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from gpu_runs import DEVICE, Trainings
 from training_report import flops, peak_flops
-from training_worker import Seconds, now
-from transformers import TrainerCallback
+from training_worker import Seconds
+from transformers import Trainer, TrainerCallback
 
 from llamafactory_ext.planning.plan import make_plan
 
@@ -27,6 +30,7 @@ class Memory(TrainerCallback):
         if DEVICE == "cuda":
             self.lasting = torch.cuda.memory_allocated()
             if state.global_step == 0:
+                torch.cuda.empty_cache()  # what loading and the reference's pass took
                 torch.cuda.reset_peak_memory_stats()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -36,14 +40,15 @@ class Memory(TrainerCallback):
 
 @dataclass
 class Measured:
-    """A training: seconds before the first step and of a step, and its memory in bytes."""
+    """A training: seconds from the trainer's making to the first step, and of a step; its memory in bytes."""
 
     setup: float
     step: float
     lasting: int
     allocated: int
     reserved: int
-    operations: float = field(repr=False)  # of a step
+    operations: float  # of a step
+    tokens: list[tuple[int, int, int]]  # of each pair: both rows, and what both begin with
 
     @property
     def above(self) -> int:
@@ -68,17 +73,19 @@ class Comparison:
 
     def run(self, stock: bool, size: int, **changes: Any) -> Measured:
         seconds, memory = Seconds(), Memory()
-        started = now()
-        steps = {"gradient_accumulation_steps": self.pairs // size, "max_steps": 1 + STEPS}
-        extra = {} if stock else {"precompute_ref_log_probs": True}
-        self.train(stock, (seconds, memory), per_device_train_batch_size=size, **steps, **extra, **changes)
+        keys = {"gradient_accumulation_steps": self.pairs // size, "max_steps": 1 + STEPS}
+        keys |= {} if stock else {"precompute_ref_log_probs": True}
+        keys |= changes
+        with mock.patch.object(Trainer, "save_model"):  # 15 GB a run, of weights that are nobody's
+            self.train(stock, (seconds, memory), per_device_train_batch_size=size, **keys)
         result = seconds.result()
-        step = median(result["steps"][1:])
+        step = median(result["steps"][1:] or result["steps"])
         shares = not stock
         per_pair = [flops(pair, shares, result) for pair in result["pairs"]]
         operations = self.pairs * sum(per_pair) / len(per_pair)
-        setup = seconds.marks[0] - started
-        return Measured(setup, step, memory.lasting, memory.allocated, memory.reserved, operations)
+        return Measured(
+            result["setup"], step, memory.lasting, memory.allocated, memory.reserved, operations, result["pairs"]
+        )
 
     def runs(self, stock: bool, sizes: tuple[int, ...], **changes: Any) -> dict[int, Measured]:
         """A run per micro-batch, each recorded; those after the first that does not fit are not tried."""
@@ -88,11 +95,14 @@ class Comparison:
             what = f"{self.name}, {'stock' if stock else 'ours'}, {loss}, {size} at a time"
             try:
                 found[size] = measured = self.run(stock, size, **changes)
-            except torch.OutOfMemoryError:
+            except RuntimeError as error:
+                if not should_reduce_batch_size(error):
+                    raise
                 self.record(what, "out of memory")
                 break
             self.record(f"{what}: speed", self.pairs / measured.step, "pairs/s")
             if DEVICE == "cuda":
+                self.record(f"{what}: peak", measured.allocated / GIB, "GiB")
                 self.record(f"{what}: peak above what lasts", measured.above / GIB, "GiB")
                 if (peak := peak_flops(torch.cuda.get_device_name())) is not None:
                     self.record(f"{what}: MFU", measured.operations / measured.step / peak)
@@ -113,6 +123,7 @@ class Comparison:
 
         smallest = min(sizes)
         stock_runs = self.runs(True, sizes)
+        self.run(False, smallest, precompute_ref_log_probs=False, max_steps=1)  # loads the kernels
         cold = self.run(False, smallest)
         runs = self.runs(False, sizes)
         if not stock_runs or not runs:
@@ -135,8 +146,10 @@ class Comparison:
 
     def plan(self, size: int, measured: Measured, **changes: Any) -> None:
         """What `llamafactory-ext plan` says of the same recipe, beside what was held."""
-        accumulated = {"gradient_accumulation_steps": self.pairs // size, "precompute_ref_log_probs": True}
-        settings = self.train.recipe(per_device_train_batch_size=size, **accumulated, **changes)
+        longest = max(max(pair) for pair in measured.tokens)
+        keys = {"gradient_accumulation_steps": self.pairs // size, "precompute_ref_log_probs": True}
+        keys |= {"cutoff_len": 8 * math.ceil(longest / 8), **changes}
+        settings = self.train.recipe(per_device_train_batch_size=size, **keys)
         planned = make_plan(settings, 1, torch.cuda.get_device_properties(0).total_memory / GIB)
         self.record(f"{self.name}: planned to allocated memory", planned.total / measured.allocated)
         self.record(f"{self.name}: planned to reserved memory", planned.total / measured.reserved)

@@ -28,14 +28,15 @@ PER_TOKEN = "normalized_rewards/chosen_per_token"
 
 
 def measure(record: Any, folder: Path, rehearse: bool) -> None:
-    solved, pairs, steps, watched = (16, 8, 2, 2) if rehearse else (4096, 512, 400, 60)
+    solved, pairs, steps, watched = (16, 8, 2, 2) if rehearse else (4096, 512, 250, 40)
     tokenizer = make_tokenizer(LETTERS)
     small = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2} if rehearse else {}
     shape = SHAPE | small | {"vocab_size": len(tokenizer)}
     model = make_model(folder / "untrained", shape, dtype=torch.float32, tokenizer=tokenizer)
     data = make_data(folder / "data", solved, pairs)
     settings = {"use_cpu": True} if DEVICE == "cpu" else {"bf16": True}
-    settings |= {"optim": "adamw_torch", "per_device_train_batch_size": 2 if rehearse else 32}
+    settings |= {"optim": "adamw_torch", "per_device_train_batch_size": 2 if rehearse else 16}
+    settings |= {"disable_gradient_checkpointing": True}
 
     learn = Trainings(model, data, folder, settings)
     taught = {"stage": "sft", "dataset": "problems", "learning_rate": 1e-3, "max_steps": steps, "output": "taught"}

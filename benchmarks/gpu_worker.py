@@ -5,9 +5,11 @@ python benchmarks/gpu_worker.py STAGE results.jsonl [--rehearse]
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
+import shutil
 import sys
 import tempfile
 import traceback
@@ -16,6 +18,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from gpu_packages import MEMORY, PREFIX
 
 
 @dataclass(frozen=True)
@@ -67,10 +71,12 @@ def main() -> None:
         sys.exit("gpu_worker.py: there is no GPU that torch can use: write --rehearse to run on the CPU.")
     about = machine()
     record = Recorder(stage, Path(results), {key: about[key] for key in ("date", "commit", "versions", "machine")})
-    # Weights of 15 GB are written and read faster in memory.
-    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) and not rehearse else None
-    with tempfile.TemporaryDirectory(dir=memory) as folder:
-        importlib.import_module(f"gpu_{stage}").measure(record, Path(folder), rehearse)
+    is_there = os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > 40e9
+    memory = MEMORY if is_there and not rehearse else None
+    module = importlib.import_module(f"gpu_{stage}")
+    gc.freeze()  # or each training's end goes through all that was imported, which takes longer than a tiny one
+    with tempfile.TemporaryDirectory(prefix=PREFIX, dir=memory) as folder:
+        module.measure(record, Path(folder), rehearse)
 
 
 if __name__ == "__main__":

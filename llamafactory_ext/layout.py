@@ -94,7 +94,7 @@ def shared_prefix(batch: Batch, attention: str = "sdpa") -> Layout:
     """
     device = batch["input_ids"].device
     # One transfer from the device: how long the tries are decides the shapes of what follows.
-    ids, mask, labels = (batch[name].cpu() for name in ("input_ids", "attention_mask", "labels"))
+    ids, mask, labels = torch.stack([batch[name] for name in ("input_ids", "attention_mask", "labels")]).cpu()
     answers = [(ids[row][mask[row] != 0], labels[row][mask[row] != 0]) for row in range(len(ids))]
     pairs = len(answers) // 2
     tries = [_trie(*answers[pair], *answers[pairs + pair]) for pair in range(pairs)]
@@ -114,11 +114,11 @@ def shared_prefix(batch: Batch, attention: str = "sdpa") -> Layout:
     }
     lengths = [trie.lengths for trie in tries]
     inputs = {
-        "input_ids": torch.cat([trie.ids for trie in tries])[None].to(device),
-        "position_ids": torch.cat([trie.positions for trie in tries])[None].to(device),
+        "input_ids": torch.cat([trie.ids for trie in tries])[None].to(device, non_blocking=True),
+        "position_ids": torch.cat([trie.positions for trie in tries])[None].to(device, non_blocking=True),
         "attention_mask": _eager_mask(lengths, device) if attention == "eager" else trie_lengths(lengths),
     }
-    tensors = {name: values.to(device) for name, values in parts.items()}
+    tensors = {name: values.to(device, non_blocking=True) for name, values in parts.items()}
     return Layout(inputs=inputs, longest=max(map(len, entries)), pairs=pairs, **tensors)
 
 
