@@ -125,7 +125,7 @@ gpu-wheels:
 	$(PYTHON) benchmarks/gpu_packages.py
 
 clean:
-	rm -rf .venv .venv-compat .venv-eval $(LEGS:%=.venv-%) .wheels outputs build dist *.egg-info
+	rm -rf .venv .venv-compat .venv-eval $(LEGS:%=.venv-%) .wheels .wheels-site outputs build dist *.egg-info
 
 # --- evaluation: vLLM lives in an environment of its own, because it pins versions that LLaMA-Factory refuses ----------
 EVAL_VENV ?= .venv-eval

@@ -1,6 +1,6 @@
 """What a GPU proves and measures, in stages: each in a process of its own with a time limit, each leaving its results.
 
-    python benchmarks/gpu.py                            # all stages, the most worthy first
+    python benchmarks/gpu.py                            # all stages, the one that is worth most first
     python benchmarks/gpu.py --minutes 8                # as far as they get in eight minutes
     python benchmarks/gpu.py --only paths --only large
     python benchmarks/gpu.py --rehearse                 # all stages on the CPU with tiny shapes, in two minutes
@@ -32,7 +32,6 @@ from rich.markup import escape
 from rich.table import Table
 
 HERE = Path(__file__).parent
-SITE = Path(tempfile.gettempdir()) / "llamafactory-ext-gpu"
 OUTPUT, REHEARSAL = Path("outputs/gpu"), Path("outputs/gpu-rehearsal")
 
 console = Console()
@@ -48,6 +47,7 @@ class Stage:
     about: str
 
 
+NO_GPU = "there is no GPU that torch can use"  # says gpu_worker.py
 LEAST = 25  # seconds, of which a stage imports for 15
 STAGES = (
     Stage("paths", 120, "every way of training, with tiny models, against stock LLaMA-Factory"),
@@ -62,10 +62,18 @@ def main(words: list[str] | None = None) -> int:
     """Run the stages that the words of a command line name; 0 if all ran and no goal was missed."""
     options = parser().parse_args(words)
     output: Path = options.output or (REHEARSAL if options.rehearse else OUTPUT)
-    output.mkdir(parents=True, exist_ok=True)
-    results, environment = output / "results.jsonl", prepared()
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        environment = prepared(options.rehearse)
+    except (OSError, ValueError) as error:
+        print(f"gpu.py: {error}", file=sys.stderr)
+        return 2
+    results = output / "results.jsonl"
+    whole_lines(results)
+    before = results.stat().st_size if results.is_file() else 0
     deadline = time.monotonic() + 60 * options.minutes
     failed = False
+    clean()
     for stage in STAGES:
         if options.only and stage.name not in options.only:
             continue
@@ -77,30 +85,58 @@ def main(words: list[str] | None = None) -> int:
         problem = run(replace(stage, seconds=min(stage.seconds, int(left))), output, environment, options.rehearse)
         note(results, stage, problem or f"{time.monotonic() - started:.0f} s", met=problem is None)
         failed = failed or problem is not None
-        console.print(table(read(results)))
-    return int(failed or any(row["met"] is False for row in read(results)))
+        console.print(table(read(results, before)))
+        if problem is not None and NO_GPU in problem:
+            break
+    rows = read(results, before)
+    return int(failed or not rows or any(row["met"] is False for row in rows))
 
 
 def parser() -> argparse.ArgumentParser:
     # By the standard library, because the packages that the wheels bring are not there yet.
     about = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    about.add_argument("--only", action="append", choices=[stage.name for stage in STAGES], help="several for several")
-    about.add_argument("--minutes", type=float, default=9.5, help="stages end with these, and leave what they have")
+    about.add_argument(
+        "--only",
+        action="append",
+        choices=[stage.name for stage in STAGES],
+        help="a stage; write it several times for several stages",
+    )
+    about.add_argument("--minutes", type=positive, default=9.5, help="for all stages together (default: 9.5)")
     about.add_argument("--rehearse", action="store_true", help="on the CPU, with tiny shapes")
     where = f"a folder for results.jsonl and the stages' logs (default: {OUTPUT}, or {REHEARSAL})"
     about.add_argument("--output", type=Path, help=where)
     return about
 
 
-def prepared() -> dict[str, str]:
-    """The environment of the stages: the checkout, and before it the wheels, where LLaMA-Factory is not installed."""
+def positive(text: str) -> float:
+    """A number of minutes; argparse says what is wrong with another text."""
+    if not 0 < float(text) < float("inf"):
+        raise ValueError
+    return float(text)
+
+
+def prepared(rehearse: bool) -> dict[str, str]:
+    """The environment of the stages: the checkout, and before it the wheels, where LLaMA-Factory is not installed.
+
+    Raises:
+        ValueError: with a sentence that says what to do, if it is nowhere.
+    """
     paths = [HERE.parent.resolve(), HERE.resolve()]
-    if WHEELS.is_dir() and importlib.util.find_spec("llamafactory") is None:
-        install(SITE)  # not into the output, which may be copied from machine to machine
-        paths.insert(0, SITE)
+    if importlib.util.find_spec("llamafactory") is None:
+        if not any(WHEELS.glob("*.whl")):
+            raise ValueError(
+                f"LLaMA-Factory is not installed: install it, or bring {WHEELS}, which `make gpu-wheels` makes where "
+                "there is a network."
+            )
+        try:
+            paths.insert(0, install())
+        except subprocess.CalledProcessError:
+            raise ValueError(f"pip could not install {WHEELS}: make it again with `make gpu-wheels`.") from None
     before = os.environ.get("PYTHONPATH")
     found = [*map(str, paths), *([before] if before else [])]
     quiet = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    if rehearse:
+        quiet["CUDA_VISIBLE_DEVICES"] = ""
     return os.environ | {"PYTHONPATH": os.pathsep.join(found)} | quiet
 
 
@@ -116,7 +152,7 @@ def run(stage: Stage, output: Path, environment: dict[str, str], rehearse: bool)
             stdout=file,
             stderr=subprocess.STDOUT,
             env=environment,
-            start_new_session=True,
+            process_group=0,
         )
         try:
             # A rehearsal shares its machine with others, and is there to see that all of it works.
@@ -139,9 +175,11 @@ def end(process: subprocess.Popen[Any]) -> None:
 
 
 def clean() -> None:
-    """Remove what a stage that was killed left in memory: the weights of its models."""
-    for folder in MEMORY.glob(f"{PREFIX}*"):
-        shutil.rmtree(folder, ignore_errors=True)
+    """Remove the models of stages that were killed, of this run and of those that are no more."""
+    for folder in [*MEMORY.glob(f"{PREFIX}*"), *Path(tempfile.gettempdir()).glob(f"{PREFIX}*")]:
+        started_by = folder.name.removeprefix(PREFIX).split("-")[0]
+        if started_by == str(os.getpid()) or not Path("/proc", started_by).is_dir():
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def last_line(log: Path) -> str:
@@ -163,15 +201,20 @@ def note(results: Path, stage: Stage, ended: str, met: bool) -> None:
         file.write(json.dumps(row) + "\n")
 
 
-def read(results: Path) -> list[dict[str, Any]]:
-    """The rows so far, of several measurements of the same the latest; a line that was cut off is left out."""
+def read(results: Path, start: int = 0) -> list[dict[str, Any]]:
+    """The rows from a byte on, of several measurements of the same the latest; what is no row of ours is left out."""
     rows: dict[tuple[str, str], dict[str, Any]] = {}
-    for line in results.read_text(encoding="utf-8").splitlines() if results.is_file() else []:
+    content = results.read_bytes()[start:] if results.is_file() else b""
+    for line in content.decode(errors="replace").splitlines():
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:
+            is_ours = (
+                isinstance(row["stage"], str) and isinstance(row["what"], str) and row["met"] in (True, False, None)
+            )
+        except (ValueError, TypeError, KeyError, RecursionError):
             continue
-        rows[row["stage"], row["what"]] = row
+        if is_ours:
+            rows[row["stage"], row["what"]] = row
     return list(rows.values())
 
 
@@ -180,7 +223,8 @@ def table(rows: list[dict[str, Any]]) -> Table:
     for row in rows:
         mark = {True: "[green]met", False: "[red]missed", None: ""}[row["met"]]
         value = f"{row['value']:.4g}" if isinstance(row["value"], float) else str(row["value"])
-        shown.add_row(row["stage"], escape(row["what"]), escape(f"{value} {row['unit']}"), row["goal"] or "", mark)
+        words = (row["stage"], row["what"], f"{value} {row['unit']}", str(row["goal"] or ""))
+        shown.add_row(*map(escape, words), mark)
     return shown
 
 

@@ -25,7 +25,7 @@ def measure(record: Any, folder: Path, rehearse: bool) -> None:
     with record.going_on(f"{name}, LoRA"):
         compared = Comparison(record, f"{name}, LoRA", trainings(folder / "lora", model, lengths, pairs, LORA), pairs)
         runs = compared(sizes, goals=not rehearse, refined=True)
-        if DEVICE == "cuda" and runs:
+        if runs:
             compared.plan(*next(iter(runs.items())))
     with record.going_on(f"{name}, full"):
         pure = {} if rehearse else {"pure_bf16": True}  # float32 weights and states would take 123 GB

@@ -8,6 +8,8 @@ matplotlib, rich, typer and wrapt. What is listed here is not there, or not in a
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import shutil
 import subprocess
 import sys
@@ -15,7 +17,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-WHEELS = Path(".wheels")
+CHECKOUT = Path(__file__).parent.parent.resolve()
+WHEELS, SITES = CHECKOUT / ".wheels", CHECKOUT / ".wheels-site"
 # Where stages keep models, and how their folders are called: 15 GB of weights are written and read faster in memory.
 MEMORY, PREFIX = Path("/dev/shm"), "llamafactory-ext-gpu-"
 LIMIT = 45 * 2**20  # bytes; what travels besides is the checkout
@@ -64,17 +67,26 @@ def slim(wheel: Path) -> None:
     unfinished.replace(wheel)
 
 
-def install(site: Path, wheels: Path = WHEELS) -> None:
-    """Install the wheels into a folder for PYTHONPATH; nothing is done where they are installed already."""
+def install(wheels: Path = WHEELS, sites: Path = SITES) -> Path:
+    """Install the wheels into a folder for PYTHONPATH, unless just these have been installed, and return the folder.
+
+    Raises:
+        subprocess.CalledProcessError: if pip cannot; it has said why.
+    """
+    names = [sys.version, *(f"{wheel.name} {wheel.stat().st_size}" for wheel in sorted(wheels.glob("*.whl")))]
+    site = sites / hashlib.sha256("\n".join(names).encode()).hexdigest()[:12]
     if site.is_dir():
-        return
-    with tempfile.TemporaryDirectory(dir=site.parent) as unfinished:
+        return site
+    sites.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=sites) as unfinished:
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile"]
         command += ["--no-cache-dir", "--disable-pip-version-check", "--target", f"{unfinished}/site"]
         subprocess.run([*command, *map(str, sorted(wheels.glob("*.whl")))], check=True)
         # On all cores, and once: where PYTHONDONTWRITEBYTECODE is set, each stage would take 20 seconds for it.
         subprocess.run([sys.executable, "-m", "compileall", "-q", "-j", "0", f"{unfinished}/site"], check=False)
-        Path(unfinished, "site").replace(site)
+        with contextlib.suppress(OSError):  # another run was faster
+            Path(unfinished, "site").replace(site)
+    return site
 
 
 if __name__ == "__main__":

@@ -10,8 +10,11 @@ import importlib
 import json
 import os
 import shutil
+import signal
 import sys
 import tempfile
+import threading
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -59,8 +62,21 @@ class Recorder:
         print(line, flush=True)
 
 
+def end_with_parent() -> None:
+    """Free the GPU also where the process that set the time limit was killed."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def main() -> None:
     stage, results, *flags = sys.argv[1:]
+    end_with_parent()
     # What the start-up hook does where the plugin is installed: here it may be on PYTHONPATH only.
     import llamafactory_ext._startup  # noqa: F401, I001
     import torch
@@ -75,7 +91,7 @@ def main() -> None:
     memory = MEMORY if is_there and not rehearse else None
     module = importlib.import_module(f"gpu_{stage}")
     gc.freeze()  # or each training's end goes through all that was imported, which takes longer than a tiny one
-    with tempfile.TemporaryDirectory(prefix=PREFIX, dir=memory) as folder:
+    with tempfile.TemporaryDirectory(prefix=f"{PREFIX}{os.getppid()}-", dir=memory) as folder:
         module.measure(record, Path(folder), rehearse)
 
 

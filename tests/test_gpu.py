@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -31,20 +32,56 @@ def test_rehearsal_runs_every_stage_and_misses_no_goal(tmp_path):
 
 def test_a_stage_ends_with_its_time(tmp_path):
     started = time.monotonic()
-    problem = gpu.run(gpu.Stage("paths", 1, "of a test"), tmp_path, gpu.prepared(), rehearse=False)
+    problem = gpu.run(gpu.Stage("paths", 1, "of a test"), tmp_path, gpu.prepared(rehearse=False), rehearse=False)
     assert problem == "stopped after 1 s"
     assert time.monotonic() - started < 60
 
 
 @pytest.mark.slow
+def test_a_stage_ends_with_what_started_it(tmp_path):
+    command = [sys.executable, str(SCRIPT), "--rehearse", "--only", "paths", "--output", str(tmp_path)]
+    started = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    results = tmp_path / "results.jsonl"
+    while not results.is_file():
+        assert started.poll() is None
+        time.sleep(0.1)
+    started.kill()
+    started.wait()
+    deadline, size = time.monotonic() + 120, -1
+    while results.stat().st_size != size:  # for as long as five seconds, in which a stage finds more
+        assert time.monotonic() < deadline, "the stage goes on"
+        size = results.stat().st_size
+        time.sleep(5)
+    rows = gpu.read(results)
+    assert rows
+    assert not [row for row in rows if row["what"] == "the stage itself"]
+
+
+@pytest.mark.slow
 def test_without_a_gpu_a_stage_says_what_to_write(tmp_path):
-    problem = gpu.run(gpu.Stage("paths", 300, "of a test"), tmp_path, gpu.prepared(), rehearse=False)
+    problem = gpu.run(gpu.Stage("paths", 300, "of a test"), tmp_path, gpu.prepared(rehearse=False), rehearse=False)
     assert "there is no GPU that torch can use: write --rehearse to run on the CPU." in problem
 
 
 def test_what_does_not_fit_is_left_out(tmp_path, capsys):
-    assert gpu.main(["--minutes", "0.3", "--only", "large", "--output", str(tmp_path)]) == 0
+    assert gpu.main(["--minutes", "0.3", "--only", "large", "--output", str(tmp_path)]) == 1  # nothing was measured
     assert "large is left out: 18 s are left, in which it would not get anywhere." in capsys.readouterr().out
+
+
+def test_without_llamafactory_and_wheels_it_says_what_to_bring(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(gpu, "WHEELS", tmp_path / "wheels")
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
+    assert gpu.main(["--output", str(tmp_path / "out")]) == 2
+    assert "LLaMA-Factory is not installed: install it, or bring" in capsys.readouterr().err
+
+
+def test_models_of_runs_that_are_no_more_are_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "MEMORY", tmp_path)
+    gone, own, other = (tmp_path / f"{gpu.PREFIX}{pid}-x" for pid in (2**22 + 1, os.getpid(), 1))
+    for folder in (gone, own, other):
+        folder.mkdir()
+    gpu.clean()
+    assert list(tmp_path.iterdir()) == [other]
 
 
 def test_an_unknown_stage_is_refused(tmp_path, capsys):
@@ -55,8 +92,19 @@ def test_an_unknown_stage_is_refused(tmp_path, capsys):
 
 def test_what_a_killed_stage_has_left_is_read(tmp_path):
     results = tmp_path / "results.jsonl"
-    rows = [{"stage": "paths", "what": what, "value": value} for what, value in (("a", 1.0), ("b", 2.0), ("a", 3.0))]
-    results.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"stage": "paths", "wh', encoding="utf-8")
+    about = {"stage": "paths", "unit": "", "goal": None, "met": None}
+    rows = [{"what": what, "value": value, **about} for what, value in (("a", 1.0), ("b", 2.0), ("a", 3.0))]
+    foreign = [
+        b"\xff\xfe",
+        b"[1]",
+        b'"abc"',
+        b"null",
+        b'{"a": 1}',
+        b'{"stage": [1], "what": "a", "met": null}',
+        b"[" * 10**5,
+    ]
+    lines = [*(json.dumps(row).encode() for row in rows), *foreign, b'{"stage": "paths", "wh']
+    results.write_bytes(b"\n".join(lines))
     assert gpu.read(results) == [rows[2], rows[1]]
     assert gpu.read(tmp_path / "none") == []
     gpu.whole_lines(results)
