@@ -26,7 +26,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gpu_packages import MEMORY, PREFIX, WHEELS, install
+from gpu_packages import WHEELS, install
+from gpu_worker import MEMORY, NO_GPU, PREFIX
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -47,7 +48,6 @@ class Stage:
     about: str
 
 
-NO_GPU = "there is no GPU that torch can use"  # says gpu_worker.py
 LEAST = 25  # seconds, of which a stage imports for 15
 STAGES = (
     Stage("paths", 120, "every way of training, with tiny models, against stock LLaMA-Factory"),
@@ -59,7 +59,7 @@ STAGES = (
 
 
 def main(words: list[str] | None = None) -> int:
-    """Run the stages that the words of a command line name; 0 if all ran and no goal was missed."""
+    """Run the stages that a command line names; 0 if something was measured, nothing failed and no goal was missed."""
     options = parser().parse_args(words)
     output: Path = options.output or (REHEARSAL if options.rehearse else OUTPUT)
     try:
@@ -69,7 +69,6 @@ def main(words: list[str] | None = None) -> int:
         print(f"gpu.py: {error}", file=sys.stderr)
         return 2
     results = output / "results.jsonl"
-    whole_lines(results)
     before = results.stat().st_size if results.is_file() else 0
     deadline = time.monotonic() + 60 * options.minutes
     failed = False
@@ -93,7 +92,7 @@ def main(words: list[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    # By the standard library, because the packages that the wheels bring are not there yet.
+    # By the standard library, because releases of typer need a package that only the wheels bring.
     about = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     about.add_argument(
         "--only",

@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from gpu_runs import DEVICE, GSM8K, SHORT, TINY, make_model
-from gpu_small import trainings
-from gpu_speed import Comparison
+from gpu_speed import PAIRS, Comparison, trainings
 from training_runs import QWEN_7B
 
-PAIRS = 16  # of an optimizer step
 LORA = {"finetuning_type": "lora", "lora_rank": 16, "bf16": True, "optim": "adamw_torch"}
 # Adafactor's states are small; those of 8-bit Adam take two bytes a weight.
 OPTIMIZER = "adamw_8bit" if importlib.util.find_spec("bitsandbytes") and DEVICE == "cuda" else "adafactor"

@@ -19,8 +19,6 @@ from pathlib import Path
 
 CHECKOUT = Path(__file__).parent.parent.resolve()
 WHEELS, SITES = CHECKOUT / ".wheels", CHECKOUT / ".wheels-site"
-# Where stages keep models, and how their folders are called: 15 GB of weights are written and read faster in memory.
-MEMORY, PREFIX = Path("/dev/shm"), "llamafactory-ext-gpu-"
 LIMIT = 45 * 2**20  # bytes; what travels besides is the checkout
 PACKAGES = (
     "llamafactory==0.9.5",

@@ -24,13 +24,12 @@ OURS = ("share_prefix", "precompute_ref_log_probs")  # keys that stock does not 
 def measure(record: Any, folder: Path, rehearse: bool) -> None:
     model = make_model(folder / "tiny", TINY, dtype=torch.float32)
     data = make_pairs(folder / "data", SHORT, 8)  # as many as four steps take, so that the reference comes beforehand
-    cpu = {"use_cpu": True} if DEVICE == "cpu" else {}
-    train = Trainings(model, data, folder, SGD | cpu)
-    half = Trainings(make_model(folder / "half", TINY), data, folder, SGD | cpu)
+    train = Trainings(model, data, folder, SGD)
+    half = Trainings(make_model(folder / "half", TINY), data, folder, SGD)
     beside_stock(record, train, half)
     ways_of_ours(record, train)
     with record.going_on("waits for the GPU"):
-        waits(record, folder, data, cpu)
+        waits(record, folder, data)
     whole_runs(record, train)
 
 
@@ -106,12 +105,12 @@ def whole_runs(record: Any, train: Trainings) -> None:
         record("steps until a run that degenerates is ended, of 60", len(losses(train(**steps))), at_most=59)
 
 
-def waits(record: Any, folder: Path, data: Path, cpu: dict[str, Any]) -> None:
+def waits(record: Any, folder: Path, data: Path) -> None:
     """What a layer waits for, a model with more layers waits for more often."""
     counts = {}
     for layers in (2, 6):
         deep = make_model(folder / f"layers{layers}", TINY | {"num_hidden_layers": layers}, dtype=torch.float32)
-        train = Trainings(deep, data, folder, SGD | cpu | {"logging_steps": 10})
+        train = Trainings(deep, data, folder, SGD | {"logging_steps": 10})
         train()  # builds the cache
         counter = Waits()
         train(callbacks=(counter,))

@@ -149,6 +149,7 @@ class Trainings:
             "report_to": "none",
             "seed": 1,
             "disable_shuffling": True,
+            "use_cpu": DEVICE == "cpu",
             "output_dir": str(self.folder / output),
             **references,
             **self.settings,
@@ -174,11 +175,9 @@ def alone() -> Iterator[None]:
         GradientState._reset_state()
 
 
-@contextlib.contextmanager
-def own_stage(stock: bool) -> Iterator[None]:
+def own_stage(stock: bool) -> contextlib.AbstractContextManager[Any]:
     """LLaMA-Factory's own workflow, from which the plugin's wrapper is taken for the time of a with block."""
-    with mock.patch.object(tuner, "run_dpo", tuner.run_dpo.__wrapped__) if stock else contextlib.nullcontext():
-        yield
+    return mock.patch.object(tuner, "run_dpo", tuner.run_dpo.__wrapped__) if stock else contextlib.nullcontext()
 
 
 def losses(logs: list[dict[str, Any]]) -> list[float]:

@@ -5,10 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from gpu_runs import DEVICE, GSM8K, LONG, QWEN_05B, QWEN_15B, SHORT, TINY, Lengths, Trainings, make_model, make_pairs
-from gpu_speed import STEPS, Comparison
-
-PAIRS = 16  # of an optimizer step
+from gpu_runs import GSM8K, LONG, QWEN_05B, QWEN_15B, SHORT, TINY, make_model
+from gpu_speed import PAIRS, Comparison, trainings
 
 
 def measure(record: Any, folder: Path, rehearse: bool) -> None:
@@ -23,9 +21,3 @@ def measure(record: Any, folder: Path, rehearse: bool) -> None:
             with record.going_on(name):
                 train = trainings(folder, model, length, pairs, settings)
                 Comparison(record, name, train, pairs)(sizes, goals=False)
-
-
-def trainings(folder: Path, model: Path, lengths: Lengths, pairs: int, settings: dict[str, Any]) -> Trainings:
-    data = make_pairs(folder / f"pairs{lengths.prompt}", lengths, pairs * (1 + STEPS))
-    cpu = {"use_cpu": True} if DEVICE == "cpu" else {}
-    return Trainings(model, data, folder / f"runs-{model.name}-{lengths.prompt}", settings | cpu)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 from typing import Any
 from unittest import mock
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
-from gpu_runs import DEVICE, Trainings
+from gpu_runs import DEVICE, Lengths, Trainings, make_pairs
 from training_report import flops, peak_flops
 from training_worker import Seconds
 from transformers import Trainer, TrainerCallback
@@ -18,7 +19,14 @@ from transformers import Trainer, TrainerCallback
 from llamafactory_ext.planning.plan import make_plan
 
 GIB = 2**30
+PAIRS = 16  # of an optimizer step
 STEPS = 2  # that are measured, after one to warm up
+
+
+def trainings(folder: Path, model: Path, lengths: Lengths, pairs: int, settings: dict[str, Any]) -> Trainings:
+    """Trainings with as many pairs as the steps of a run take, a data set and folder of their own."""
+    data = make_pairs(folder / f"pairs{lengths.prompt}", lengths, pairs * (1 + STEPS))
+    return Trainings(model, data, folder / f"runs-{model.name}-{lengths.prompt}", settings)
 
 
 class Memory(TrainerCallback):

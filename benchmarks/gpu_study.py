@@ -34,8 +34,7 @@ def measure(record: Any, folder: Path, rehearse: bool) -> None:
     shape = SHAPE | small | {"vocab_size": len(tokenizer)}
     model = make_model(folder / "untrained", shape, dtype=torch.float32, tokenizer=tokenizer)
     data = make_data(folder / "data", solved, pairs)
-    settings = {"use_cpu": True} if DEVICE == "cpu" else {"bf16": True}
-    settings |= {"optim": "adamw_torch", "per_device_train_batch_size": 2 if rehearse else 16}
+    settings = {"bf16": DEVICE == "cuda", "optim": "adamw_torch", "per_device_train_batch_size": 2 if rehearse else 16}
     settings |= {"disable_gradient_checkpointing": True}
 
     learn = Trainings(model, data, folder, settings)

@@ -22,7 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gpu_packages import MEMORY, PREFIX
+# Where stages keep models, and how their folders are called: 15 GB of weights are written and read faster in memory.
+MEMORY, PREFIX = Path("/dev/shm"), "llamafactory-ext-gpu-"
+NO_GPU = "there is no GPU that torch can use"
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ def main() -> None:
 
     rehearse = "--rehearse" in flags
     if not rehearse and not torch.cuda.is_available():
-        sys.exit("gpu_worker.py: there is no GPU that torch can use: write --rehearse to run on the CPU.")
+        sys.exit(f"gpu_worker.py: {NO_GPU}: write --rehearse to run on the CPU.")
     about = machine()
     record = Recorder(stage, Path(results), {key: about[key] for key in ("date", "commit", "versions", "machine")})
     is_there = os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > 40e9

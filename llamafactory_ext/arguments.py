@@ -358,9 +358,8 @@ def _check_keys(args: PreferenceArguments) -> None:
         value = getattr(args, key)
         if value is not None and not isinstance(value, kind):
             raise ValueError(f"`{key}` is {_shown(value)}: write a value of type {kind.__name__}.")
-    for key in ("pref_loss_file", "ref_log_probs_cache_dir"):
-        if getattr(args, key) is not None:
-            named_path(key, getattr(args, key))
+    if args.ref_log_probs_cache_dir is not None:
+        named_path("ref_log_probs_cache_dir", args.ref_log_probs_cache_dir)
 
 
 def _shown(value: Any) -> str:

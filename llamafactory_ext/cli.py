@@ -48,14 +48,14 @@ def env() -> None:
     """Versions, whether the plugin acts, devices, and conflicts with their fix; ends with 1 if there are conflicts."""
     from .environment import findings
 
-    has_conflict = False
+    has_conflict, width = False, len("llamafactory-ext needs")
     for finding in findings():  # one at a time: an import that is tried may end the process
         # Not in a table, which would break the commands that are there to be copied.
-        line = f"{finding.name:21}  {finding.value}"
+        line = f"{finding.name:{width}}  {finding.value}"
         console.print(line, style="red" if finding.fix else None, soft_wrap=True, markup=False, highlight=False)
         if finding.fix:
             has_conflict = True
-            console.print(f"{'':21}  -> {finding.fix}", soft_wrap=True, markup=False, highlight=False)
+            console.print(f"{'':{width}}  -> {finding.fix}", soft_wrap=True, markup=False, highlight=False)
     if has_conflict:
         raise typer.Exit(1)
 

@@ -45,21 +45,31 @@ def versions(monkeypatch):
 
 
 @pytest.fixture
-def installed(monkeypatch, tmp_path):
-    """Made-up distributions of LLaMA-Factory, found before the installed one: name, version and requirements."""
+def metadata(monkeypatch, tmp_path):
+    """Made-up metadata that is found before the installed one."""
 
-    def pretend(name, number, *requirements):
+    def write(name, number, content, provides=""):
         info = tmp_path / f"{name}-{number}.dist-info"
         info.mkdir()
-        lines = ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {number}"]
-        lines += [f"Requires-Dist: {requirement}" for requirement in requirements]
-        (info / "METADATA").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        (info / "top_level.txt").write_text("llamafactory\n", encoding="utf-8")
+        (info / "METADATA").write_bytes(content)
+        (info / "top_level.txt").write_text(provides, encoding="utf-8")
 
     monkeypatch.syspath_prepend(tmp_path)
     distributions._providers.cache_clear()
-    yield pretend
+    yield write
     distributions._providers.cache_clear()
+
+
+@pytest.fixture
+def installed(metadata):
+    """Made-up distributions of LLaMA-Factory: name, version and requirements."""
+
+    def pretend(name, number, *requirements):
+        lines = ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {number}"]
+        lines += [f"Requires-Dist: {requirement}" for requirement in requirements]
+        metadata(name, number, ("\n".join(lines) + "\n").encode(), provides="llamafactory\n")
+
+    return pretend
 
 
 @pytest.mark.skipif(OLD, reason="LLaMA-Factory 0.9.4 refuses DeepSpeed 0.19.8, which is reported")
@@ -197,7 +207,7 @@ def test_packages_without_metadata_are_asked_themselves(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("package", "metadata", "shown"),
+    ("package", "content", "shown"),
     [
         ("trl", b"Version: 0.x-dirty\n", "has damaged metadata: the version '0.x-dirty' cannot be read"),
         ("deepspeed", b"Version: not-a-version\n", "has damaged metadata: the version 'not-a-version' cannot be read"),
@@ -206,18 +216,11 @@ def test_packages_without_metadata_are_asked_themselves(tmp_path):
         ("anything", b"\xff", "is damaged"),
     ],
 )
-def test_damaged_metadata_is_a_finding(package, metadata, shown, monkeypatch, tmp_path):
+def test_damaged_metadata_is_a_finding(package, content, shown, metadata):
     """And whatever else there is to find is found."""
-    info = tmp_path / f"{package}-9.dist-info"
-    info.mkdir()
-    text = b"" if not metadata else b"Metadata-Version: 2.1\nName: " + package.encode() + b"\n" + metadata
-    (info / "METADATA").write_bytes(text)
-    monkeypatch.syspath_prepend(tmp_path)
-    distributions._providers.cache_clear()
-    try:
-        found = list(findings())
-    finally:
-        distributions._providers.cache_clear()
+    head = b"Metadata-Version: 2.1\nName: " + package.encode() + b"\n"
+    metadata(package, "9", head + content if content else b"")
+    found = list(findings())
     (damaged,) = [finding for finding in found if "damaged" in finding.value]
     assert shown in damaged.value
     assert damaged.name == (package if package != "anything" else "metadata")
