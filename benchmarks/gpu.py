@@ -5,16 +5,18 @@
     python benchmarks/gpu.py --only paths --only large
     python benchmarks/gpu.py --rehearse                 # all stages on the CPU with tiny shapes, in two minutes
 
-Every number is in results.jsonl under --output as soon as it is known, and the table so far is printed after each
-stage, so that a run that is cut off has left what it measured. Without network, `make gpu-wheels` fetches beforehand
-what LLaMA-Factory needs; the wheels are found in .wheels and installed into a folder of their own.
+Every number is printed, and in results.jsonl under --output, as soon as it is known, and the table so far is printed
+after each stage, so that a run that is cut off has left what it measured. Without network, `make gpu-wheels` fetches
+beforehand what LLaMA-Factory needs; the wheels are found in .wheels and installed into a folder of their own.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import importlib.util
 import json
+import math
 import os
 import shutil
 import signal
@@ -22,7 +24,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -62,33 +67,57 @@ def main(words: list[str] | None = None) -> int:
     """Run the stages that a command line names; 0 if something was measured, nothing failed and no goal was missed."""
     options = parser().parse_args(words)
     output: Path = options.output or (REHEARSAL if options.rehearse else OUTPUT)
+    results = output / "results.jsonl"
     try:
         output.mkdir(parents=True, exist_ok=True)
-        environment = prepared(options.rehearse)
+        with alone(results):
+            before = results.stat().st_size
+            stages = [stage for stage in STAGES if not options.only or stage.name in options.only]
+            has_failed = measure(stages, results, prepared(options.rehearse), options.minutes, options.rehearse)
+            rows = read(results, before)
     except (OSError, ValueError) as error:
         print(f"gpu.py: {error}", file=sys.stderr)
         return 2
-    results = output / "results.jsonl"
-    before = results.stat().st_size if results.is_file() else 0
-    deadline = time.monotonic() + 60 * options.minutes
-    failed = False
+    except KeyboardInterrupt:
+        print(f"gpu.py: interrupted; what was measured is in {results}.", file=sys.stderr)
+        return 130
+    return int(has_failed or not rows or any(row["met"] is False for row in rows))
+
+
+@contextmanager
+def alone(results: Path) -> Iterator[None]:
+    """Make the file of results, whole lines in it, and keep other runs from it.
+
+    Raises:
+        ValueError: if another run writes into it.
+    """
+    with results.open("a+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another run writes into {results}: name another folder with --output.") from None
+        whole_lines(results)
+        yield
+
+
+def measure(stages: list[Stage], results: Path, environment: dict[str, str], minutes: float, rehearse: bool) -> bool:
+    """Run stages while there is time for them; whether one failed."""
+    before, deadline = results.stat().st_size, time.monotonic() + 60 * minutes
+    has_failed = False
     clean()
-    for stage in STAGES:
-        if options.only and stage.name not in options.only:
-            continue
+    for stage in stages:
         left = deadline - time.monotonic()
         if left < LEAST:
             console.print(f"{stage.name} is left out: {left:.0f} s are left, in which it would not get anywhere.")
             continue
         started = time.monotonic()
-        problem = run(replace(stage, seconds=min(stage.seconds, int(left))), output, environment, options.rehearse)
+        problem = run(replace(stage, seconds=min(stage.seconds, int(left))), results, environment, rehearse)
         note(results, stage, problem or f"{time.monotonic() - started:.0f} s", met=problem is None)
-        failed = failed or problem is not None
+        has_failed = has_failed or problem is not None
         console.print(table(read(results, before)))
         if problem is not None and NO_GPU in problem:
             break
-    rows = read(results, before)
-    return int(failed or not rows or any(row["met"] is False for row in rows))
+    return has_failed
 
 
 def parser() -> argparse.ArgumentParser:
@@ -139,12 +168,15 @@ def prepared(rehearse: bool) -> dict[str, str]:
     return os.environ | {"PYTHONPATH": os.pathsep.join(found)} | quiet
 
 
-def run(stage: Stage, output: Path, environment: dict[str, str], rehearse: bool) -> str | None:
-    """Run a stage; what was wrong in words, or None. Its process group ends with its time."""
+def run(stage: Stage, results: Path, environment: dict[str, str], rehearse: bool) -> str | None:
+    """Run a stage and print what it finds; what was wrong in words, or None. Its process group ends with its time."""
     console.print(f"[bold]{stage.name}[/bold]: {stage.about}, at most {stage.seconds} s")
-    log, results = output / f"{stage.name}.log", output / "results.jsonl"
+    log = results.with_name(f"{stage.name}.log")
     whole_lines(results)
     command = [sys.executable, str(HERE / "gpu_worker.py"), stage.name, str(results)]
+    # A rehearsal shares its machine with others, and is there to see that all of it works.
+    deadline = math.inf if rehearse else time.monotonic() + stage.seconds
+    shown = results.stat().st_size
     with log.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(
             [*command, *(["--rehearse"] if rehearse else [])],
@@ -154,13 +186,15 @@ def run(stage: Stage, output: Path, environment: dict[str, str], rehearse: bool)
             process_group=0,
         )
         try:
-            # A rehearsal shares its machine with others, and is there to see that all of it works.
-            status = process.wait(None if rehearse else stage.seconds)
-        except subprocess.TimeoutExpired:
-            return f"stopped after {stage.seconds} s"
+            while (status := process.poll()) is None and time.monotonic() < deadline:
+                time.sleep(0.2)
+                shown = show(results, shown)
         finally:
             end(process)
             clean()
+    show(results, shown)
+    if status is None:
+        return f"stopped after {stage.seconds} s"
     return None if status == 0 else f"ended with status {status}: {last_line(log)} ({log})"
 
 
@@ -188,7 +222,8 @@ def last_line(log: Path) -> str:
 
 def whole_lines(results: Path) -> None:
     """End a line that was cut off, so that it spoils no other."""
-    if results.is_file() and not results.read_bytes().endswith(b"\n"):
+    content = results.read_bytes()
+    if content and not content.endswith(b"\n"):
         with results.open("ab") as file:
             file.write(b"\n")
 
@@ -196,34 +231,50 @@ def whole_lines(results: Path) -> None:
 def note(results: Path, stage: Stage, ended: str, met: bool) -> None:
     """How a stage ended: after how long, or with what problem."""
     row = {"stage": stage.name, "what": "the stage itself", "value": ended, "unit": "", "goal": None, "met": met}
+    row["date"] = datetime.now(UTC).date().isoformat()
     with results.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
 
 
 def read(results: Path, start: int = 0) -> list[dict[str, Any]]:
-    """The rows from a byte on, of several measurements of the same the latest; what is no row of ours is left out."""
-    rows: dict[tuple[str, str], dict[str, Any]] = {}
-    content = results.read_bytes()[start:] if results.is_file() else b""
+    """The rows from a byte on, of several measurements of the same the latest."""
+    return list({(row["stage"], row["what"]): row for row in parsed(results.read_bytes()[start:])}.values())
+
+
+def parsed(content: bytes) -> Iterator[dict[str, Any]]:
+    """The rows of a file; what is no row of ours is left out."""
     for line in content.decode(errors="replace").splitlines():
         try:
             row = json.loads(line)
-            is_ours = (
-                isinstance(row["stage"], str) and isinstance(row["what"], str) and row["met"] in (True, False, None)
-            )
+            words = row["stage"], row["what"], row["unit"]
+            is_ours = all(isinstance(word, str) for word in words) and row["met"] in (True, False, None)
+            if is_ours and {"value", "goal"} <= row.keys():
+                yield row
         except (ValueError, TypeError, KeyError, RecursionError):
             continue
-        if is_ours:
-            rows[row["stage"], row["what"]] = row
-    return list(rows.values())
+
+
+def show(results: Path, start: int) -> int:
+    """Print the rows from a byte on, and return the byte after the last whole line."""
+    content = results.read_bytes()[start:]
+    end = content.rfind(b"\n") + 1
+    for row in parsed(content[:end]):
+        console.print("  " + "  ".join(cell for cell in cells(row)[1:] if cell), highlight=False)
+    return start + end
+
+
+def cells(row: dict[str, Any]) -> tuple[str, ...]:
+    """Of the table: stage, what, value with its unit, goal, and whether that is met."""
+    mark = {True: "[green]met[/green]", False: "[red]missed[/red]", None: ""}[row["met"]]
+    value = f"{row['value']:.4g}" if isinstance(row["value"], float) else str(row["value"])
+    words = (row["stage"], row["what"], f"{value} {row['unit']}".strip(), str(row["goal"] or ""))
+    return (*map(escape, words), mark)
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
     shown = Table("stage", "what", "value", "goal", "", title="So far", title_justify="left")
     for row in rows:
-        mark = {True: "[green]met", False: "[red]missed", None: ""}[row["met"]]
-        value = f"{row['value']:.4g}" if isinstance(row["value"], float) else str(row["value"])
-        words = (row["stage"], row["what"], f"{value} {row['unit']}", str(row["goal"] or ""))
-        shown.add_row(*map(escape, words), mark)
+        shown.add_row(*cells(row))
     return shown
 
 

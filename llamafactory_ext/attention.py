@@ -7,8 +7,10 @@ so that nothing costs the square of the row and tries need no padding between th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,12 +29,36 @@ def trie_lengths(lengths: list[tuple[int, int, int]]) -> Tensor:
     return torch.tensor(lengths, dtype=torch.int64)[None, None]
 
 
-def _tries(lengths: Tensor) -> list[list[int]]:
-    """`trie_lengths` as numbers, kept with the tensor: where DDP has moved it to a GPU, only the first layer waits."""
+@dataclass(frozen=True)
+class _Tries:
+    """`trie_lengths` as numbers, and the masks that follow from them."""
+
+    lengths: list[list[int]]
+    masks: dict[tuple[torch.device, torch.dtype], list[Tensor]] = field(default_factory=dict)
+
+    def tail_masks(self, query: Tensor) -> list[Tensor]:
+        """What is added to the scores of each rejected tail, 0 or -inf: shape `(1, 1, tail, prefix + tail)`.
+
+        Made once, because the backward pass needs those of all layers; layers may be spread over devices.
+        """
+        place = query.device, query.dtype
+        if place not in self.masks:
+            self.masks[place] = [_tail_mask(shared, rejected, query) for shared, _, rejected in self.lengths]
+        return self.masks[place]
+
+
+def _tries(lengths: Tensor) -> _Tries:
+    """Kept with the tensor, so for one forward pass: where DDP has moved it to a GPU, only the first layer waits."""
     if not hasattr(lengths, "tries"):
-        lengths.tries = lengths[0, 0].tolist()  # type: ignore[attr-defined]
-    tries: list[list[int]] = lengths.tries  # type: ignore[attr-defined]
+        lengths.tries = _Tries(lengths[0, 0].tolist())  # type: ignore[attr-defined]
+    tries: _Tries = lengths.tries  # type: ignore[attr-defined]
     return tries
+
+
+def _tail_mask(shared: int, rejected: int, query: Tensor) -> Tensor:
+    # Rows a multiple of 16 apart, as the memory-efficient kernel wants them: it would copy another mask in every layer.
+    apart = 16 * math.ceil((shared + rejected) / 16)
+    return query.new_full((1, 1, rejected, apart), -math.inf).triu(shared + 1)[..., : shared + rejected]
 
 
 def attend(
@@ -46,16 +72,15 @@ def attend(
     if attention_mask is None or attention_mask.dtype != torch.int64:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
-    outputs, start = [], 0
+    tries, outputs, start = _tries(attention_mask), [], 0
     with _without_cudnn():
-        for shared, chosen, rejected in _tries(attention_mask):
+        for (shared, chosen, rejected), mask in zip(tries.lengths, tries.tail_masks(query), strict=True):
             tail, end = start + shared + chosen, start + shared + chosen + rejected
             q, k, v = (tensor[:, :, start:tail] for tensor in (query, key, value))
             outputs.append(sdpa_attention_forward(module, q, k, v, None, **kwargs)[0])
 
             k, v = (torch.cat([x[:, :, start : start + shared], x[:, :, tail:end]], dim=2) for x in (key, value))
-            mask = torch.ones(rejected, shared + rejected, dtype=torch.bool, device=query.device).tril(shared)
-            outputs.append(sdpa_attention_forward(module, query[:, :, tail:end], k, v, mask[None, None], **kwargs)[0])
+            outputs.append(sdpa_attention_forward(module, query[:, :, tail:end], k, v, mask, **kwargs)[0])
             start = end
     return torch.cat(outputs, dim=1), None
 

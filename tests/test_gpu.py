@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -17,6 +18,12 @@ import pytest
 SCRIPT = Path(gpu.__file__)
 
 
+def run_paths(folder, seconds):
+    (folder / "results.jsonl").touch()
+    stage = gpu.Stage("paths", seconds, "of a test")
+    return gpu.run(stage, folder / "results.jsonl", gpu.prepared(rehearse=False), rehearse=False)
+
+
 @pytest.mark.slow
 def test_rehearsal_runs_every_stage_and_misses_no_goal(tmp_path):
     command = [sys.executable, str(SCRIPT), "--rehearse", "--minutes", "60", "--output", str(tmp_path / "out")]
@@ -27,14 +34,39 @@ def test_rehearsal_runs_every_stage_and_misses_no_goal(tmp_path):
     assert {row["met"] for row in rows} == {True, None}
     names = [(row["stage"], row["what"]) for row in rows]
     assert len(set(names)) == len(names), "two results under one name"
-    assert done.stdout.count("So far") == len(gpu.STAGES)
+    tables = done.stdout.split("So far")
+    assert len(tables) == 1 + len(gpu.STAGES)
+    assert "full, float32: losses beside stock's" in tables[0], "a result is shown as soon as it is known"
 
 
 def test_a_stage_ends_with_its_time(tmp_path):
     started = time.monotonic()
-    problem = gpu.run(gpu.Stage("paths", 1, "of a test"), tmp_path, gpu.prepared(rehearse=False), rehearse=False)
+    problem = run_paths(tmp_path, seconds=1)
     assert problem == "stopped after 1 s"
     assert time.monotonic() - started < 60
+
+
+def wait_for_a_result(started, results):
+    while not results.is_file() or not results.stat().st_size:
+        assert started.poll() is None
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_a_run_and_another_run_beside_it_is_refused(tmp_path):
+    command = [sys.executable, str(SCRIPT), "--rehearse", "--only", "paths", "--output", str(tmp_path)]
+    started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    results = tmp_path / "results.jsonl"
+    wait_for_a_result(started, results)
+    beside = subprocess.run(command, capture_output=True, text=True)
+    assert (beside.returncode, beside.stderr) == (
+        2,
+        f"gpu.py: another run writes into {results}: name another folder with --output.\n",
+    )
+    started.send_signal(signal.SIGINT)
+    _, error = started.communicate(timeout=60)
+    assert (started.returncode, error) == (130, f"gpu.py: interrupted; what was measured is in {results}.\n")
+    assert gpu.read(results)
 
 
 @pytest.mark.slow
@@ -42,9 +74,7 @@ def test_a_stage_ends_with_what_started_it(tmp_path):
     command = [sys.executable, str(SCRIPT), "--rehearse", "--only", "paths", "--output", str(tmp_path)]
     started = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     results = tmp_path / "results.jsonl"
-    while not results.is_file():
-        assert started.poll() is None
-        time.sleep(0.1)
+    wait_for_a_result(started, results)
     started.kill()
     started.wait()
     deadline, size = time.monotonic() + 120, -1
@@ -59,7 +89,7 @@ def test_a_stage_ends_with_what_started_it(tmp_path):
 
 @pytest.mark.slow
 def test_without_a_gpu_a_stage_says_what_to_write(tmp_path):
-    problem = gpu.run(gpu.Stage("paths", 300, "of a test"), tmp_path, gpu.prepared(rehearse=False), rehearse=False)
+    problem = run_paths(tmp_path, seconds=300)
     assert "there is no GPU that torch can use: write --rehearse to run on the CPU." in problem
 
 
@@ -101,12 +131,12 @@ def test_what_a_killed_stage_has_left_is_read(tmp_path):
         b"null",
         b'{"a": 1}',
         b'{"stage": [1], "what": "a", "met": null}',
+        b'{"stage": "paths", "what": "a", "met": null}',
         b"[" * 10**5,
     ]
     lines = [*(json.dumps(row).encode() for row in rows), *foreign, b'{"stage": "paths", "wh']
     results.write_bytes(b"\n".join(lines))
     assert gpu.read(results) == [rows[2], rows[1]]
-    assert gpu.read(tmp_path / "none") == []
     gpu.whole_lines(results)
     gpu.note(results, gpu.STAGES[0], "stopped after 90 s", met=False)
     assert [row["value"] for row in gpu.read(results)] == [3.0, 2.0, "stopped after 90 s"]

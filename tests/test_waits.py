@@ -47,7 +47,7 @@ def without_values(layout):
 def test_from_layout_to_metrics(chunk, monkeypatch):
     """Of shared prefixes: with a row per answer, transformers asks once a pass how the rows are masked."""
     layout = shared_prefix(BATCH)
-    tries = layout.inputs["attention_mask"][0, 0].tolist()
+    tries = attention._tries(layout.inputs["attention_mask"])
     monkeypatch.setattr(attention, "_tries", lambda lengths: tries)  # which stay on the CPU
     monkeypatch.setattr("llamafactory_ext.logps.CHUNK", chunk)
     model = copy.deepcopy(model_of("Llama, tied head", dtype=torch.float32)).to("meta")
@@ -82,5 +82,17 @@ def test_lengths_of_tries_are_asked_for_once():
 
     lengths = trie_lengths([(2, 1, 3)]).as_subclass(Counted)
     for _ in range(3):  # as every layer does
-        assert attention._tries(lengths) == [[2, 1, 3]]
+        assert attention._tries(lengths).lengths == [[2, 1, 3]]
     assert Counted.asked == 1
+
+
+def test_masks_of_tails_are_made_once_and_wide_enough_for_the_kernel():
+    lengths, query = trie_lengths([(2, 1, 3), (20, 1, 2)]), torch.zeros(1, 1, 1, 1, dtype=torch.bfloat16)
+    masks = attention._tries(lengths).tail_masks(query)
+    assert attention._tries(lengths).tail_masks(query) is masks
+    assert attention._tries(lengths).tail_masks(query.float()) is not masks
+    assert [mask.shape for mask in masks] == [(1, 1, 3, 5), (1, 1, 2, 22)]
+    assert all(mask.dtype == torch.bfloat16 and mask.stride(-2) % 16 == 0 for mask in masks)
+    seen = [[True, True, True, False, False], [True, True, True, True, False], [True] * 5]
+    assert (masks[0][0, 0] == 0).tolist() == seen
+    assert masks[0][masks[0] != 0].isneginf().all()
