@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from contextlib import nullcontext
+from itertools import accumulate, pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -67,6 +68,11 @@ def of_length(record: Any, total: int, heads: int, size: int, dtype: torch.dtype
             query[:, :, shared:], key, value, causal_lower_right(tail, shared + tail)
         ),
     }
+    sequences = Sequences([lengths] * TRIES)
+    ways["tries in one call"] = lambda: sequences.attend(*one_row)
+    with record.going_on(f"{total} tokens, tries in one call: beside tries"), torch.no_grad():
+        apart = (ways["tries in one call"]() - ways["tries"]()).abs().max().item()
+        record(f"{total} tokens, tries in one call: beside tries", apart, at_most=0.02 if DEVICE == "cuda" else 1e-5)
     if importlib.util.find_spec("flash_attn") and DEVICE == "cuda":
         from flash_attn import flash_attn_func
 
@@ -83,9 +89,62 @@ def of_length(record: Any, total: int, heads: int, size: int, dtype: torch.dtype
             record(f"{total} tokens, {name}", times[name], "ms")
             if DEVICE == "cuda":
                 record(f"{total} tokens, {name}: kernels", kernels(run))
-    for one, other in (("tries", "a row per answer"), ("a tail aligned at its end", "a tail under a mask")):
+    compared = [("tries", "a row per answer"), ("tries in one call", "tries")]
+    for one, other in [*compared, ("a tail aligned at its end", "a tail under a mask")]:
         if one in times and other in times:
             record(f"{total} tokens, {one} to {other}", times[one] / times[other])
+
+
+class Sequences:
+    """Tries as `attention.attend` might take them one day: as many sequences of many lengths, in one call.
+
+    The queries of a trie are two sequences, prefix with chosen tail and rejected tail, as they stand in the row. The
+    second one's keys are the prefix, once more, and the rejected tail: causal, aligned at their ends.
+
+    Args:
+        tries: of each the tokens of its prefix, chosen tail and rejected tail.
+    """
+
+    def __init__(self, tries: list[tuple[int, int, int]]) -> None:
+        places, start = [], 0
+        queries, keys = [], []
+        for shared, chosen, rejected in tries:
+            tail, end = start + shared + chosen, start + shared + chosen + rejected
+            places += [*range(start, tail), *range(start, start + shared), *range(tail, end)]
+            queries += [shared + chosen, rejected]
+            keys += [shared + chosen, shared + rejected]
+            start = end
+        self.places = torch.tensor(places, device=DEVICE)
+        self.longest = max(queries), max(keys)
+        self.ends = [torch.tensor([0, *accumulate(each)], dtype=torch.int32, device=DEVICE) for each in (queries, keys)]
+
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Of tensors `(1, heads, length, head size)`, shape `(1, length, heads, head size)` as that of `attend`."""
+        q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+        return sequences_attention(q, k[self.places], v[self.places], *self.ends, *self.longest)[None]
+
+
+def sequences_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    query_ends: torch.Tensor,
+    key_ends: torch.Tensor,
+    longest_query: int,
+    longest_key: int,
+) -> torch.Tensor:
+    """Causal attention of sequences that stand one after the other; on the CPU, where torch has none, one by one."""
+    if DEVICE == "cuda":
+        from torch.nn.attention.varlen import varlen_attn
+
+        ends = (query_ends, key_ends, longest_query, longest_key)
+        return varlen_attn(query.contiguous(), key, value, *ends, window_size=(-1, 0))
+    outputs = []
+    for rows, columns in zip(pairwise(query_ends.tolist()), pairwise(key_ends.tolist()), strict=True):
+        q, k, v = (x[slice(*at)].transpose(0, 1) for x, at in ((query, rows), (key, columns), (value, columns)))
+        seen = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool).tril(k.shape[1] - q.shape[1])
+        outputs.append(scaled_dot_product_attention(q, k, v, seen).transpose(0, 1))
+    return torch.cat(outputs)
 
 
 def forward_and_backward(run: Run) -> None:
