@@ -102,13 +102,14 @@ def read_trainer_log(path: Path) -> list[dict[str, Any]]:
     A run that was resumed from a checkpoint logs some steps again: those of the run before it are gone from there on.
     """
     logs: list[dict[str, Any]] = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
         try:
             log = json.loads(line)
-        except json.JSONDecodeError:  # the last line, while it is being written, or when its run was killed
+        except (ValueError, RecursionError):  # the last line, while it is being written, or when its run was killed
             continue
-        if "loss" in log:
-            while logs and logs[-1]["step"] >= log["current_steps"]:
-                logs.pop()
-            logs.append({**log, "step": log["current_steps"]})
+        if not isinstance(log, dict) or "loss" not in log or not isinstance(log.get("current_steps"), int):
+            continue
+        while logs and logs[-1]["step"] >= log["current_steps"]:
+            logs.pop()
+        logs.append({**log, "step": log["current_steps"]})
     return logs

@@ -8,7 +8,7 @@ import importlib.util
 import inspect
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -238,12 +238,8 @@ def load_loss_file(path: str) -> list[str]:
     """
     from . import losses  # noqa: F401  (so that a name of the package's own cannot be taken)
 
-    file = named_path("pref_loss_file", path).resolve()
-    if not file.is_file():
-        raise ValueError(f"pref_loss_file {path!r} is not a file (looked for {file}): write the path of a Python file.")
-
     before = dict(_losses)
-    _run_file(file)
+    _load(path, loss_file(path))
     names = [name for name, loss in _losses.items() if before.get(name) is not loss]
     if not names:
         raise ValueError(
@@ -251,6 +247,29 @@ def load_loss_file(path: str) -> list[str]:
             'decorate a function in it with @llamafactory_ext.register_loss("name").'
         )
     return names
+
+
+def loss_file(path: str) -> Path:
+    """The file that `pref_loss_file` names, symbolic links resolved; there need be none.
+
+    Raises:
+        ValueError: if it cannot be a path.
+    """
+    return named_path("pref_loss_file", path).resolve()
+
+
+def load_files_by(load: Callable[[str, Path], None]) -> None:
+    """For a process that must not run files itself: what is called, with the path and the file, in place of running it.
+
+    It is to call `add` with what the file registers, or to raise a ValueError.
+    """
+    global _load
+    _load = load
+
+
+def add(losses: Iterable[Loss]) -> None:
+    """Register losses as they are, in place of others of their names."""
+    _losses.update({loss.name: loss for loss in losses})
 
 
 @contextmanager
@@ -270,7 +289,9 @@ def forgotten_afterwards() -> Iterator[None]:
             _losses.update(before)
 
 
-def _run_file(file: Path) -> None:
+def _run_file(path: str, file: Path) -> None:
+    if not file.is_file():
+        raise ValueError(f"pref_loss_file {path!r} is not a file (looked for {file}): write the path of a Python file.")
     # Under its own name in sys.modules, so that dataclasses and pickling work in the user's file.
     name = f"llamafactory_ext_loss_file_{file.stem}"
     spec = importlib.util.spec_from_file_location(name, file)
@@ -283,3 +304,6 @@ def _run_file(file: Path) -> None:
     except (Exception, SystemExit) as error:  # a script without a main guard may end the process
         del sys.modules[name]
         raise ValueError(f"pref_loss_file {str(file)!r} could not be run: {type(error).__name__}: {error}") from error
+
+
+_load: Callable[[str, Path], None] = _run_file

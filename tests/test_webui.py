@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from pathlib import Path
 
+import gradio as gr
+import psutil
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from llamafactory.extras.constants import TRAINING_STAGES
+from llamafactory.hparams import get_infer_args
 from llamafactory.webui import common
 from llamafactory.webui.engine import Engine
 from llamafactory.webui.interface import create_ui
@@ -19,6 +24,7 @@ from llamafactory_ext import registry
 from llamafactory_ext.arguments import OTHER_OWN_KEYS, OWN_KEYS, STOCK_LOSSES, PreferenceArguments
 from llamafactory_ext.webui import fields, texts
 from llamafactory_ext.webui.fields import FIELDS, gathered, is_shown, losses_of, set_twice, spread
+from llamafactory_ext.webui.loss_files import FOLDERS, LossFiles
 
 LOSSES = losses_of("DPO", "")[0]
 EMPTY = {key: field.empty for key, field in FIELDS.items()}
@@ -96,14 +102,36 @@ def test_other_stages_send_nothing():
     assert gathered("{}", values, "KTO", LOSSES["dpop"]) == "{}"
 
 
-def test_losses_of_a_file_are_this_sessions_own(tmp_path):
+@pytest.fixture
+def loss_files(tmp_path, monkeypatch):
+    """Those of a board that was started with one folder for them."""
+    files = LossFiles(demo_mode=False)
+    monkeypatch.setenv(FOLDERS, f"{tmp_path}")
+    monkeypatch.setattr(registry, "_load", files.load)
+    return files
+
+
+MINE = """
+from __future__ import annotations
+import sys
+from llamafactory_ext import register_loss
+
+print("words of the file's own")
+
+@register_loss("mine", needs_reference=False)
+def mine(pairs, *, beta: float, tau: float = 1.0, kinds: tuple = (1, 2)):
+    '''Mine.
+
+    More of it.'''
+    return pairs.margin
+"""
+
+
+def test_losses_of_a_file_are_this_sessions_own(tmp_path, loss_files):
     path = tmp_path / "mine.py"
-    path.write_text(
-        "from llamafactory_ext import register_loss\n"
-        '@register_loss("mine")\n'
-        "def mine(pairs, *, beta: float, tau: float = 1.0):\n"
-        "    return pairs.margin\n"
-    )
+    path.write_text(MINE)
+    assert "press Enter in its field" in losses_of("DPO", str(path))[1]
+    loss_files.read(str(path))
     losses, error = losses_of("DPO", str(path))
     assert error is None
     assert list(losses)[-1] == "mine"
@@ -111,15 +139,18 @@ def test_losses_of_a_file_are_this_sessions_own(tmp_path):
     assert "mine" not in losses_of("DPO", "")[0]
     other = tmp_path / "other.py"  # another session's, of the same name
     other.write_text(path.read_text())
+    loss_files.read(str(other))
     assert "mine" in losses_of("DPO", str(other))[0]
     assert list(losses_of("KTO", str(path))[0]) == list(STOCK_LOSSES)
+    loss_files.read(str(tmp_path / "nowhere.py"))
     losses, error = losses_of("DPO", str(tmp_path / "nowhere.py"))
     assert "is not a file" in error
     assert set(losses) == set(losses_of("DPO", "")[0])
 
 
 @pytest.mark.parametrize("default", ["", " = 3.0", " = None"])
-def test_a_loss_of_ones_own_that_takes_the_plugins_keys(board, tmp_path, default):
+def test_a_loss_of_ones_own_that_takes_the_plugins_keys(board, tmp_path, monkeypatch, default):
+    monkeypatch.setenv(FOLDERS, str(tmp_path))
     path = tmp_path / "mine.py"
     path.write_text(
         "from llamafactory_ext import register_loss\n"
@@ -128,16 +159,90 @@ def test_a_loss_of_ones_own_that_takes_the_plugins_keys(board, tmp_path, default
         '    """Mine."""\n'
     )
     page = board[0].manager
+    board[0].runner.loss_files.read(str(path))
     show = next(fn.fn for fn in board[2].fns.values() if fn.name == "show" and len(fn.outputs) > len(FIELDS))
     update = show("en", "DPO", "mine", str(path))
     shown = update[page.get_elem_by_id("train.dpop_lambda")].constructor_args
     assert shown == {"visible": True, "placeholder": {"": "(required)", " = 3.0": "3", " = None": "None"}[default]}
 
 
-def test_a_script_for_a_loss_file_ends_nothing_but_itself(tmp_path):
+def test_what_is_known_of_a_loss_of_a_file(tmp_path, loss_files):
+    (tmp_path / "mine.py").write_text(MINE)
+    loss_files.read(str(tmp_path / "mine.py"))
+    loss = losses_of("DPO", str(tmp_path / "mine.py"))[0]["mine"]
+    assert "llamafactory_ext_loss_file_mine" not in sys.modules, "it was run in this process"
+    assert (loss.needs_reference, loss.description) == (False, "Mine.\nMore of it.")
+    assert loss.defaults() == {"tau": 1.0, "kinds": "(1, 2)"}
+    assert {name: each.annotation for name, each in loss.parameters.items()} == {
+        "beta": "float",
+        "tau": "float",
+        "kinds": "tuple",
+    }
+    with pytest.raises(NotImplementedError, match="computes no loss"):
+        loss(None)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("import sys\nsys.exit(2)\n", "could not be run: SystemExit: 2"),
+        ("import os\nos._exit(0)\n", "ended the process that imported it"),
+        ("x = 1\n", "registers no loss"),
+        ("from llamafactory_ext import register_loss\nregister_loss('dpop')(lambda pairs, *, beta: 0)\n", "is taken"),
+        ("import mine_too\n", "No module named 'mine_too'"),  # in the working directory, as in trainings
+    ],
+)
+def test_a_loss_file_that_is_none_ends_nothing_but_itself(tmp_path, loss_files, monkeypatch, content, words):
     path = tmp_path / "script.py"
-    path.write_text("import sys\nsys.exit(2)\n")
-    assert "could not be run: SystemExit: 2" in losses_of("DPO", str(path))[1]
+    path.write_text(content)
+    (tmp_path / "mine_too.py").touch()
+    monkeypatch.chdir(tmp_path)
+    loss_files.read(str(path))
+    error = losses_of("DPO", "script.py")[1]
+    assert words in error
+    assert str(path) not in error or "looked for" in error, "the path is named as it was written"
+    path.write_text(MINE)
+    assert "press Enter" in losses_of("DPO", str(path))[1], "what was known is not so any more"
+    loss_files.read(str(path))
+    assert losses_of("DPO", str(path))[1] is None
+
+
+def test_an_import_without_end_is_ended(tmp_path, loss_files, monkeypatch):
+    monkeypatch.setattr("llamafactory_ext.webui.loss_files.SECONDS", 3)
+    path = tmp_path / "endless.py"
+    path.write_text(f"import subprocess\nsubprocess.run(['sleep', '1234{os.getpid()}'])\n")
+    loss_files.read(str(path))
+    assert "was not imported in 3 s" in losses_of("DPO", str(path))[1]
+    assert not [each for each in psutil.process_iter(["cmdline"]) if f"1234{os.getpid()}" in str(each.info["cmdline"])]
+
+
+def test_loss_files_are_read_from_named_folders_only(tmp_path, loss_files, monkeypatch):
+    inside, outside = tmp_path / "inside", tmp_path / "outside"
+    was_run = f"open({str(tmp_path / 'was_run')!r}, 'w')\n"
+    for folder in (inside, outside):
+        folder.mkdir()
+        (folder / "mine.py").write_text(MINE + was_run)
+    (inside / "link.py").symlink_to(outside / "mine.py")
+    uploads = inside / "uploads"
+    uploads.mkdir()
+    (uploads / "mine.py").write_text((inside / "mine.py").read_text())
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(uploads))
+    demo = LossFiles(demo_mode=True)
+    refused = [outside / "mine.py", inside / "link.py", inside / ".." / "outside" / "mine.py", uploads / "mine.py"]
+    cases = [(loss_files, inside, path) for path in refused]
+    cases += [(loss_files, "", inside / "mine.py"), (demo, inside, inside / "mine.py")]
+    for files, folders, path in cases:
+        monkeypatch.setenv(FOLDERS, str(folders))
+        monkeypatch.setattr(registry, "_load", files.load)
+        files.read(str(path))
+        error = losses_of("DPO", str(path))[1]
+        assert ("is a demo" if files is demo else f"start it with {FOLDERS}=") in error
+        assert not (tmp_path / "was_run").exists(), path
+    monkeypatch.setenv(FOLDERS, f"/nowhere{os.pathsep}{inside}")
+    monkeypatch.setattr(registry, "_load", loss_files.load)
+    loss_files.read(str(inside / "mine.py"))
+    assert losses_of("DPO", str(inside / "mine.py"))[1] is None
+    assert (tmp_path / "was_run").exists()
 
 
 def test_false_reaches_the_recipe_and_texts_the_shell():
@@ -154,7 +259,7 @@ def test_false_reaches_the_recipe_and_texts_the_shell():
 def board(tmp_path_factory):
     """The engine of a whole board, and what a page sends when nothing has been touched."""
     engines = []
-    init = Engine.__init__
+    init, load = Engine.__init__, registry._load
 
     def remember(self, *args, **kwargs):
         init(self, *args, **kwargs)
@@ -165,7 +270,8 @@ def board(tmp_path_factory):
         patch.chdir(tmp_path_factory.mktemp("board"))  # it writes DeepSpeed settings
         page = create_ui()
     clicked = next(fn for fn in page.fns.values() if fn.name == "run_train")
-    return engines[0], {elem: elem.value for elem in clicked.inputs}, page
+    yield engines[0], {elem: elem.value for elem in clicked.inputs}, page
+    registry.load_files_by(load)  # for the tests of other files
 
 
 @pytest.fixture
@@ -208,7 +314,10 @@ def test_fields_become_settings(filled_in):
         ({"pref_loss": "dpop", "dpop_lambda": -1}, "`dpop_lambda` is -1"),
         ({"pref_beta": 0}, "`pref_beta` is 0: write a number above 0"),
         ({"pref_loss": "minordpo"}, "Did you mean 'minor_dpo'"),
-        ({"pref_loss_file": "nowhere.py"}, "is not a file"),
+        ({"pref_loss_file": "nowhere.py"}, "This board does not read"),
+        ({"extra_args": '{"pref_loss_file": "nowhere.py"}'}, "This board does not read"),
+        ({"extra_args": '{"pref_loss_file": ["nowhere.py"]}'}, "write a value of type str"),
+        ({"training_stage": "KTO", "extra_args": '{"stage": "dpo", "pref_loss_file": "x.py"}'}, "does not read"),
         ({"pref_loss": "sr_dpo", "sr_lambda": 0, "sr_prompt": "x: "}, "`sr_prompt` belongs to the refinement term"),
         ({"extra_args": "{"}, "Invalid JSON schema"),
         ({"extra_args": "[]"}, "Invalid JSON schema"),
@@ -222,6 +331,28 @@ def test_fields_become_settings(filled_in):
 def test_wrong_settings_are_named(filled_in, changes, words):
     runner, data = filled_in(**changes)
     assert words in runner._initialize(data, do_train=True, from_preview=False)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"share_prefix": ["true"]}, {"pref_loss_file": {}}, {"dpop_lambda": "1"}, {"sr_prompt": 5}]
+)
+def test_what_no_field_can_give_is_refused(filled_in, changes):
+    runner, data = filled_in(**changes)
+    with pytest.raises(gr.Error, match="field cannot give"):
+        runner._initialize(data, do_train=True, from_preview=False)
+    with pytest.raises(gr.Error, match="field cannot give"):
+        runner.save_args(data)
+
+
+@pytest.mark.parametrize("tab", ["chat", "export"])
+def test_other_tabs_run_no_loss_file(board, tmp_path, tab):
+    """What their extra arguments hold goes to LLaMA-Factory's parser in the board's own process."""
+    path = tmp_path / "mine.py"
+    path.write_text(f"open({str(tmp_path / 'was_run')!r}, 'w')\n")
+    args = {"stage": "dpo", "pref_loss": "mine", "pref_loss_file": str(path), "model_name_or_path": "nowhere"}
+    with pytest.raises(ValueError, match="This board does not read"):
+        get_infer_args({"template": "qwen", **args} | ({"export_dir": "nowhere"} if tab == "export" else {}))
+    assert not (tmp_path / "was_run").exists()
 
 
 def test_other_stages_are_not_checked_for_losses(filled_in):

@@ -42,6 +42,16 @@ class Field:
         """What it holds when nothing is set."""
         return self.properties.get("value")
 
+    def can_give(self, value: Any) -> bool:
+        """Whether a page can send this value; whoever reaches the board can send any."""
+        if self.is_flag:
+            return isinstance(value, str) and value in self.properties["choices"]
+        if self.kind is gr.Checkbox:
+            return isinstance(value, bool)
+        if self.kind is gr.Number:
+            return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
+        return value is None or isinstance(value, str)
+
     @property
     def is_flag(self) -> bool:
         """Whether it is true, false or left to the plugin; false means something then."""
@@ -168,6 +178,6 @@ def is_shown(key: str, stage: str, loss: Loss | None) -> bool:
 def _parsed(extra_args: str) -> dict[str, Any] | None:
     try:
         extra = json.loads(extra_args)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return None
     return extra if isinstance(extra, dict) else None

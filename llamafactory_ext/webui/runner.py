@@ -6,19 +6,30 @@ import dataclasses
 import json
 from typing import Any
 
+import gradio as gr
 from llamafactory.hparams import FinetuningArguments
 from llamafactory.webui.locales import ALERTS
 from llamafactory.webui.runner import Runner
 
-from ..registry import Loss, forgotten_afterwards
+from ..registry import Loss, forgotten_afterwards, load_files_by
 from . import texts
 from .fields import FIELDS, gathered, losses_of, set_twice, spread
+from .loss_files import LossFiles
 
 Data = dict[Any, Any]  # component -> what it holds
 
 
 class PreferenceRunner(Runner):
-    """LLaMA-Factory's runner, with the plugin's fields in what it is handed and in what it hands back."""
+    """LLaMA-Factory's runner, with the plugin's fields in what it is handed and in what it hands back.
+
+    A process that has one serves a board, and runs no loss file itself any more: a path is what a page has sent, in the
+    field or in the extra arguments of any tab.
+    """
+
+    def __init__(self, manager: Any, demo_mode: bool = False) -> None:
+        super().__init__(manager, demo_mode)
+        self.loss_files = LossFiles(demo_mode)
+        load_files_by(self.loss_files.load)
 
     # --- from the page: to the command, the saved configuration, the training -----------------------------------------
 
@@ -52,6 +63,7 @@ class PreferenceRunner(Runner):
         names = {field.name for field in dataclasses.fields(FinetuningArguments) if field.init}
         try:
             args = self._parse_train_args(data)
+            self.loss_files.read(args.get("pref_loss_file"))
             with forgotten_afterwards():
                 FinetuningArguments(**{name: value for name, value in args.items() if name in names})
         except (AssertionError, TypeError, ValueError) as error:
@@ -61,7 +73,11 @@ class PreferenceRunner(Runner):
     def _chosen(self, data: Data) -> tuple[dict[str, Any], str, Loss | None]:
         """What the fields hold, the stage, and the loss, as `fields` takes them."""
         values = {key: data[elem] for key, elem in self._fields().items()}
+        wrong = next((key for key, value in values.items() if not FIELDS[key].can_give(value)), None)
+        if wrong is not None:
+            raise gr.Error(f"`{wrong}` is what its field cannot give.", print_exception=False)
         stage = data[self._elem("training_stage")]
+        self.loss_files.read(values["pref_loss_file"])
         losses, _ = losses_of(stage, values["pref_loss_file"])  # `_wrong_setting` says what is wrong with a file
         return values, stage, losses.get(data[self._elem("pref_loss")])
 
@@ -78,6 +94,7 @@ class PreferenceRunner(Runner):
         if extra_args not in update:
             return update
         others, values = spread(update[extra_args])
+        self.loss_files.read(values["pref_loss_file"])  # before the page asks which fields its loss has
         return update | {extra_args: others} | {elem: values[key] for key, elem in self._fields().items()}
 
     def _fields(self) -> dict[str, Any]:

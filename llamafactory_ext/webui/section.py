@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from ..monitors import problem, read_trainer_log
 from ..plots import reward_figure
 from . import texts
 from .fields import FIELDS, LOSS_FIELDS, STAGE_FIELDS, is_dpo, is_shown, losses_of
+from .loss_files import LossFiles
 
 Update = dict[Component, Component]
 
@@ -36,7 +37,7 @@ def extend_train_tab(engine: Any, elems: dict[str, Any], fields: dict[str, Any])
     lang = engine.manager.get_elem_by_id("top.lang")
     _take_any_loss(elems["pref_loss"])
     with elems["rlhf_tab"]:
-        section = _Section(elems["pref_loss"], fields)
+        section = _Section(elems["pref_loss"], fields, engine.runner.loss_files)
     section.follow(lang, elems["training_stage"])
 
     column = elems["loss_viewer"].parent
@@ -58,8 +59,8 @@ def _take_any_loss(pref_loss: Any) -> None:
 class _Section:
     """The fields, and a line about the chosen loss; to be made where they are to stand."""
 
-    def __init__(self, pref_loss: Any, fields: dict[str, Any]) -> None:
-        self.pref_loss, self.fields = pref_loss, fields
+    def __init__(self, pref_loss: Any, fields: dict[str, Any], loss_files: LossFiles) -> None:
+        self.pref_loss, self.fields, self.loss_files = pref_loss, fields, loss_files
         self.about = gr.Markdown(visible=False, elem_id="about_loss")
         for group in (LOSS_FIELDS, STAGE_FIELDS):
             with gr.Row():
@@ -69,17 +70,27 @@ class _Section:
     def follow(self, lang: Any, stage: Any) -> None:
         """Show what belongs to the chosen stage and loss. The board sets its language when a page is loaded."""
         loss_file = self.fields["pref_loss_file"]
-        triggers = [lang.change, stage.change, loss_file.submit]
+        hidden: dict[str, Any] = {"show_progress": "hidden", "show_api": False}
+        # On its own, because it may take a minute, which would keep others from their answers.
+        read = loss_file.submit(self.read, [loss_file], None, concurrency_limit=None, **hidden)
         # One after the other: on a busy machine, an answer to an earlier choice could come last, and hide fields.
-        options: dict[str, Any] = {"concurrency_limit": 1, "show_progress": "hidden", "show_api": False}
-        inputs = [stage, self.pref_loss, loss_file]
-        gr.on(triggers, self.offer, inputs, [self.pref_loss], **options)
+        ordered = hidden | {"concurrency_limit": 1, "concurrency_id": "llamafactory_ext"}
+        triggers, inputs = [lang.change, stage.change], [stage, self.pref_loss, loss_file]
         # Not the choices, when one of them was taken: new ones would close a list that is open again.
+        for event in (partial(gr.on, triggers), read.then):
+            event(self.offer, inputs, [self.pref_loss], **ordered)
         outputs = [self.about, *self.fields.values()]
-        gr.on([*triggers, self.pref_loss.change], self.show, [lang, *inputs], outputs, **options)
+        for event in (partial(gr.on, [*triggers, self.pref_loss.change]), read.then):
+            event(self.show, [lang, *inputs], outputs, **ordered)
+
+    def read(self, loss_file: str) -> None:
+        """Find out what a loss file registers."""
+        refuse_unless_texts(loss_file)
+        self.loss_files.read(loss_file)
 
     def offer(self, stage: str, name: str, loss_file: str) -> Component:
         """The losses that the stage can train."""
+        refuse_unless_texts(stage, name, loss_file)
         losses, error = losses_of(stage, loss_file)
         offered: dict[str, Any] = {"choices": list(losses)}
         if not is_dpo(stage) and name not in losses:
@@ -90,6 +101,7 @@ class _Section:
 
     def show(self, lang: str, stage: str, name: str, loss_file: str) -> Update:
         """What the loss is, and its fields."""
+        refuse_unless_texts(lang, stage, name, loss_file)
         losses, error = losses_of(stage, loss_file)
         loss = losses.get(name)
         about = error or (loss and (texts.about_loss(name, lang) or loss.description.splitlines()[0])) or ""
@@ -124,9 +136,11 @@ class _Curves:
         )
 
     def show(self, lang: str, model_name: str | None, finetuning_type: str, output_dir: str | None) -> Update:
+        refuse_unless_texts(lang, model_name, finetuning_type, output_dir)
         logs: list[dict[str, Any]] = []
         if model_name and output_dir:
-            logs = read_trainer_log(_folder(model_name, finetuning_type, output_dir) / TRAINER_LOG)
+            folder = _folder(model_name, finetuning_type or "", output_dir)
+            logs = read_trainer_log(folder / TRAINER_LOG)
         figure, found = reward_figure(logs), problem(logs)
         words = found and f"⚠️ {texts.alert(found, lang)} {texts.alert('remedies', lang)}"
         return {
@@ -135,6 +149,12 @@ class _Curves:
         }
 
 
-@cache  # LLaMA-Factory warns of folders elsewhere than its own each time it is asked
+def refuse_unless_texts(*values: Any) -> None:
+    """End an event that sends what no text field or dropdown gives: whoever reaches the board can send anything."""
+    if not all(value is None or isinstance(value, str) for value in values):
+        raise gr.Error("This is what the board's fields cannot give.", print_exception=False)
+
+
+@lru_cache(maxsize=100)  # LLaMA-Factory warns of folders elsewhere than its own each time it is asked
 def _folder(*names: str) -> Path:
     return Path(get_save_dir(*names))

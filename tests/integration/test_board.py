@@ -62,6 +62,7 @@ def running_board(folder: Path, plugin: bool = True):
         "GRADIO_ANALYTICS_ENABLED": "False",
         "BROWSER": "/bin/true",
         "LLAMAFACTORY_EXT": "1" if plugin else "0",
+        "LLAMAFACTORY_EXT_LOSS_FOLDERS": str(folder),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
     log = folder / "board.log"

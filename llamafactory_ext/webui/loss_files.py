@@ -1,0 +1,197 @@
+"""Loss files on a board: which of them it reads, and what they register, found out without running them in its process.
+
+A board's page sends paths, and whoever reaches the board can send any, and upload files, too. So a loss file is read
+only from folders that were named when the board was started, and in a process of its own with a time limit. What it
+registers comes back as a description; the board then has losses that say everything and compute nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from .. import registry
+from ..registry import Loss
+
+FOLDERS = "LLAMAFACTORY_EXT_LOSS_FOLDERS"  # as PATH is written
+SECONDS = 60  # to import torch takes a third of it on a busy machine
+READ = "from llamafactory_ext.webui.loss_files import describe; describe()"
+KNOWN = 100  # files, the latest; a board that runs for months forgets the others
+
+HOW_TO = (
+    f"This board does not read {{file}}: to read loss files from a folder, start it with {FOLDERS}=/that/folder in its "
+    "environment."
+)
+IN_DEMO = "This board is a demo, which reads no loss file: train with `llamafactory-cli train` instead."
+UNREAD = "pref_loss_file {file} has not been read as it is now: press Enter in its field."
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a file registers, or what is wrong with it, and which state of the file this was."""
+
+    state: tuple[int, ...]
+    losses: tuple[Loss, ...] = ()
+    error: str | None = None
+
+
+class LossFiles:
+    """The loss files of one board.
+
+    Args:
+        demo_mode: whether the board is LLaMA-Factory's demo, which trains nothing.
+    """
+
+    def __init__(self, demo_mode: bool) -> None:
+        self.demo_mode = demo_mode
+        self.known: dict[Path, Contents] = {}
+
+    def read(self, path: Any) -> None:
+        """Find out what a file registers, unless that is known; it may take `SECONDS`. What is wrong is kept, too."""
+        file = _resolved(path)
+        if file is None or self.refusal(file) is not None:
+            return
+        state = _state(file)
+        if file not in self.known or self.known[file].state != state:
+            self.known.pop(file, None)
+            self.known[file] = Contents(state, *_contents(file))
+            for oldest in list(self.known)[:-KNOWN]:
+                del self.known[oldest]
+
+    def load(self, path: str, file: Path) -> None:
+        """Register what is known of a file, in place of `registry`'s running it.
+
+        Raises:
+            ValueError: if the file may not be read, has not been read, or something is wrong with it.
+        """
+        refusal = self.refusal(file)
+        if refusal is not None:
+            raise ValueError(refusal)
+        contents = self.known.get(file)
+        if contents is None or contents.state != _state(file):
+            raise ValueError(UNREAD.format(file=repr(path)))
+        if contents.error is not None:
+            raise ValueError(contents.error.replace(repr(str(file)), repr(path)))  # as it was written
+        registry.add(contents.losses)
+
+    def refusal(self, file: Path) -> str | None:
+        """Why a file, symbolic links resolved, may not be read; None if it may."""
+        if self.demo_mode:
+            return IN_DEMO
+        folders = [Path(name).resolve() for name in os.environ.get(FOLDERS, "").split(os.pathsep) if name]
+        is_allowed = any(file.is_relative_to(folder) for folder in folders)
+        return None if is_allowed and not _is_upload(file) else HOW_TO.format(file=repr(str(file)))
+
+
+def _resolved(path: Any) -> Path | None:
+    try:
+        return registry.loss_file(path) if isinstance(path, str) and path else None
+    except ValueError:
+        return None  # `load_loss_file` says why
+
+
+def _is_upload(file: Path) -> bool:
+    from gradio.utils import get_upload_folder
+
+    return file.is_relative_to(Path(get_upload_folder()).resolve())
+
+
+def _state(file: Path) -> tuple[int, ...]:
+    try:
+        found = file.stat()
+    except OSError:
+        return ()
+    return found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino
+
+
+# --- in a process of its own ------------------------------------------------------------------------------------------
+
+
+def _contents(file: Path) -> tuple[tuple[Loss, ...], str | None]:
+    # -P: the working directory is not a place to import from in trainings, either.
+    command = [sys.executable, "-P", "-c", READ, str(file)]
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, encoding="utf-8") as process:
+        try:
+            described, _ = process.communicate(timeout=SECONDS)
+        except subprocess.TimeoutExpired:
+            _end(process.pid)
+            return (), f"pref_loss_file {str(file)!r} was not imported in {SECONDS} s: remove what it waits for."
+    try:
+        found = json.loads(described)
+        return tuple(map(_stand_in, found.get("losses", ()))), found.get("error")
+    except ValueError:
+        return (), f"pref_loss_file {str(file)!r} ended the process that imported it: remove what does."
+
+
+def _end(pid: int) -> None:
+    """End a process with all that it has started."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        for each in [*process.children(recursive=True), process]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
+
+
+def describe() -> None:
+    """Run the file that the command line names, and print what it registers as JSON, apart from what it prints."""
+    answer = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    try:
+        names = registry.load_loss_file(sys.argv[1])
+        found: dict[str, Any] = {"losses": [_description(registry.get_loss(name)) for name in names]}
+    except (TypeError, ValueError) as error:
+        found = {"error": str(error)}
+    with answer:
+        json.dump(found, answer)
+
+
+def _description(loss: Loss) -> dict[str, Any]:
+    parameters = [
+        {"name": name, "annotation": _named(parameter.annotation)}
+        | ({} if parameter.default is parameter.empty else {"default": _plain(parameter.default)})
+        for name, parameter in loss.parameters.items()
+    ]
+    return {
+        "name": loss.name,
+        "needs_reference": loss.needs_reference,
+        "description": inspect.getdoc(loss.function),
+        "parameters": parameters,
+    }
+
+
+def _named(annotation: Any) -> str:
+    return annotation if isinstance(annotation, str) else getattr(annotation, "__name__", "")
+
+
+def _plain(default: Any) -> Any:
+    return default if isinstance(default, (bool, int, float, str, type(None))) else str(default)
+
+
+def _stand_in(described: dict[str, Any]) -> Loss:
+    """A loss of which everything is known but how to compute it."""
+
+    def function(pairs: Any, **hyperparameters: Any) -> Any:
+        raise NotImplementedError("a board computes no loss")
+
+    pairs = inspect.Parameter("pairs", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    function.__signature__ = inspect.Signature([pairs, *_parameters(described["parameters"])])  # type: ignore[attr-defined]
+    function.__doc__ = described["description"]
+    return Loss(described["name"], function, described["needs_reference"], None)
+
+
+def _parameters(described: Iterable[dict[str, Any]]) -> list[inspect.Parameter]:
+    empty, kind = inspect.Parameter.empty, inspect.Parameter.KEYWORD_ONLY
+    return [
+        inspect.Parameter(each["name"], kind, default=each.get("default", empty), annotation=each["annotation"])
+        for each in described
+    ]
