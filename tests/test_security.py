@@ -1,4 +1,4 @@
-"""What SECURITY.md promises of the code itself: no pickle, nothing evaluated, no shell, network in named places only."""
+"""What SECURITY.md promises of the code: no pickle, nothing evaluated, no shell, network in named places only."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ FILES = sorted(
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
 NETWORK = {"socket", "urllib", "http", "requests", "httpx", "aiohttp", "urllib3", "ftplib", "smtplib", "openai"}
 NETWORK |= {"huggingface_hub"}
-CALLS = {"eval", "exec", "compile", "__import__", "torch.load", "os.system", "os.popen", "yaml.load", "yaml.unsafe_load"}
+CALLS = {"eval", "exec", "compile", "__import__", "torch.load", "os.system", "os.popen", "yaml.load"}
 CALLS |= {"subprocess.getoutput", "subprocess.getstatusoutput", "numpy.load", "np.load", "pandas.read_pickle"}
-CALLS |= {"load_dataset", "datasets.load_dataset"}
+CALLS |= {"yaml.unsafe_load", "load_dataset", "datasets.load_dataset"}
 # What is allowed nowhere else, and why there.
 ALLOWED = {
     ("evaluation/openai_engine.py", "openai"): "the server that --base-url names",
@@ -44,7 +44,8 @@ def findings(source: str) -> set[str]:
             found |= {f"{key}={keywords[key]}" for key in ("shell", "weights_only", "allow_pickle") if key in keywords}
         elif isinstance(node, ast.Attribute) and node.attr == "exec_module":
             found.add("exec_module")
-    return found & (PICKLES | NETWORK | CALLS | {"exec_module", "shell=True", "weights_only=False", "allow_pickle=True"})
+    words = {"exec_module", "shell=True", "weights_only=False", "allow_pickle=True"}
+    return found & (PICKLES | NETWORK | CALLS | words)
 
 
 def test_no_file_breaks_the_rules():
