@@ -3,7 +3,7 @@
     python benchmarks/gpu.py                            # all stages, the one that is worth most first
     python benchmarks/gpu.py --minutes 8                # as far as they get in eight minutes
     python benchmarks/gpu.py --only paths --only large
-    python benchmarks/gpu.py --rehearse                 # all stages on the CPU with tiny shapes, in two minutes
+    python benchmarks/gpu.py --rehearse                 # all stages on the CPU with tiny shapes: five minutes
 
 Every number is printed, and in results.jsonl under --output, as soon as it is known, and the table so far is printed
 after each stage, so that a run that is cut off has left what it measured. Without network, `make gpu-wheels` fetches

@@ -11,19 +11,10 @@ import hypothesis
 import pytest
 import tiny
 
-from llamafactory_ext import registry
-
 # In CI the same examples every time: a red run must be about the change, not about luck.
 hypothesis.settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):
     hypothesis.settings.load_profile("ci")
-
-
-@pytest.fixture(autouse=True)
-def loss_files_are_run(request, monkeypatch):
-    """As in a training: a process that has made a board runs none any more, and a worker runs many tests."""
-    if not {"board", "loss_files"} & set(request.fixturenames):
-        monkeypatch.setattr(registry, "_load", registry._run_file)
 
 
 @pytest.fixture(scope="session")

@@ -66,7 +66,7 @@ class LossFiles:
             self.known.pop(file, None)
             self.known[file] = Contents(state, *_contents(file))
             for oldest in list(self.known)[:-KNOWN]:
-                del self.known[oldest]
+                self.known.pop(oldest, None)  # another page's event may have been faster
 
     def load(self, path: str, file: Path) -> None:
         """Register what is known of a file, in place of `registry`'s running it.
