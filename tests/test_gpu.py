@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -55,7 +56,9 @@ def wait_for_a_result(started, results):
 @pytest.mark.slow
 def test_ctrl_c_ends_a_run_and_another_run_beside_it_is_refused(tmp_path):
     command = [sys.executable, str(SCRIPT), "--rehearse", "--only", "paths", "--output", str(tmp_path)]
-    started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # A shell's background jobs, of which these tests may be one, ignore Ctrl-C, and so would what they start.
+    listening = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=listening)
     results = tmp_path / "results.jsonl"
     wait_for_a_result(started, results)
     beside = subprocess.run(command, capture_output=True, text=True)

@@ -167,10 +167,11 @@ def test_a_loss_of_ones_own_that_takes_the_plugins_keys(board, tmp_path, monkeyp
 
 
 def test_what_is_known_of_a_loss_of_a_file(tmp_path, loss_files):
-    (tmp_path / "mine.py").write_text(MINE)
-    loss_files.read(str(tmp_path / "mine.py"))
-    loss = losses_of("DPO", str(tmp_path / "mine.py"))[0]["mine"]
-    assert "llamafactory_ext_loss_file_mine" not in sys.modules, "it was run in this process"
+    path = tmp_path / "described.py"  # a name that no other test of this process has run
+    path.write_text(MINE)
+    loss_files.read(str(path))
+    loss = losses_of("DPO", str(path))[0]["mine"]
+    assert "llamafactory_ext_loss_file_described" not in sys.modules, "it was run in this process"
     assert (loss.needs_reference, loss.description) == (False, "Mine.\nMore of it.")
     assert loss.defaults() == {"tau": 1.0, "kinds": "(1, 2)"}
     assert {name: each.annotation for name, each in loss.parameters.items()} == {
