@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from ..monitors import PER_TOKEN
-from ..pairs.files import whole_file
 from ..plots import CURVES, save
 from ..sweep.results import Result, SweepResults, read_results
+from ..whole_files import write_whole
 from .figures import (
     UNREFINED,
     coefficient_figure,
@@ -70,8 +70,7 @@ def write_report(folder: Path, output: Path) -> Path:
     sections = [_written(output, *figure) for figure in _figures(results, found)]
     _write_csv(output / "cells.csv", [_row(cell) for cell in [*results.bases, *results.cells]])
     _write_csv(output / "tests.csv", [_test_row(comparison) for comparison in comparisons])
-    with whole_file(output / "index.html") as page:
-        page.write(_render(results, found, comparisons, sections))
+    write_whole(output / "index.html", _render(results, found, comparisons, sections))
     return output / "index.html"
 
 
@@ -222,8 +221,7 @@ def _write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     writer = csv.DictWriter(text, list(columns))
     writer.writeheader()
     writer.writerows(rows)
-    with whole_file(path) as file:
-        file.write(text.getvalue())
+    write_whole(path, text.getvalue())
 
 
 # --- the page --------------------------------------------------------------------------------------------------------

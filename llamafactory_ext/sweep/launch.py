@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..errors import UserError
-from ..pairs.files import whole_file
+from ..whole_files import write_whole
 from .spec import Cell, Sweep
 from .tasks import Agenda
 from .work import Task
@@ -187,8 +187,7 @@ class _Jobs:
         if name in self.ids and self.cluster.goes_on(self.ids[name]):
             return
         self.ids[name] = self.cluster.submit(name, words)
-        with whole_file(self.file) as text:
-            json.dump({type(self.cluster).__name__: self.ids}, text, indent=1)
+        write_whole(self.file, json.dumps({type(self.cluster).__name__: self.ids}, indent=1))
 
     def wait(self, watch: Callable[[Sequence[str]], None]) -> None:
         while going := [name for name in self.waited_for if self.cluster.goes_on(self.ids[name])]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..correlation import Summary, summarize
 from ..errors import UserError
-from ..score import read_scores
+from ..score_file import read_scores
 from .spec import ADAPTERS
 from .tasks import MODEL_ITSELF, PAIRS, SCORES, SWEEP_FILE, read_yaml
 from .work import Record, Step, read_record

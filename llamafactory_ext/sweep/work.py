@@ -28,7 +28,7 @@ from typing import Literal
 
 import psutil
 
-from ..pairs.files import whole_file
+from ..whole_files import write_whole
 
 Step = Literal["train", "score", "pairs"]
 STEPS: tuple[Step, ...] = ("train", "score", "pairs")
@@ -99,8 +99,7 @@ class Task:
         return record
 
     def write(self, record: Record) -> None:
-        with whole_file(_record_file(self.folder, self.step)) as file:
-            json.dump(asdict(record), file, indent=1)
+        write_whole(_record_file(self.folder, self.step), json.dumps(asdict(record), indent=1))
 
 
 def read_record(folder: Path, step: Step) -> Record:
