@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from crashes import walk
 
 from llamafactory_ext import whole_files
 from llamafactory_ext.whole_files import UNFINISHED, remove_leftovers, whole_file, whole_path, write_whole
@@ -180,3 +181,16 @@ def test_killed_at_random_moments_the_file_is_always_whole(tmp_path):
         assert not target.exists() or target.read_text() in contents
     write_whole(target, "end")
     assert names(tmp_path) == {"file"}
+
+
+def test_every_crash_leaves_the_old_file_or_the_new_one(tmp_path):
+    def work(folder):
+        if not (folder / "a").exists():
+            write_whole(folder / "a", "old")
+        assert (folder / "a").read_text() in ("old", "new")
+        with whole_file(folder / "a") as file:
+            file.write("ne")
+            file.flush()
+            file.write("w")
+
+    assert walk(work, tmp_path / "folder", result=lambda folder: (folder / "a").read_text()) >= 6

@@ -173,13 +173,15 @@ def _base_accuracy(results: SweepResults) -> float | None:
 def _row(cell: Result) -> dict[str, Any]:
     history = cell.log_history
     summary = cell.summary
+    trained = cell.records.get("train")
     curves = {f"final {curve}": final(history, f"normalized_rewards/{curve}") for curve in CURVES}
     return {
         "cell": cell.name,
         **cell.place,
         **{step: record.state for step, record in cell.records.items()},
         "error": "; ".join(record.error for record in cell.records.values() if record.error),
-        "train seconds": _seconds(cell, "train"),
+        "train seconds": trained.seconds if trained else None,
+        "resumed": trained.resumed if trained else None,  # then the seconds are those since
         **curves,
         **{f"final {name.split('/')[1]}": final(history, name) for name in PER_TOKEN},
         "degenerating": degenerated(history),
@@ -193,10 +195,6 @@ def _row(cell: Result) -> dict[str, Any]:
         "held-out accuracy": cell.pairs.accuracy if cell.pairs else None,
         "held-out augmented accuracy": cell.pairs.augmented_accuracy if cell.pairs else None,
     }
-
-
-def _seconds(cell: Result, step: Any) -> float | None:
-    return cell.records[step].seconds if step in cell.records else None
 
 
 def _test_row(comparison: Comparison) -> dict[str, Any]:

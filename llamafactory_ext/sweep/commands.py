@@ -16,6 +16,7 @@ import typer
 from ..errors import UserError
 from .check import check
 from .display import Display, console, show_plan, show_results
+from .records import check_locks
 from .spec import Cell, read_sweep
 from .tasks import Agenda, write_recipes, write_sweep
 from .work import Task
@@ -72,6 +73,7 @@ def sweep(
     show_plan(agenda, cells, steps)
     if dry_run:
         return
+    check_locks()
     write_recipes(agenda, cells)
     write_sweep(agenda, file)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that running commands are ended

@@ -16,8 +16,9 @@ from ..environment import PACKAGES, version
 from ..errors import UserError
 from ..score_file import unfinished_path
 from ..whole_files import write_whole
+from .records import read_object, read_record
 from .spec import ADAPTERS, BASE, Cell, Sweep
-from .work import LLAMAFACTORY, OURS, Task, read_record
+from .work import LLAMAFACTORY, OURS, Task
 
 SWEEP_FILE = "sweep.json"
 PAIRS = "pairs.jsonl"
@@ -206,8 +207,7 @@ def write_sweep(agenda: Agenda, file: Path) -> None:
 
 
 def _check_data(agenda: Agenda, data: dict[str, str]) -> None:
-    file = agenda.sweep.output / SWEEP_FILE
-    before = json.loads(file.read_text(encoding="utf-8"))["data"] if file.is_file() else {}
+    before = read_object(agenda.sweep.output / SWEEP_FILE).get("data", {})
     changed = [name for name, digest in data.items() if before.get(name, digest) != digest]
     if changed and any(read_record(cell.folder, "train").state == "done" for cell in agenda.cells):
         raise UserError(

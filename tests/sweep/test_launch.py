@@ -11,9 +11,9 @@ import pytest
 
 from llamafactory_ext.errors import UserError
 from llamafactory_ext.sweep import launch
+from llamafactory_ext.sweep.records import Record
 from llamafactory_ext.sweep.spec import Sweep
 from llamafactory_ext.sweep.tasks import Agenda
-from llamafactory_ext.sweep.work import Record
 
 pytestmark = pytest.mark.slow
 

@@ -10,7 +10,8 @@ import time
 import psutil
 import pytest
 
-from llamafactory_ext.sweep.work import Record, Task, end, ended, keep_checkpoints, prepare, read_record, start
+from llamafactory_ext.sweep.records import Record, read_record
+from llamafactory_ext.sweep.work import Task, end, ended, keep_checkpoints, prepare, start
 
 pytestmark = pytest.mark.slow
 
