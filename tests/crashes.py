@@ -6,9 +6,9 @@ process, so that a kill costs milliseconds and takes with it what kill -9 takes:
 
 from __future__ import annotations
 
-import ast
 import builtins
 import io
+import marshal
 import os
 import random
 import shutil
@@ -61,7 +61,7 @@ def walk(
         found = _states(witness, folder, state) if witness and state else []
         found += _states(work, folder, state)
         expected = expected or result(folder)
-        assert result(folder) == expected, sorted(state)
+        assert result(folder) == expected, f"from {state}"
         assert not any(UNFINISHED.fullmatch(path.name) for path in folder.rglob("*"))
         for after in found:
             digest = _digest(after, essence)
@@ -75,6 +75,7 @@ def walk(
 def kill_at_random(work: Work, folder: Path, result: Callable[[Path], Any], kills: int = 20) -> None:
     """Kill the work so many times, each time when it has run for a random while, and let it go on to the same end."""
     rng = random.Random(0)
+    _restore(folder, {})
     begun = time.monotonic()
     assert _wait(_fork(work, folder)) == 0
     longest, expected = time.monotonic() - begun, result(folder)
@@ -99,18 +100,25 @@ def _states(work: Work, folder: Path, begin: Content) -> list[Content]:
     reading, writing = os.pipe()
 
     def watched(folder: Path) -> None:
-        states: list[Content] = []
-        _before_every_operation(lambda: states.append(_content(folder)))
+        states = [begin]
+
+        def note() -> None:
+            content = _content(folder)
+            if content != states[-1]:
+                states.append(content)
+
+        _before_every_operation(note)
         work(folder)
-        with open(writing, "w", encoding="utf-8") as pipe:
-            pipe.write(repr([*states, _content(folder)]))
+        note()
+        with open(writing, "wb") as pipe:
+            marshal.dump(states, pipe)
 
     process = _fork(watched, folder)
     os.close(writing)
-    with open(reading, encoding="utf-8") as pipe:
+    with open(reading, "rb") as pipe:
         states = pipe.read()
     assert _wait(process) == 0
-    return ast.literal_eval(states)
+    return marshal.loads(states)
 
 
 def _fork(work: Callable[[Path], Any], folder: Path) -> int:
@@ -171,6 +179,7 @@ def _before_every_operation(step: Callable[[], None]) -> None:
         return io.TextIOWrapper(buffered, **named)
 
     io.open = builtins.open = counted
+    os.fsync = lambda descriptor: None  # what a power cut leaves is not walked through, and this takes most of the time
     sys.addaudithook(watch)
 
 
@@ -178,7 +187,20 @@ def _before_every_operation(step: Callable[[], None]) -> None:
 
 
 def _content(folder: Path) -> Content:
-    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+    found: Content = {}
+    folders = [""]
+    while folders:
+        inside = folders.pop()
+        for entry in os.scandir(folder / inside):
+            name = os.path.join(inside, entry.name)
+            if entry.is_dir():
+                found[name] = None
+                folders.append(name)
+            else:
+                descriptor = os.open(entry, os.O_RDONLY)
+                found[name] = os.read(descriptor, 1 << 20)
+                os.close(descriptor)
+    return found
 
 
 def _restore(folder: Path, content: Content) -> None:

@@ -136,7 +136,7 @@ def test_every_crash_leads_to_the_same_log_probabilities(tmp_path):
 
 
 def test_killed_at_random_moments_nothing_is_lost(tmp_path):
-    kill_at_random(fill_cache(200, seconds=0.001), tmp_path / "cache", result=cached)
+    kill_at_random(fill_cache(100, seconds=0.001), tmp_path / "cache", result=cached)
 
 
 # --- several processes -----------------------------------------------------------------------------------------------

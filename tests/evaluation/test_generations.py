@@ -95,7 +95,7 @@ def test_every_crash_leads_to_the_same_answers(tmp_path):
 
 
 def test_killed_at_random_moments_every_answer_is_there_once(tmp_path):
-    kill_at_random(answer(300, seconds=0.001), tmp_path / "run", result=on_disk)
+    kill_at_random(answer(100, seconds=0.001), tmp_path / "run", result=on_disk)
 
 
 def test_file_hashes(tmp_path):
