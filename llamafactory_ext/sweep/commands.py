@@ -65,6 +65,8 @@ def sweep(
     Each cell has a folder with recipe, logs, model and scores; `llamafactory-ext report OUTPUT` makes a page of all.
     Ends with 0 if all is trained, 1 if a command has failed or is not done, 2 if the file is wrong.
     """
+    if not dry_run:
+        check_locks()
     asked = read_sweep(file)
     agenda = Agenda(asked, asked.cells())
     cells = _chosen(agenda.cells, only or [])
@@ -73,7 +75,6 @@ def sweep(
     show_plan(agenda, cells, steps)
     if dry_run:
         return
-    check_locks()
     write_recipes(agenda, cells)
     write_sweep(agenda, file)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that running commands are ended

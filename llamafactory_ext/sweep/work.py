@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from multiprocessing import resource_tracker
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -208,6 +209,7 @@ def start(task: Task, environment: Mapping[str, str]) -> BaseProcess:
 @contextmanager
 def _out_of_reach_of_ctrl_c() -> Iterator[None]:
     """What is started here never hears a terminal's Ctrl-C: it is the sweep's, which ends its commands (`end`)."""
+    resource_tracker.ensure_running()  # else multiprocessing starts it meanwhile, and lets Ctrl-C through again
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
