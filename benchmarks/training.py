@@ -26,6 +26,7 @@ from training_runs import FULL, Runner, head_only, is_refined, machine, qwen_7b
 
 from llamafactory_ext.errors import UserError
 from llamafactory_ext.registry import get_loss
+from llamafactory_ext.whole_files import write_whole
 
 MODEL, DATA, OUTPUT = Path("outputs/SmolLM2-135M-Instruct"), Path("data/gsm8k_pairs.jsonl"), Path("outputs/bench")
 LOSSES = ["sigmoid", "minor_dpo", "dpop", "sr_dpo"]
@@ -92,7 +93,7 @@ def main(
         print(f"training.py: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
     show(report, console)
-    (output / "report.json").write_text(json.dumps(report.as_json(), indent=2) + "\n", encoding="utf-8")
+    write_whole(output / "report.json", json.dumps(report.as_json(), indent=2) + "\n")
     plot(report, output / "report.png")
 
 

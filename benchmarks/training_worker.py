@@ -25,6 +25,7 @@ from training_report import common_prefix
 from transformers import TrainerCallback
 
 from llamafactory_ext.refinement import AugmentingCollator, AugmentingProcessor, split_batch
+from llamafactory_ext.whole_files import write_whole
 
 SR_LAMBDA = 0.3
 
@@ -170,10 +171,7 @@ def main() -> None:
     watch: Seconds | Peak = Seconds() if job["watch"] == "seconds" else Peak()
     with tempfile.TemporaryDirectory() as output:
         tuner.run_exp(job["recipe"] | {"output_dir": output}, callbacks=[watch])
-    path = Path(sys.argv[1])
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(watch.result()), encoding="utf-8")
-    unfinished.replace(path)
+    write_whole(Path(sys.argv[1]), json.dumps(watch.result()))
 
 
 if __name__ == "__main__":

@@ -24,9 +24,10 @@ import options
 import typer
 from asking import ask_missing
 from engines import Chat, Sampling, Settings, make_engine
-from generations import Generation, write_whole
+from generations import Generation
 from models import BASE, EngineName, folder_hashes, local_model, parse_adapters
 from questions import UserError, read_file
+from whole_files import write_whole
 
 ANSWERS = "answers.jsonl"
 QUESTION_FIELDS = ("question", "instruction", "prompt", "turns")

@@ -16,10 +16,10 @@ from typing import Annotated, Any
 
 import typer
 from extraction import Tier
-from generations import write_whole
 from questions import UserError
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
+from whole_files import write_whole
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 

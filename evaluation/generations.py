@@ -13,6 +13,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 from questions import UserError
+from whole_files import write_whole
 
 MANIFEST, GENERATIONS = "manifest.json", "generations.jsonl"
 CHUNK = 32  # answers per fsync: what a power cut may cost, never what a kill may double
@@ -123,16 +124,6 @@ class Run:
             os.fsync(self.file.fileno())
             self.file.close()
         self.lock.release()
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    with unfinished.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
 
 
 def file_hashes(folder: Path) -> dict[str, str]:

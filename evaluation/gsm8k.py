@@ -24,10 +24,11 @@ from asking import ask_missing
 from degeneration import is_degenerate
 from engines import Sampling, Settings, make_engine
 from extraction import VERSION, extract_answer, read_answer
-from generations import Generation, Run, write_whole
+from generations import Generation, Run
 from models import BASE, EngineName, folder_hashes, local_model, parse_adapters
 from questions import Question, UserError, load_prompt, load_questions, messages
 from scoring import score_run
+from whole_files import write_whole
 
 __all__ = ["extract_answer", "is_degenerate"]
 

@@ -29,11 +29,12 @@ import typer
 from answers import Pair, content_hash, load_pairs
 from asking import ask_missing
 from engines import Chat, Job, Sampling, Settings
-from generations import Generation, write_whole
+from generations import Generation
 from models import BASE
 from openai_engine import OpenAIEngine
 from questions import UserError
 from statsmodels.stats.proportion import binom_test, proportion_confint
+from whole_files import write_whole
 
 JUDGE_PROMPT = """\
 Below are a user's request and two answers to it. Decide which answer serves the user better.

@@ -158,7 +158,8 @@ def score(
 
     from .correlation import summarize
     from .recipe import read_recipe
-    from .score import read_scores, score_pairs
+    from .score import score_pairs
+    from .score_file import read_scores
 
     with tqdm(desc="scoring", unit=" pairs", disable=None) as bar:
         for done, total in score_pairs(read_recipe(recipe), output, batch_size):

@@ -252,13 +252,14 @@ def _plugin() -> Iterator[Finding]:
 
 
 def _devices() -> Iterator[Finding]:
+    import psutil
     import torch
 
     for index in range(torch.cuda.device_count()):
         about = torch.cuda.get_device_properties(index)
         yield Finding(f"GPU {index}", f"{about.name}, {about.total_memory / 2**30:.0f} GiB")
     if not torch.cuda.is_available():
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+        memory = psutil.virtual_memory().total / 2**30
         yield Finding("CPU", f"{os.cpu_count()} cores, {memory:.0f} GiB; no GPU that torch can use")
         if shutil.which("nvidia-smi") and torch.version.cuda is None:
             yield Finding("torch", "built without CUDA", "there is an NVIDIA driver: install torch's CUDA build")

@@ -19,6 +19,8 @@ import safetensors.numpy
 from filelock import FileLock, Timeout
 from llamafactory.extras import logging
 
+from .whole_files import write_whole
+
 logger = logging.get_logger()  # LLaMA-Factory's own, whose lines reach the console and the web UI
 
 # Pair -> summed log-probabilities of its chosen and its rejected response, in nats.
@@ -89,7 +91,7 @@ def append(folder: Path, logps: Logps, about: Mapping[str, Any]) -> Path:
     """
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "about.json").exists():
-        _write(folder / "about.json", json.dumps(about, indent=2, sort_keys=True).encode())
+        write_whole(folder / "about.json", json.dumps(about, indent=2, sort_keys=True))
     content = safetensors.numpy.save(
         {
             "keys": np.frombuffer(b"".join(logps), dtype=np.uint8).reshape(len(logps), KEY_BYTES),
@@ -97,35 +99,22 @@ def append(folder: Path, logps: Logps, about: Mapping[str, Any]) -> Path:
         }
     )
     path = folder / f"{_name(folder, content)}.safetensors"
-    _write(path, content)
+    write_whole(path, content)
     return path
 
 
 def merge(folder: Path, about: Mapping[str, Any]) -> None:
-    """Replace all files by one, with whatever a killed process or a bad disk left there. The caller holds the lock.
+    """Replace all files by one, with whatever a bad disk left there. The caller holds the lock.
 
     Raises:
         OSError: as for `append`.
     """
-    files = [*folder.glob("*.safetensors"), *folder.glob(".*.unfinished")]
+    files = list(folder.glob("*.safetensors"))
     if len(files) > 1:
         whole = append(folder, read(folder), about)
         for path in files:
             if path != whole:
                 path.unlink(missing_ok=True)
-
-
-def _write(path: Path, content: bytes) -> None:
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
-    try:
-        with unfinished.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-    except OSError:
-        unfinished.unlink(missing_ok=True)
-        raise
 
 
 def lock(folder: Path, seconds: float) -> FileLock | None:

@@ -7,8 +7,6 @@ moment, the same command goes on.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -18,13 +16,12 @@ from typing import TYPE_CHECKING, Any
 from .errors import UserError
 from .pairs.dialogues import SCORES
 from .recipe import Settings, parse_recipe
+from .score_file import Row, ScoreFile
 
 if TYPE_CHECKING:
     import torch
 
     from .registry import Loss, PairLogps
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -52,39 +49,15 @@ def score_pairs(settings: Settings, output: Path, batch_size: int = 4) -> Iterat
         batch_size: pairs at a time.
 
     Raises:
-        UserError: if the recipe is wrong, or an unfinished file was begun with other settings.
+        UserError: if the recipe is wrong, the output is refused, another process writes to it, or it was begun with
+            other settings.
     """
-    check_output(output)
     reference_settings = reference_of(settings)
-    unfinished = output.with_name(f".{output.name}.unfinished")
-    written = _written(unfinished, _head({"settings": settings, "reference": reference_settings}))
+    file = ScoreFile(output, {"settings": settings, "reference": reference_settings})
+    file.check()
     scorer = load_scorer(settings, reference_settings)
-
-    done = {json.loads(line)["index"] for line in written.splitlines()[1:]}
-    total = len(scorer.rows)
-    yield len(done), total
-    unfinished.parent.mkdir(parents=True, exist_ok=True)
-    if unfinished.exists() and unfinished.stat().st_size >= len(written.encode()):
-        os.truncate(unfinished, len(written.encode()))  # of a line that was cut off
-    else:
-        unfinished.write_text(written, encoding="utf-8")
-    with unfinished.open("a", encoding="utf-8") as file:
-        missing = [index for index in range(total) if index not in done]
-        for start in range(0, len(missing), batch_size):
-            batch = missing[start : start + batch_size]
-            file.writelines(json.dumps(row) + "\n" for row in _score(scorer, batch))
-            file.flush()
-            yield len(done) + start + len(batch), total
-        os.fsync(file.fileno())
-    _finish(unfinished, output)
-
-
-def check_output(output: Path) -> None:
-    """Refuse a file that is there already, or of another kind, before anything is loaded."""
-    if output.suffix not in (".jsonl", ".parquet"):
-        raise UserError(f"the output {str(output)!r} must end in .jsonl or .parquet.")
-    if output.exists():
-        raise UserError(f"{str(output)!r} is there already: it is complete; remove it, or give another --output.")
+    with file:
+        yield from file.fill(len(scorer.rows), lambda batch: _score(scorer, batch), batch_size)
 
 
 def reference_of(settings: Settings) -> Settings:
@@ -262,49 +235,3 @@ def _pair_logps(scorer: Scorer, batch: Any) -> PairLogps:
 
 def _device(model: torch.nn.Module) -> torch.device:
     return next(model.parameters()).device
-
-
-# --- the file --------------------------------------------------------------------------------------------------------
-
-
-def _head(manifest: Row) -> str:
-    """The first line of an unfinished file: what it was begun with."""
-    return json.dumps({"manifest": hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()}) + "\n"
-
-
-def _written(unfinished: Path, head: str) -> str:
-    """The whole lines of an unfinished file, or only its head if it is not begun yet.
-
-    Raises:
-        UserError: if it was begun with other settings.
-    """
-    text = unfinished.read_text(encoding="utf-8") if unfinished.exists() else ""
-    text = text[: text.rfind("\n") + 1]
-    if text and not text.startswith(head):
-        raise UserError(f"{str(unfinished)!r} was begun with other settings: remove it, or give another --output.")
-    return text or head
-
-
-def _finish(unfinished: Path, output: Path) -> None:
-    rows = read_scores(unfinished)
-    whole = output.with_name(f".{output.name}.whole")
-    if output.suffix == ".parquet":
-        import pyarrow
-        import pyarrow.parquet
-
-        names = list(dict.fromkeys(name for row in rows for name in row))  # a skipped row has few
-        pyarrow.parquet.write_table(pyarrow.table({name: [row.get(name) for row in rows] for name in names}), whole)
-    else:
-        whole.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    whole.replace(output)
-    unfinished.unlink()
-
-
-def read_scores(path: Path) -> list[Row]:
-    """The scored pairs of a file, finished or not, in the order of the data."""
-    if path.suffix == ".parquet":
-        import pyarrow.parquet
-
-        return pyarrow.parquet.read_table(path).to_pylist()
-    rows = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
-    return sorted((row for row in rows if "index" in row), key=lambda row: row["index"])

@@ -107,8 +107,7 @@ def test_kill_leaves_no_half_file(tmp_path):
     pairs, questions = few_shot_data.write(tmp_path, 20000)
     words = ["data", "metamath", pairs, "--questions", questions, "--output", tmp_path / "out.jsonl"]
     process = subprocess.Popen([str(SCRIPT), *map(str, words)], env=dict(os.environ), stdout=subprocess.DEVNULL)
-    unfinished = tmp_path / ".out.jsonl.unfinished"
-    while not (unfinished.exists() and unfinished.stat().st_size) and process.poll() is None:
+    while not any(path.stat().st_size for path in tmp_path.glob(".out.jsonl.*.unfinished")) and process.poll() is None:
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
@@ -118,7 +117,7 @@ def test_kill_leaves_no_half_file(tmp_path):
     assert done.returncode == 0, done.stderr
     expected = [e.question for e in few_shot_data.examples(20000) if e.how in ("matched", "fallback")]
     assert [row["instruction"] for row in lines(tmp_path / "out.jsonl")] == expected
-    assert not unfinished.exists()
+    assert not list(tmp_path.glob("*.unfinished"))
 
 
 @pytest.mark.slow

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import safetensors.numpy
+from crashes import kill_at_random, walk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -101,6 +103,40 @@ def test_the_key_is_the_tokens():
         name: pair[name.replace("chosen", "x").replace("rejected", "chosen").replace("x", "rejected")] for name in pair
     }
     assert len({key, cache.pair_key(swapped), *(cache.pair_key(pair | change) for change in changes)}) == 5
+
+
+# --- crashes ---------------------------------------------------------------------------------------------------------
+
+
+def fill_cache(count, per_file=2, seconds=0.0):
+    """The work of computing so many log-probabilities, a file at a time, as `ReferenceLogps.fill` does."""
+
+    def work(folder):
+        own = cache.lock(folder / "reference", seconds=10)
+        keys = [n.to_bytes(cache.KEY_BYTES, "big") for n in range(count)]
+        known = cache.read(folder / "reference")
+        missing = [key for key in keys if key not in known]
+        for start in range(0, len(missing), per_file):
+            part = {key: (-float(key[-1]), -0.5) for key in missing[start : start + per_file]}
+            cache.append(folder / "reference", part, ABOUT)
+            time.sleep(seconds)
+        cache.merge(folder / "reference", ABOUT)
+        own.release()
+
+    return work
+
+
+def cached(folder):
+    assert len(list((folder / "reference").glob("*.safetensors"))) == 1
+    return cache.read(folder / "reference"), (folder / "reference" / "about.json").read_text()
+
+
+def test_every_crash_leads_to_the_same_log_probabilities(tmp_path):
+    assert walk(fill_cache(4), tmp_path / "cache", result=cached) >= 15
+
+
+def test_killed_at_random_moments_nothing_is_lost(tmp_path):
+    kill_at_random(fill_cache(100, seconds=0.001), tmp_path / "cache", result=cached)
 
 
 # --- several processes -----------------------------------------------------------------------------------------------

@@ -17,7 +17,8 @@ from llamafactory.train import tuner
 
 from llamafactory_ext.correlation import correlate, summarize
 from llamafactory_ext.errors import UserError
-from llamafactory_ext.score import check_output, read_scores, reference_of, score_pairs
+from llamafactory_ext.score import reference_of, score_pairs
+from llamafactory_ext.score_file import check_output, read_scores
 
 SCRIPT = Path(sys.executable).with_name("llamafactory-ext")
 

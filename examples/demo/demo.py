@@ -29,6 +29,7 @@ from rich.table import Table
 
 from llamafactory_ext.pairs.corruption import Problem, make_pair, parse_solution
 from llamafactory_ext.plots import plot_runs
+from llamafactory_ext.whole_files import write_whole
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
@@ -112,20 +113,13 @@ def split(problems: Any, pair_count: int, problem_count: int) -> tuple[list[dict
 
 
 def write_data(folder: Path, pairs: list[dict[str, str]], held_out: list[Problem]) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    write(folder / "arithmetic_pairs.jsonl", "".join(json.dumps(pair) + "\n" for pair in pairs))
+    write_whole(folder / "arithmetic_pairs.jsonl", "".join(json.dumps(pair) + "\n" for pair in pairs))
     # Registered as the shipped sample is, whose name and layout the pairs share.
-    write(folder / "dataset_info.json", (HERE.parents[1] / "data" / "dataset_info.json").read_text(encoding="utf-8"))
+    write_whole(folder / "dataset_info.json", (HERE.parents[1] / "data" / "dataset_info.json").read_bytes())
     # The held-out problems in GSM8K's layout.
     rows = [{"question": p.question, "answer": f"{p.steps}\n#### {p.answer}"} for p in held_out]
-    write(folder / HELD_OUT, "".join(json.dumps(row) + "\n" for row in rows))
+    write_whole(folder / HELD_OUT, "".join(json.dumps(row) + "\n" for row in rows))
     return folder
-
-
-def write(path: Path, text: str) -> None:
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(path)
 
 
 def fingerprint(args: argparse.Namespace, pairs: list[dict[str, str]], held_out: list[Problem]) -> str:

@@ -28,13 +28,14 @@ from llamafactory_ext.report.page import write_report
 from llamafactory_ext.report.table import groups, learning_rate_of
 from llamafactory_ext.sweep.results import SweepResults, read_results
 from llamafactory_ext.sweep.work import keep_checkpoints
+from llamafactory_ext.whole_files import write_whole
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
 from claims import Finding, Study, findings  # noqa: E402
 from rates import choose_rates  # noqa: E402
-from start import make_data, make_model, write_text  # noqa: E402
+from start import make_data, make_model  # noqa: E402
 
 RESULTS = Path("outputs/reproduce")  # what the recipes name
 ROOM = 0.6  # of the problems solved by the model that trainings start from
@@ -52,7 +53,7 @@ def main() -> None:
     grid = sweep(fill_in(HERE / "grid.yaml", {"LOW": low, "HIGH": high}), RESULTS / "grid")
     for name in ("pilot", "grid"):
         print(write_report(RESULTS / name, RESULTS / name / "report"))
-    write_text(RESULTS / "claims.md", as_table(findings(study_of(grid))))
+    write_whole(RESULTS / "claims.md", as_table(findings(study_of(grid))))
     print(RESULTS / "claims.md")
     if args.gsm8k:
         reproduce_gsm8k(args.gsm8k)
@@ -174,7 +175,7 @@ def fill_in(template: Path, values: dict[str, float]) -> Path:
 
     settings = yaml.safe_load(template.read_text(encoding="utf-8"))
     settings["axes"] = [{key: filled(value) for key, value in grid.items()} for grid in settings["axes"]]
-    write_text(RESULTS / template.name, yaml.safe_dump(settings, sort_keys=False))
+    write_whole(RESULTS / template.name, yaml.safe_dump(settings, sort_keys=False))
     return RESULTS / template.name
 
 
@@ -198,11 +199,11 @@ def reproduce_gsm8k(gsm8k: Path) -> None:
     for name in ("pilot", "grid"):
         settings = yaml.safe_load((HERE / f"gsm8k_{name}.yaml").read_text(encoding="utf-8"))
         settings["evaluation"]["data"] = str(gsm8k / "test.jsonl")
-        write_text(folder / f"gsm8k_{name}.yaml", yaml.safe_dump(settings, sort_keys=False))
+        write_whole(folder / f"gsm8k_{name}.yaml", yaml.safe_dump(settings, sort_keys=False))
     low, high = rates_of(sweep(folder / "gsm8k_pilot.yaml", folder / "pilot"))
     grid = sweep(fill_in(folder / "gsm8k_grid.yaml", {"LOW": low, "HIGH": high}), folder / "grid")
     print(write_report(folder / "grid", folder / "grid" / "report"))
-    write_text(folder / "claims.md", as_table(findings(study_of(grid))))
+    write_whole(folder / "claims.md", as_table(findings(study_of(grid))))
 
 
 # --- claims ----------------------------------------------------------------------------------------------------------

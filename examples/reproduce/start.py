@@ -12,7 +12,7 @@ from typing import Any
 from stories import stories
 
 from llamafactory_ext.pairs.corruption import Problem, make_pair
-from llamafactory_ext.pairs.files import whole_file
+from llamafactory_ext.whole_files import write_whole
 
 # Problems are dealt from one stream, so that none is in two sets.
 SIZES = {"sft": 50_000, "pairs": 1_024, "pilot": 1_024, "held_out": 200, "calibration": 200, "test": 400}
@@ -47,7 +47,7 @@ def make_data(folder: Path, seed: int = 0) -> Path:
     columns = {"prompt": "instruction", "chosen": "chosen", "rejected": "rejected"}
     info: dict[str, Any] = {"sft": {"file_name": "sft.jsonl"}}
     info |= {name: {"file_name": f"{name}.jsonl", "ranking": True, "columns": columns} for name in RANKED}
-    write_text(folder / "dataset_info.json", json.dumps(info, indent=1))
+    write_whole(folder / "dataset_info.json", json.dumps(info, indent=1))
     return folder
 
 
@@ -62,12 +62,7 @@ def sft_row(problem: Problem, rng: random.Random) -> dict[str, str]:
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, str]]) -> None:
-    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
-
-
-def write_text(path: Path, text: str) -> None:
-    with whole_file(path) as file:
-        file.write(text)
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def make_model(folder: Path, data: Path, seed: int = 0) -> Path:

@@ -16,9 +16,10 @@ from rich.table import Table
 
 from ..errors import UserError
 from ..recipe import read_recipe
+from ..whole_files import write_whole
 from .corruption import PROMPT, corrupt_row
 from .dialogues import hh_rlhf_pair, ultrafeedback_pair
-from .files import Fields, Row, Tally, check_output, read_rows, register, whole_file, write_pairs
+from .files import Fields, Row, Tally, check_output, read_rows, register, write_pairs
 from .metamath import Template, index_queries, learn_template, zero_shot_pair
 
 app = typer.Typer(help="Make preference pairs, and check a recipe's before training on them.", no_args_is_help=True)
@@ -163,8 +164,7 @@ def check(
     for part in render(report):
         console.print(part)
     if json_file is not None:
-        with whole_file(json_file) as file:
-            file.write(json.dumps(asdict(report), indent=2) + "\n")
+        write_whole(json_file, json.dumps(asdict(report), indent=2) + "\n")
     if report.found_problems or (strict and (any(report.notes.values()) or report.template)):
         raise typer.Exit(1)
 

@@ -7,11 +7,9 @@ as lists of a user message and its answer).
 
 from __future__ import annotations
 
-import contextlib
 import gzip
 import io
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -22,6 +20,7 @@ from typing import IO, Any
 from tqdm import tqdm
 
 from ..errors import UserError
+from ..whole_files import whole_file, write_whole
 
 Fields = dict[str, Any]
 
@@ -241,21 +240,6 @@ def _json_line(fields: Fields) -> str:
     return json.dumps(fields, ensure_ascii=False, default=str) + "\n"
 
 
-@contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[IO[str]]:
-    """A text file that appears under its name when the block ends, and not at all if it raises."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    try:
-        with unfinished.open("w", encoding="utf-8") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
 # --- registering -----------------------------------------------------------------------------------------------------
 
 
@@ -277,8 +261,7 @@ def register(output: Path, columns: Iterable[str] = ()) -> bool:
         return False
     names = {"prompt": "instruction", **{column: column for column in columns}, "chosen": "chosen"}
     info[output.stem] = {"file_name": output.name, "ranking": True, "columns": {**names, "rejected": "rejected"}}
-    with whole_file(_info_path(output)) as file:
-        file.write(json.dumps(info, indent=2, ensure_ascii=False) + "\n")
+    write_whole(_info_path(output), json.dumps(info, indent=2, ensure_ascii=False) + "\n")
     return True
 
 

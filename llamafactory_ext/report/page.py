@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from ..monitors import PER_TOKEN
-from ..pairs.files import whole_file
 from ..plots import CURVES, save
 from ..sweep.results import Result, SweepResults, read_results
+from ..whole_files import write_whole
 from .figures import (
     UNREFINED,
     coefficient_figure,
@@ -70,8 +70,7 @@ def write_report(folder: Path, output: Path) -> Path:
     sections = [_written(output, *figure) for figure in _figures(results, found)]
     _write_csv(output / "cells.csv", [_row(cell) for cell in [*results.bases, *results.cells]])
     _write_csv(output / "tests.csv", [_test_row(comparison) for comparison in comparisons])
-    with whole_file(output / "index.html") as page:
-        page.write(_render(results, found, comparisons, sections))
+    write_whole(output / "index.html", _render(results, found, comparisons, sections))
     return output / "index.html"
 
 
@@ -174,13 +173,15 @@ def _base_accuracy(results: SweepResults) -> float | None:
 def _row(cell: Result) -> dict[str, Any]:
     history = cell.log_history
     summary = cell.summary
+    trained = cell.records.get("train")
     curves = {f"final {curve}": final(history, f"normalized_rewards/{curve}") for curve in CURVES}
     return {
         "cell": cell.name,
         **cell.place,
         **{step: record.state for step, record in cell.records.items()},
         "error": "; ".join(record.error for record in cell.records.values() if record.error),
-        "train seconds": _seconds(cell, "train"),
+        "train seconds": trained.seconds if trained else None,
+        "resumed": trained.resumed if trained else None,  # then the seconds are those since
         **curves,
         **{f"final {name.split('/')[1]}": final(history, name) for name in PER_TOKEN},
         "degenerating": degenerated(history),
@@ -194,10 +195,6 @@ def _row(cell: Result) -> dict[str, Any]:
         "held-out accuracy": cell.pairs.accuracy if cell.pairs else None,
         "held-out augmented accuracy": cell.pairs.augmented_accuracy if cell.pairs else None,
     }
-
-
-def _seconds(cell: Result, step: Any) -> float | None:
-    return cell.records[step].seconds if step in cell.records else None
 
 
 def _test_row(comparison: Comparison) -> dict[str, Any]:
@@ -222,8 +219,7 @@ def _write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     writer = csv.DictWriter(text, list(columns))
     writer.writeheader()
     writer.writerows(rows)
-    with whole_file(path) as file:
-        file.write(text.getvalue())
+    write_whole(path, text.getvalue())
 
 
 # --- the page --------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import typer
 from ..errors import UserError
 from .check import check
 from .display import Display, console, show_plan, show_results
+from .records import check_locks
 from .spec import Cell, read_sweep
 from .tasks import Agenda, write_recipes, write_sweep
 from .work import Task
@@ -64,6 +65,8 @@ def sweep(
     Each cell has a folder with recipe, logs, model and scores; `llamafactory-ext report OUTPUT` makes a page of all.
     Ends with 0 if all is trained, 1 if a command has failed or is not done, 2 if the file is wrong.
     """
+    if not dry_run:
+        check_locks()
     asked = read_sweep(file)
     agenda = Agenda(asked, asked.cells())
     cells = _chosen(agenda.cells, only or [])

@@ -11,10 +11,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from .progress import Watcher
+from .records import Record
 from .results import read_results
 from .spec import Cell
 from .tasks import Agenda
-from .work import Record, Task
+from .work import Task
 
 console = Console()
 COLOURS = {"done": "green", "failed": "red", "interrupted": "yellow", "running": "cyan"}
@@ -29,7 +30,7 @@ def show_plan(agenda: Agenda, cells: Sequence[Cell], steps: Mapping[str, int | N
     for cell in cells:
         count, record = steps[cell.name], records[cell.name]
         guess = None if pace is None or count is None else pace * count
-        time_ = _duration(record.seconds) if record.seconds else f"~{_duration(guess)}" if guess else ""
+        time_ = _time(record) if record.seconds else f"~{_duration(guess)}" if guess else ""
         table.add_row(cell.name, "?" if count is None else f"{count:,}", time_, _state(record))
     console.print(table)
     left = [steps[name] for name, record in records.items() if record.state != "done"]
@@ -42,8 +43,14 @@ def show_plan(agenda: Agenda, cells: Sequence[Cell], steps: Mapping[str, int | N
 
 
 def _seconds_per_step(records: Mapping[str, Record], steps: Mapping[str, int | None]) -> float | None:
-    done = [(r.seconds, steps[name]) for name, r in records.items() if r.state == "done" and r.seconds and steps[name]]
-    return sum(seconds for seconds, _ in done) / sum(count or 0 for _, count in done) if done else None
+    """Of the cells that were trained at one go."""
+    whole = {name: r.seconds for name, r in records.items() if r.state == "done" and r.seconds and not r.resumed}
+    done = [(seconds, count) for name, seconds in whole.items() if (count := steps[name])]
+    return sum(seconds for seconds, _ in done) / sum(count for _, count in done) if done else None
+
+
+def _time(record: Record) -> str:
+    return f"{_duration(record.seconds)} since resumed" if record.resumed else _duration(record.seconds)
 
 
 def _duration(seconds: float | None) -> str:
@@ -98,9 +105,8 @@ class Display:
     def report(self, task: Task, record: Record) -> None:
         self.left -= 1
         self.progress.advance(self.total)
-        seconds = _duration(record.seconds)
         if record.state == "done":
-            self.progress.console.print(f"{task.step} {task.name}: done in {seconds}; {self.left} left")
+            self.progress.console.print(f"{task.step} {task.name}: done in {_time(record)}; {self.left} left")
         else:
             self.progress.console.print(
                 f"[red]{task.step} {task.name}: {escape(record.error or record.state)}; see {task.log}"

@@ -15,8 +15,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from filelock import FileLock
+
 from ..errors import UserError
-from ..pairs.files import whole_file
+from ..whole_files import write_whole
+from .records import read_object
 from .spec import Cell, Sweep
 from .tasks import Agenda
 from .work import Task
@@ -174,23 +177,24 @@ def run_on_cluster(
 
 
 class _Jobs:
-    """The jobs of a sweep by name, their ids on disk."""
+    """The jobs of a sweep: their ids on disk, by launcher and name, so that no other run submits them again."""
 
     def __init__(self, cluster: Cluster, file: Path) -> None:
         self.cluster, self.file = cluster, file
-        written = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        self.ids: dict[str, str] = written.get(type(cluster).__name__, {})
-        self.waited_for: list[str] = []
+        self.waited_for: dict[str, str] = {}  # id by name
 
     def submit(self, name: str, words: Sequence[str]) -> None:
-        self.waited_for.append(name)
-        if name in self.ids and self.cluster.goes_on(self.ids[name]):
-            return
-        self.ids[name] = self.cluster.submit(name, words)
-        with whole_file(self.file) as text:
-            json.dump({type(self.cluster).__name__: self.ids}, text, indent=1)
+        """Queue a job, unless one of this name goes on; another run of the sweep may be at it too."""
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.file.with_name(f".{self.file.name}.lock")):
+            written = read_object(self.file)
+            ids: dict[str, str] = written.setdefault(type(self.cluster).__name__, {})
+            if name not in ids or not self.cluster.goes_on(ids[name]):
+                ids[name] = self.cluster.submit(name, words)
+                write_whole(self.file, json.dumps(written, indent=1))
+            self.waited_for[name] = ids[name]
 
     def wait(self, watch: Callable[[Sequence[str]], None]) -> None:
-        while going := [name for name in self.waited_for if self.cluster.goes_on(self.ids[name])]:
+        while going := [name for name, job in self.waited_for.items() if self.cluster.goes_on(job)]:
             watch(going)
             time.sleep(POLL)

@@ -10,10 +10,10 @@ from typing import Any
 
 from ..correlation import Summary, summarize
 from ..errors import UserError
-from ..score import read_scores
+from ..score_file import read_scores
+from .records import Record, Step, read_object, read_record
 from .spec import ADAPTERS
 from .tasks import MODEL_ITSELF, PAIRS, SCORES, SWEEP_FILE, read_yaml
-from .work import Record, Step, read_record
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,9 @@ class Result:
 
     @property
     def train_seconds(self) -> float | None:
-        """Of the training itself, without loading and saving, as transformers measures it."""
+        """Of the training itself, without loading and saving, as transformers measures it; None if it was resumed."""
         file = self.model / "train_results.json"
-        if not (self.is_trained and file.is_file()):
+        if not (self.is_trained and file.is_file()) or self.records["train"].resumed:
             return None
         return json.loads(file.read_text(encoding="utf-8")).get("train_runtime")
 
@@ -92,7 +92,7 @@ def read_results(folder: Path) -> SweepResults:
     file = folder / SWEEP_FILE
     if not file.is_file():
         raise UserError(f"{folder} holds no {SWEEP_FILE}: name the `output` of a `llamafactory-ext sweep`.")
-    about = json.loads(file.read_text(encoding="utf-8"))
+    about = read_object(file)
     groups = {base["name"]: base["identities"] for base in about["bases"] if base["name"].startswith(ADAPTERS)}
     cells = [_result(folder / "cells" / cell["name"], cell, groups) for cell in about["cells"]]
     bases = [_result(folder / base["name"], base, {}) for base in about["bases"]]

@@ -12,8 +12,9 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from ..errors import UserError
+from .records import Record
 from .spec import Sweep
-from .work import Record, Task, end, ended, start
+from .work import Task, end, ended, start
 
 Slot = dict[str, str]  # the environment of a place where one cell at a time runs
 Report = Callable[[Task, Record], None]

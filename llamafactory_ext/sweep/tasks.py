@@ -14,9 +14,11 @@ import yaml
 
 from ..environment import PACKAGES, version
 from ..errors import UserError
-from ..pairs.files import whole_file
+from ..score_file import unfinished_path
+from ..whole_files import write_whole
+from .records import read_object, read_record
 from .spec import ADAPTERS, BASE, Cell, Sweep
-from .work import LLAMAFACTORY, OURS, Task, read_record
+from .work import LLAMAFACTORY, OURS, Task
 
 SWEEP_FILE = "sweep.json"
 PAIRS = "pairs.jsonl"
@@ -60,7 +62,7 @@ class Agenda:
         return tasks
 
     def train_task(self, cell: Cell) -> Task:
-        made = [cell.folder / SCORES, cell.folder / PAIRS, _unfinished(cell.folder / PAIRS)]
+        made = [cell.folder / SCORES, cell.folder / PAIRS, unfinished_path(cell.folder / PAIRS)]
         made += [self.sweep.output / group / SCORES / cell.name for group in self.groups.values()]
         return Task(
             cell.name,
@@ -140,7 +142,7 @@ class Agenda:
             (*words, "--output", str(output)),
             identity=_hash(held_out.model_dump()),
             makes=(output,),
-            resumes=(_unfinished(output),),
+            resumes=(unfinished_path(output),),
             results=(output,),
         )
 
@@ -148,11 +150,6 @@ class Agenda:
 def _names(models: Sequence[str], stem: str) -> dict[str, str]:
     """A name per model: the stem alone if there is one model only."""
     return {model: stem if len(models) == 1 else f"{stem}.{number}" for number, model in enumerate(models, start=1)}
-
-
-def _unfinished(output: Path) -> Path:
-    """Where `llamafactory-ext score` keeps what it has done so far."""
-    return output.with_name(f".{output.name}.unfinished")
 
 
 def _hash(value: Any) -> str:
@@ -210,8 +207,7 @@ def write_sweep(agenda: Agenda, file: Path) -> None:
 
 
 def _check_data(agenda: Agenda, data: dict[str, str]) -> None:
-    file = agenda.sweep.output / SWEEP_FILE
-    before = json.loads(file.read_text(encoding="utf-8"))["data"] if file.is_file() else {}
+    before = read_object(agenda.sweep.output / SWEEP_FILE).get("data", {})
     changed = [name for name, digest in data.items() if before.get(name, digest) != digest]
     if changed and any(read_record(cell.folder, "train").state == "done" for cell in agenda.cells):
         raise UserError(
@@ -223,8 +219,7 @@ def _check_data(agenda: Agenda, data: dict[str, str]) -> None:
 def _write_if_new(path: Path, text: str) -> None:
     """Jobs of a cluster that share a folder come to write the same again; then nobody writes."""
     if not path.is_file() or path.read_text(encoding="utf-8") != text:
-        with whole_file(path) as file:
-            file.write(text)
+        write_whole(path, text)
 
 
 def _data_hashes(cells: Sequence[Cell]) -> dict[str, str]:

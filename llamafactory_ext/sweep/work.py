@@ -8,7 +8,6 @@ whatever becomes of the sweep: killed, and begun again, it waits for what still 
 
 from __future__ import annotations
 
-import fcntl
 import json
 import multiprocessing
 import os
@@ -20,43 +19,20 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from multiprocessing import resource_tracker
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Literal
 
 import psutil
 
-from ..pairs.files import whole_file
-
-Step = Literal["train", "score", "pairs"]
-STEPS: tuple[Step, ...] = ("train", "score", "pairs")
-State = Literal["to do", "running", "done", "failed", "interrupted"]
+from .records import Record, Step, hold, log_file, read_record, write_record, written_record
 
 LLAMAFACTORY, OURS = "llamafactory-cli", "llamafactory-ext"
 # What a training imports; a list of names, because this file is read where LLaMA-Factory is not to be loaded.
 PRELOADED = ["llamafactory.cli", "llamafactory.launcher", "llamafactory.train.tuner", "llamafactory.train.dpo.workflow"]
 INTERRUPTED = 128 + signal.SIGINT  # the exit status of a command that Ctrl-C has ended
-
-
-@dataclass(frozen=True)
-class Record:
-    """How a command went: `to do` where it has not begun, `interrupted` where its process is gone without a word.
-
-    Args:
-        identity: of the task.
-        seconds: of the last attempt, None until it has ended.
-        error: the last line of a failure.
-        started: of the last attempt, in UTC.
-    """
-
-    state: State
-    command: tuple[str, ...] = ()
-    identity: str = ""
-    started: str | None = None
-    seconds: float | None = None
-    error: str | None = None
 
 
 @dataclass(frozen=True)
@@ -87,7 +63,7 @@ class Task:
 
     @property
     def log(self) -> Path:
-        return self.folder / f"{self.step}.log"
+        return log_file(self.folder, self.step)
 
     def record(self) -> Record:
         """How it went, going by what it is now: an attempt with other settings, or without results, does not count."""
@@ -99,38 +75,7 @@ class Task:
         return record
 
     def write(self, record: Record) -> None:
-        with whole_file(_record_file(self.folder, self.step)) as file:
-            json.dump(asdict(record), file, indent=1)
-
-
-def read_record(folder: Path, step: Step) -> Record:
-    """What the last command of this step in a folder has recorded."""
-    record = _written_record(folder, step)
-    if record.state == "running" and not _is_held(folder / f"{step}.log"):
-        return replace(record, state="interrupted")
-    return record
-
-
-def _written_record(folder: Path, step: Step) -> Record:
-    file = _record_file(folder, step)
-    if not file.is_file():
-        return Record("to do")
-    written = json.loads(file.read_text(encoding="utf-8"))
-    return Record(**written | {"command": tuple(written["command"])})
-
-
-def _record_file(folder: Path, step: Step) -> Path:
-    return folder / f"{step}.json"
-
-
-def _is_held(log: Path) -> bool:
-    """Whether a process still prints to the log."""
-    with log.open("rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
+        write_record(self.folder, self.step, record)
 
 
 # --- in the process of the command -----------------------------------------------------------------------------------
@@ -142,8 +87,7 @@ def carry_out(task: Task, environment: Mapping[str, str]) -> None:
     _own(task.log)
     if task.record().state == "done":
         return
-    prepare(task)
-    with _recorded(task):
+    with _recorded(task, resumed=prepare(task)):
         run_here(task.words)
 
 
@@ -151,26 +95,32 @@ def _own(log: Path) -> None:
     """Wait until nobody prints to the log; from here on, this process and those that it starts do."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # stays with the copies of the descriptor
+        hold(file)
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
 
 
-def prepare(task: Task) -> None:
-    """Remove what cannot be gone on from, and what was made of results that are about to be made anew."""
-    is_same = _written_record(task.folder, task.step).identity == task.identity
-    for path in task.makes:
-        if not (is_same and keep_checkpoints(path)):
+def prepare(task: Task) -> bool:
+    """Remove what cannot be gone on from, and what was made of results that are about to be made anew.
+
+    Returns:
+        Whether something is left to go on from.
+    """
+    is_same = written_record(task.folder, task.step).identity == task.identity
+    kept = [path for path in task.resumes if is_same and path.exists()]
+    kept += [path for path in task.makes if is_same and keep_checkpoints(path)]
+    for path in (*task.makes, *task.resumes, *task.spoils):
+        if path not in kept:
             remove(path)
-    for path in (*task.spoils, *(() if is_same else task.resumes)):
-        remove(path)
+    return bool(kept)
 
 
 @contextmanager
-def _recorded(task: Task) -> Iterator[None]:
+def _recorded(task: Task, resumed: bool) -> Iterator[None]:
     begun = time.monotonic()
-    record = Record("running", task.words, task.identity, datetime.now(UTC).isoformat(timespec="seconds"))
+    now = datetime.now(UTC).isoformat(timespec="milliseconds")
+    record = Record("running", task.words, task.identity, now, resumed=resumed)
     task.write(record)
     print(f"\n{record.started} $ {' '.join(task.words)}", flush=True)
     try:
@@ -251,8 +201,20 @@ def start(task: Task, environment: Mapping[str, str]) -> BaseProcess:
     fork.set_forkserver_preload(PRELOADED)
     process_of = multiprocessing.get_context("spawn").Process if "CUDA_VISIBLE_DEVICES" in environment else fork.Process
     process = process_of(target=carry_out, args=(task, dict(environment)), name=f"{task.step} {task.name}")
-    process.start()
+    with _out_of_reach_of_ctrl_c():
+        process.start()
     return process
+
+
+@contextmanager
+def _out_of_reach_of_ctrl_c() -> Iterator[None]:
+    """What is started here never hears a terminal's Ctrl-C: it is the sweep's, which ends its commands (`end`)."""
+    resource_tracker.ensure_running()  # else multiprocessing starts it meanwhile, and lets Ctrl-C through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def end(process: BaseProcess) -> None:
@@ -278,6 +240,6 @@ def ended(task: Task, process: BaseProcess) -> Record:
         error += " (which is what the system does where memory is short)"
     if status == 0:
         error = f"ended well, but left no {task.results[0].name}" if task.results else "ended without a record"
-    record = Record("failed", task.words, task.identity, record.started, error=error)
+    record = Record("failed", task.words, task.identity, record.started, error=error, resumed=record.resumed)
     task.write(record)
     return record

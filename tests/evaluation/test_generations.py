@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
-import random
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from generations import GENERATIONS, Generation, Run, file_hashes
+from crashes import kill_at_random, walk
+from generations import GENERATIONS, MANIFEST, Generation, Run, file_hashes
 from questions import UserError
 
 EVALUATION = Path(__file__).parents[2] / "evaluation"
@@ -75,28 +72,30 @@ def test_two_processes_cannot_write_at_once(tmp_path):
     assert "Another process writes" in other.stderr
 
 
-def test_kill_at_random_moments(tmp_path):
-    rng = random.Random(0)
-    command = [sys.executable, str(Path(__file__).with_name("writer.py")), str(tmp_path), "300"]
-    environment = os.environ | {"PYTHONPATH": str(EVALUATION)}
-    kills = 0
-    lines = Run(tmp_path).path
-    for _ in range(300):
-        before = lines.stat().st_size if lines.exists() else 0
-        process = subprocess.Popen(command, env=environment)
-        # A busy machine may take longer to start the process than it lives: each answers a problem at least.
-        while (not lines.exists() or lines.stat().st_size <= before) and process.poll() is None:
-            time.sleep(0.01)
-        time.sleep(rng.uniform(0.0, 0.4))
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-            kills += 1
-        if process.wait() == 0:
-            break
-    assert kills >= 2
-    assert process.returncode == 0
-    rows = [json.loads(line) for line in (tmp_path / GENERATIONS).read_text().splitlines()]
-    assert sorted(row["index"] for row in rows) == list(range(300))
+def answer(count, seconds=0.0):
+    """The work of answering so many problems."""
+
+    def work(folder):
+        with Run(folder) as run:
+            done = run.open({"problems": count})
+            for index in range(count):
+                if index not in done:
+                    run.append(Generation(index, f"answer {index} " * 50, [index] * 200, "stop"))
+                    time.sleep(seconds)
+
+    return work
+
+
+def on_disk(folder):
+    return {name: (folder / name).read_bytes() for name in (MANIFEST, GENERATIONS)}
+
+
+def test_every_crash_leads_to_the_same_answers(tmp_path):
+    assert walk(answer(3), tmp_path / "run", result=on_disk) >= 10
+
+
+def test_killed_at_random_moments_every_answer_is_there_once(tmp_path):
+    kill_at_random(answer(100, seconds=0.001), tmp_path / "run", result=on_disk)
 
 
 def test_file_hashes(tmp_path):

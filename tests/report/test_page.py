@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from llamafactory_ext.report.page import write_report
+from llamafactory_ext.sweep.records import Record
 from llamafactory_ext.sweep.spec import Sweep
 from llamafactory_ext.sweep.tasks import Agenda, write_recipes, write_sweep
-from llamafactory_ext.sweep.work import Record
 
 RECIPE = {"stage": "dpo", "model_name_or_path": "model", "finetuning_type": "full", "dataset": "pairs"}
 AXES = {"pref_loss": ["sigmoid", "minor_dpo"], "learning_rate": [1e-5], "pref_beta": [0.02, 0.2]}

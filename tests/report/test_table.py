@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from statsmodels.stats.contingency_tables import mcnemar
 
 from llamafactory_ext.report.table import compare_with_dpo, degenerated, final, groups, sign_flip_p
+from llamafactory_ext.sweep.records import Record
 from llamafactory_ext.sweep.results import Result
-from llamafactory_ext.sweep.work import Record
 
 
 def cell(loss, correct, history=(), **place):

@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from llamafactory_ext.errors import UserError
 from llamafactory_ext.sweep import launch
+from llamafactory_ext.sweep.records import Record
 from llamafactory_ext.sweep.spec import Sweep
 from llamafactory_ext.sweep.tasks import Agenda
-from llamafactory_ext.sweep.work import Record
 
 pytestmark = pytest.mark.slow
+CELLS = ["seed1", "seed2", "seed3"]
 
 
 @pytest.fixture
@@ -80,6 +83,48 @@ def test_jobs_of_an_earlier_run_are_watched_and_not_submitted_again(sweep, tmp_p
     run(cluster, sweep)
     assert cluster.submitted == ["seed2", "seed3"]
     assert cluster.asked >= 10
+
+
+class Other(Held):
+    """Another launcher."""
+
+
+def test_another_launcher_does_not_forget_the_jobs_of_the_first(sweep):
+    run(Held(), sweep)
+    run(Other(), sweep)
+    kept = json.loads((sweep.output / "jobs.json").read_text())
+    assert {name: sorted(ids) for name, ids in kept.items()} == dict.fromkeys(("Held", "Other"), CELLS)
+    again = Held()
+    run(again, sweep)
+    assert again.submitted == []
+
+
+def test_two_runs_at_once_submit_each_job_once(sweep):
+    submitted, met = [], threading.Barrier(2)
+
+    class Slow(Held):
+        def submit(self, name, words):
+            time.sleep(0.02)  # during which the other run comes by
+            submitted.append(name)
+            return f"job-{name}"
+
+    def launch_it():
+        met.wait()
+        run(Slow(), sweep)
+
+    threads = [threading.Thread(target=launch_it) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(submitted) == CELLS
+
+
+def test_a_damaged_list_of_jobs_is_named(sweep):
+    sweep.output.mkdir()
+    (sweep.output / "jobs.json").write_text("")
+    with pytest.raises(UserError, match=r"jobs\.json is damaged: remove it"):
+        run(Held(), sweep)
 
 
 def test_adapters_are_trained_by_a_job_each_and_scored_by_one(tmp_path, monkeypatch):

@@ -9,9 +9,9 @@ import pytest
 
 from llamafactory_ext.errors import UserError
 from llamafactory_ext.sweep.progress import Watcher
+from llamafactory_ext.sweep.records import Record
 from llamafactory_ext.sweep.spec import Sweep
 from llamafactory_ext.sweep.tasks import Agenda, write_recipes, write_sweep
-from llamafactory_ext.sweep.work import Record
 
 RECIPE = {"stage": "dpo", "model_name_or_path": "one", "dataset": "pairs", "finetuning_type": "full"}
 

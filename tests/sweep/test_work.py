@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import time
 
 import psutil
 import pytest
 
-from llamafactory_ext.sweep.work import Record, Task, end, ended, keep_checkpoints, prepare, read_record, start
+from llamafactory_ext.sweep.display import _seconds_per_step, _time
+from llamafactory_ext.sweep.records import Record, read_record
+from llamafactory_ext.sweep.work import Task, end, ended, keep_checkpoints, prepare, start
 
 pytestmark = pytest.mark.slow
 
@@ -152,6 +155,60 @@ def test_a_command_waits_for_one_that_a_killed_sweep_has_left_and_takes_its_resu
         process.join()
     assert ended(command, second).state == "done"
     assert count.read_text() == "x"
+
+
+def test_a_command_that_goes_on_from_a_checkpoint_says_so(tmp_path):
+    """Its seconds are those of its last attempt only, which must not be read as its speed."""
+    checkpoint = tmp_path / "cell" / "model" / "checkpoint-1"
+    code = f"""
+import pathlib, sys
+checkpoint = pathlib.Path({str(checkpoint)!r})
+if not checkpoint.exists():
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "trainer_state.json").write_text("{{}}")
+    sys.exit(1)
+"""
+    command = task(tmp_path / "cell", code, makes=(checkpoint.parent,))
+    assert [(record.state, record.resumed) for record in (carry_out(command), carry_out(command))] == [
+        ("failed", False),
+        ("done", True),
+    ]
+    assert (_time(command.record()), _time(Record("done", seconds=9.0))) == ("0 s since resumed", "9 s")
+    records = {"a": Record("done", seconds=1.0, resumed=True), "b": Record("done", seconds=9.0)}
+    assert _seconds_per_step(records, {"a": 3, "b": 3}) == 3.0
+
+
+INTERRUPTED = """
+import sys, time
+from pathlib import Path
+from llamafactory_ext.sweep.run import Runner
+from llamafactory_ext.sweep.work import Task
+
+if __name__ == "__main__":
+    command = Task("cell", "train", Path("cell"), (sys.executable, "no script"))
+    try:
+        Runner([{}], False, print).run([[command]], lambda: print("watching", flush=True))
+    except KeyboardInterrupt:
+        sys.exit(130)
+"""
+
+
+def test_ctrl_c_while_the_commands_server_imports_prints_no_frames(tmp_path):
+    (tmp_path / "script.py").write_text(INTERRUPTED)
+    process = subprocess.Popen(
+        [sys.executable, "script.py"],
+        cwd=tmp_path,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "watching\n"
+    children = psutil.Process(process.pid).children
+    wait_for(lambda: any("forkserver" in " ".join(child.cmdline()) for child in children()))
+    os.killpg(process.pid, signal.SIGINT)  # what a terminal sends
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (130, "")
 
 
 def test_checkpoints_that_a_kill_cut_off_are_removed(tmp_path):

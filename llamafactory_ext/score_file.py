@@ -1,0 +1,152 @@
+"""The file of scored pairs. Unfinished, it is a hidden one: a line that says what it was begun with, then one per pair.
+
+Whoever is killed leaves whole lines, and at most a torn last one; the next run scores what is missing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from .errors import UserError
+from .whole_files import whole_file, whole_path, write_whole
+
+Row = dict[str, Any]
+
+
+def unfinished_path(output: Path) -> Path:
+    """Where pairs are kept until all are scored."""
+    return output.with_name(f".{output.name}.unfinished")
+
+
+def check_output(output: Path) -> None:
+    """Refuse a file that is there already, or of another kind; one whose last step was cut off is not done yet.
+
+    Raises:
+        UserError: if it is refused.
+    """
+    if output.suffix not in (".jsonl", ".parquet"):
+        raise UserError(f"the output {str(output)!r} must end in .jsonl or .parquet.")
+    if output.exists() and not unfinished_path(output).exists():
+        raise _is_there(output)
+
+
+def _is_there(output: Path) -> UserError:
+    return UserError(f"{str(output)!r} is there already: it is complete; remove it, or give another --output.")
+
+
+class ScoreFile:
+    """The scores of one data set under one manifest; inside a `with`, this process writes them, and no other.
+
+    Args:
+        output: a .jsonl or .parquet file.
+        manifest: what the scores depend on, as JSON.
+    """
+
+    def __init__(self, output: Path, manifest: Row) -> None:
+        self.output, self.path = output, unfinished_path(output)
+        digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+        self.head = json.dumps({"manifest": digest}) + "\n"
+        self.lock = FileLock(output.with_name(f".{output.name}.lock"))
+
+    def check(self) -> bytes:
+        """The whole lines that are there; touches nothing.
+
+        Raises:
+            UserError: if the output is refused (see `check_output`), or was begun with another manifest.
+        """
+        check_output(self.output)
+        content = self.path.read_bytes() if self.path.exists() else b""
+        whole = content[: content.rfind(b"\n") + 1]
+        if whole and not whole.startswith(self.head.encode()):
+            raise UserError(f"{str(self.path)!r} was begun with other settings: remove it, or give another --output.")
+        return whole
+
+    def __enter__(self) -> ScoreFile:
+        self.output.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(
+                f"another process scores into {str(self.output)!r}: wait for it, or give another --output."
+            ) from None
+        try:
+            whole = self.check()  # again: the other process may have ended since
+            if not whole:
+                write_whole(self.path, self.head)
+            elif len(whole) < self.path.stat().st_size:
+                os.truncate(self.path, len(whole))  # of a line that was cut off
+            self.done = {row["index"] for row in read_scores(self.path)}
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        Path(self.lock.lock_file).unlink(missing_ok=True)
+        self.lock.release()
+
+    def fill(self, total: int, score: Callable[[list[int]], list[Row]], batch_size: int) -> Iterator[tuple[int, int]]:
+        """Score what is missing; yields (pairs done, pairs in all) as it goes. The output appears at the end.
+
+        Args:
+            total: the number of pairs, whose indices begin with 0.
+            score: makes the rows of some pairs, each with its `index`.
+            batch_size: pairs at a time.
+
+        Raises:
+            UserError: if the output is there although pairs are missing: it is another one.
+        """
+        missing = [index for index in range(total) if index not in self.done]
+        if missing and self.output.exists():
+            raise _is_there(self.output)
+        yield total - len(missing), total
+        with self.path.open("a", encoding="utf-8") as file:
+            for start in range(0, len(missing), batch_size):
+                batch = missing[start : start + batch_size]
+                file.write("".join(json.dumps(row) + "\n" for row in score(batch)))
+                file.flush()
+                yield total - len(missing) + start + len(batch), total
+        self._finish()
+
+    def _finish(self) -> None:
+        rows = read_scores(self.path)
+        if self.output.suffix == ".parquet":
+            import pyarrow
+            import pyarrow.parquet
+
+            names = list(dict.fromkeys(name for row in rows for name in row))  # a skipped row has few
+            with whole_path(self.output) as path:
+                table = pyarrow.table({name: [row.get(name) for row in rows] for name in names})
+                pyarrow.parquet.write_table(table, path)
+        else:
+            with whole_file(self.output) as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+        self.path.unlink()
+
+
+def read_scores(path: Path) -> list[Row]:
+    """The scored pairs of a file, finished or not, in the order of the data.
+
+    Raises:
+        UserError: if a line is damaged.
+    """
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        return pyarrow.parquet.read_table(path).to_pylist()
+    rows = []
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise UserError(
+                f"{path}, line {number} is damaged ({error}): remove the line and run the command again."
+            ) from error
+    return sorted((row for row in rows if "index" in row), key=lambda row: row["index"])
