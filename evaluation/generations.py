@@ -58,7 +58,7 @@ class Run:
             ) from None
         file = self.folder / MANIFEST
         if file.is_file():
-            self._refuse_another(json.loads(file.read_text(encoding="utf-8")), manifest)
+            self._refuse_another(self.manifest(), manifest)
         else:
             write_whole(file, json.dumps(manifest, indent=2))
         self._drop_torn_line()
@@ -66,6 +66,18 @@ class Run:
         self.file = self.path.open("a", encoding="utf-8")
         self.unsynced = 0
         return done
+
+    def manifest(self) -> dict[str, Any]:
+        """What the run was begun with.
+
+        Raises:
+            UserError: if that cannot be read.
+        """
+        file = self.folder / MANIFEST
+        try:
+            return dict(json.loads(file.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"{file} cannot be read ({error}): name another --output.") from error
 
     def _refuse_another(self, recorded: dict[str, Any], manifest: dict[str, Any]) -> None:
         for key in sorted({*recorded, *manifest}):
