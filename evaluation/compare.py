@@ -4,8 +4,8 @@
     python evaluation/compare.py runs/whole/dpo runs/first100/dpop --shared
 
 The first run is compared with each of the others by McNemar's exact test, corrected by Holm's method where there are
-several. Runs that were asked different problems are refused; with --shared, the problems that all of them were asked are
-compared. A problem that a run has not answered counts as wrong there.
+several. Runs that were asked different problems are refused; with --shared, they are compared on the problems that all
+of them were asked. A problem that a run has not answered counts as wrong there.
 """
 
 from __future__ import annotations

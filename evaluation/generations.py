@@ -27,12 +27,16 @@ class Generation:
         text: without special tokens.
         token_ids: of the answer, where the engine tells them.
         finish_reason: `stop`, or `length` at the token limit.
+        refused: why the server would not take the question; there is no answer then, and `text` is empty.
+        left_out: fields of the request that the model does not take, and which were left to their defaults.
     """
 
     index: int
     text: str
     token_ids: list[int] | None
     finish_reason: str | None
+    refused: str | None = None
+    left_out: tuple[str, ...] = ()
 
 
 class Run:
@@ -118,8 +122,9 @@ class Run:
             if not line.endswith("\n"):
                 break
             try:
-                generation = Generation(**json.loads(line))
-            except (json.JSONDecodeError, TypeError) as error:
+                fields = json.loads(line)
+                generation = Generation(**{**fields, "left_out": tuple(fields.get("left_out", ()))})
+            except (json.JSONDecodeError, TypeError, AttributeError) as error:
                 raise UserError(f"{self.path}, line {number} is damaged ({error}): remove it and resume.") from error
             found[generation.index] = generation
         return found

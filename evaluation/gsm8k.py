@@ -20,7 +20,7 @@ from typing import Annotated, Any
 
 import options
 import typer
-from asking import ask_missing
+from asking import ask_missing, print_refused
 from degeneration import is_degenerate
 from engines import Sampling, Settings, make_engine
 from extraction import VERSION, extract_answer, read_answer
@@ -34,7 +34,7 @@ __all__ = ["extract_answer", "is_degenerate"]
 LEGEND = (
     "strict: behind the last `the answer is` or `####`; prompt: behind `So the answer is:`; flex.: the last number; "
     "confl.: first and last answer differ; degen.: empty, looping or repeating itself; cut: at the token limit; "
-    "miss.: not answered yet"
+    "miss.: without an answer, which counts as wrong"
 )
 
 
@@ -159,8 +159,8 @@ def _recorded_runs(output: Path, data: str, data_hash: str, count: int) -> list[
         asked = Run(folder).manifest().get("data", {})
         if asked.get("sha256") != data_hash:
             raise UserError(
-                f"{folder} answers {asked.get('problems')} problems of {asked.get('source')}, which are not the {count} "
-                f"that {data} holds now: name the --data and the --limit that it was asked with."
+                f"{folder} answers {asked.get('problems')} problems of {asked.get('source')}, which are not the "
+                f"{count} that {data} holds now: name the --data and the --limit that it was asked with."
             )
     return runs
 
@@ -174,6 +174,8 @@ def _score(runs: list[Path], questions: list[Question], output: Path) -> None:
         summaries[folder.name] = result["summary"]
     write_whole(output / "results.json", json.dumps(summaries, indent=2))
     _print_summary(summaries)
+    for folder in runs:
+        print_refused(folder)
     print(f"\nAll of it: {output / 'results.json'}; each answer read: {output}/*/results.json")
 
 

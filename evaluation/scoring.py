@@ -16,7 +16,9 @@ SIGNS = ("degenerate", "loop", "cut_off", "empty")
 
 
 def score_output(question: Question, generation: Generation | None) -> dict[str, Any]:
-    """One problem's row; a missing answer is wrong in every tier."""
+    """One problem's row; without an answer, because it was not asked yet or was refused, it is wrong in every tier."""
+    if generation and generation.refused is not None:
+        return {**score_output(question, None), "refused": generation.refused}
     row: dict[str, Any] = {
         "index": question.index,
         "problem": question.id,

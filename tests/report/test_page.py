@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from llamafactory_ext.errors import UserError
 from llamafactory_ext.report.page import write_report
 from llamafactory_ext.sweep.spec import Sweep
 from llamafactory_ext.sweep.tasks import Agenda, write_recipes, write_sweep
@@ -49,12 +50,14 @@ def record(sweep, name, step, how):
     task.write(replace(how, command=task.words, identity=task.identity))
 
 
-def score(sweep, name, right, problems=10):
+def score(sweep, name, right, problems=10, sha256="of the problems"):
     summary = {"accuracy": right / problems, "wilson_95": [0.1, 0.9]}
     rows = [{"index": index, "strict": {"correct": index < right}} for index in range(problems)]
     result = {
         "summary": {
             "problems": problems,
+            "problems_sha256": sha256,
+            "missing": 0,
             "strict": summary,
             "flexible": summary,
             "degeneration": {"degenerate": 0.3, "cut_off": 0.1},
@@ -140,6 +143,18 @@ def test_without_a_reference_and_without_scores(tmp_path):
     page, rows = report(sweep)
     assert rows["orpo"]["final chosen"] == ""
     assert "There is no scored cell" in page
+
+
+@pytest.mark.parametrize("changes", [{"problems": 8}, {"sha256": "of others"}])
+def test_scores_on_different_problems_are_refused(sweep, changes):
+    first, second, *_ = sweep.cells()
+    train(sweep, first)
+    score(sweep, first.name, 4)
+    train(sweep, second)
+    score(sweep, second.name, 4, **changes)
+    with pytest.raises(UserError, match=f"{first.name} and {second.name} were scored on different problems"):
+        report(sweep)
+    assert not (sweep.output / "report").exists()
 
 
 def test_scores_of_an_earlier_evaluation_are_not_shown(tmp_path):
