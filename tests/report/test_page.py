@@ -11,6 +11,8 @@ import pytest
 
 from llamafactory_ext.errors import UserError
 from llamafactory_ext.report.page import write_report
+from llamafactory_ext.report.table import groups
+from llamafactory_ext.sweep.results import read_results
 from llamafactory_ext.sweep.spec import Sweep
 from llamafactory_ext.sweep.tasks import Agenda, write_recipes, write_sweep
 from llamafactory_ext.sweep.work import Record
@@ -104,6 +106,34 @@ def test_some_cells_are_missing_and_some_have_failed(sweep):
     tests = (sweep.output / "report" / "tests.csv").read_text().splitlines()
     assert tests[1].startswith("MinorDPO,1e-05,0.02,0.9,0.4,0.5,5,0,0.0625,0.0625")
     assert 'title="1 of 1 runs"' in page  # the monitor's flag
+
+
+def test_the_numbers_of_a_recorded_sweep_by_hand(tmp_path):
+    """Ten problems, of which each cell solves the first; DPO and MinorDPO, a seed each.
+
+    DPO 2 of 10, MinorDPO 8 of 10: accuracies 0.2 and 0.8, difference 0.6.
+    Better on problems 2 to 7, worse on none: 6 discordant of one sign, McNemar's p = 2 / 2^6 = 0.03125, one test only.
+    Wilson of 8 of 10, z = 1.959964: (8 + z^2/2 -+ z sqrt(8 * 2 / 10 + z^2/4)) / (10 + z^2)
+        = (9.9207 -+ 1.959964 * sqrt(2.5604)) / 13.8415 = (9.9207 -+ 3.1362) / 13.8415 = 0.4902 and 0.9433
+    Logs of steps 1 to 3 are the step times 2: the last tenth is the last one: chosen 6, rejected 6, margin 6 - 3 = 3.
+    """
+    sweep = make_sweep(tmp_path, {"pref_loss": ["sigmoid", "minor_dpo"]})
+    for cell, right in zip(sweep.cells(), (2, 8), strict=True):
+        train(sweep, cell, value=2.0)
+        score(sweep, cell.name, right)
+    page, rows = report(sweep)
+    minor = rows["minor_dpo"]
+    assert [float(minor[f"final {name}"]) for name in ("chosen", "rejected", "margins")] == [6.0, 6.0, 3.0]
+    assert [float(rows[name]["strict"]) for name in ("sigmoid", "minor_dpo")] == [0.2, 0.8]
+    with (sweep.output / "report" / "tests.csv").open() as file:
+        (test,) = csv.DictReader(file)
+    assert test["method"] == "MinorDPO"
+    numbers = ("accuracy", "accuracy of DPO", "difference", "problems better", "problems worse", "p", "p (Holm)")
+    assert [float(test[name]) for name in numbers] == pytest.approx([0.8, 0.2, 0.6, 6, 0, 0.03125, 0.03125])
+    _, minor_group = groups(read_results(sweep.output).cells)
+    assert minor_group.wilson == pytest.approx((0.4902, 0.9433), abs=1e-4)
+    for shown in ("80.0", "20.0", "49.0", "94.3", "0.0312"):
+        assert shown in page
 
 
 def test_numbers_of_pairs_have_a_figure_of_their_own(tmp_path):
