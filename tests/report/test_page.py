@@ -7,7 +7,10 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import gsm8k
 import pytest
+from recorded import record_run, write_problems
+from typer.testing import CliRunner
 
 from llamafactory_ext.errors import UserError
 from llamafactory_ext.report.page import write_report
@@ -109,7 +112,7 @@ def test_some_cells_are_missing_and_some_have_failed(sweep):
 
 
 def test_the_numbers_of_a_recorded_sweep_by_hand(tmp_path):
-    """Ten problems, of which each cell solves the first; DPO and MinorDPO, a seed each.
+    """Ten problems, of which each cell solves the first; DPO and MinorDPO, which has no answer to the last.
 
     DPO 2 of 10, MinorDPO 8 of 10: accuracies 0.2 and 0.8, difference 0.6.
     Better on problems 2 to 7, worse on none: 6 discordant of one sign, McNemar's p = 2 / 2^6 = 0.03125, one test only.
@@ -118,9 +121,14 @@ def test_the_numbers_of_a_recorded_sweep_by_hand(tmp_path):
     Logs of steps 1 to 3 are the step times 2: the last tenth is the last one: chosen 6, rejected 6, margin 6 - 3 = 3.
     """
     sweep = make_sweep(tmp_path, {"pref_loss": ["sigmoid", "minor_dpo"]})
-    for cell, right in zip(sweep.cells(), (2, 8), strict=True):
+    data = write_problems(tmp_path / "test.jsonl", 10)
+    for cell, right, answered in zip(sweep.cells(), (2, 8), (10, 9), strict=True):
         train(sweep, cell, value=2.0)
-        score(sweep, cell.name, right)
+        answers = {n: f"So the answer is: {n if n < right else 99}" for n in range(answered)}
+        record_run(cell.folder / "scores" / "base", data, answers)
+        words = ["--score-only", "--data", str(data), "--output", str(cell.folder / "scores")]
+        assert CliRunner().invoke(gsm8k.app, words).exit_code == 0
+        record(sweep, cell.name, "score", Record("done"))
     page, rows = report(sweep)
     minor = rows["minor_dpo"]
     assert [float(minor[f"final {name}"]) for name in ("chosen", "rejected", "margins")] == [6.0, 6.0, 3.0]
@@ -132,7 +140,8 @@ def test_the_numbers_of_a_recorded_sweep_by_hand(tmp_path):
     assert [float(test[name]) for name in numbers] == pytest.approx([0.8, 0.2, 0.6, 6, 0, 0.03125, 0.03125])
     _, minor_group = groups(read_results(sweep.output).cells)
     assert minor_group.wilson == pytest.approx((0.4902, 0.9433), abs=1e-4)
-    for shown in ("80.0", "20.0", "49.0", "94.3", "0.0312"):
+    assert [rows[name]["unanswered"] for name in ("sigmoid", "minor_dpo")] == ["0", "1"]
+    for shown in ("<td>20.0</td>", "<td>80.0 (1 unanswered)</td>", "<td>49.0–94.3</td>", "<b>0.031</b>"):
         assert shown in page
 
 
