@@ -22,7 +22,7 @@ from typing import Annotated, Any
 
 import options
 import typer
-from asking import ask_missing
+from asking import ask_missing, print_refused
 from engines import Chat, Sampling, Settings, make_engine
 from generations import Generation
 from models import BASE, EngineName, folder_hashes, local_model, parse_adapters
@@ -87,6 +87,7 @@ def main(
         write_answers(output / name, queries, generations)
         cut_off = sum(generation.finish_reason == "length" for generation in generations.values())
         print(f"{output / name / ANSWERS}: {len(queries)} answers, {cut_off} cut off at {max_tokens} tokens")
+        print_refused(output / name)
 
 
 def _generate(
@@ -170,10 +171,19 @@ def _query(number: int, where: str, row: dict[str, Any]) -> Query:
 
 
 def write_answers(folder: Path, queries: list[Query], generations: dict[int, Generation]) -> None:
-    """Write `answers.jsonl` into a run's folder: one row of id, question, answer and finish_reason per question."""
+    """Write `answers.jsonl` into a run's folder: one row of id, question, answer and finish_reason per question.
+
+    What the server refused has an empty answer, and `refused` says why.
+    """
     answers = [generations[index] for index in range(len(queries))]
     rows = [
-        {"id": query.id, "question": query.text, "answer": answer.text, "finish_reason": answer.finish_reason}
+        {
+            "id": query.id,
+            "question": query.text,
+            "answer": answer.text,
+            "finish_reason": answer.finish_reason,
+            **({} if answer.refused is None else {"refused": answer.refused}),
+        }
         for query, answer in zip(queries, answers, strict=True)
     ]
     write_whole(folder / ANSWERS, "".join(json.dumps(row) + "\n" for row in rows))

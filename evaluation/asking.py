@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,15 @@ from questions import UserError
 from tqdm import tqdm
 
 
+def is_answered(reply: Generation) -> bool:
+    return reply.refused is None
+
+
 def ask_missing(
     engine: Engine,
     chats: list[Chat],
     runs: dict[str, tuple[Path, dict[str, Any]]],
-    is_usable: Callable[[Generation], bool] = lambda reply: True,
+    is_usable: Callable[[Generation], bool] = is_answered,
     watch: Callable[[Generation], str] = lambda reply: "",
 ) -> dict[str, dict[int, Generation]]:
     """Ask, in every run, each chat that has no usable reply yet; keep each reply as it arrives and return them all.
@@ -30,17 +34,20 @@ def ask_missing(
         watch: is shown every reply, those found too, and says what stands beside the progress bar.
 
     Raises:
-        UserError: if a folder holds another run, or the engine fails; what was answered is kept.
+        UserError: if a folder holds another run, the engine fails, or it refuses everything; what was answered is kept.
     """
     with ExitStack() as stack:
         opened = {name: stack.enter_context(Run(folder)) for name, (folder, _) in runs.items()}
         jobs: list[Job] = []
         found: list[Generation] = []
+        answered = set()
         for name, run in opened.items():
             done = run.open(runs[name][1])
             usable = {index for index, reply in done.items() if is_usable(reply)}
             found += [done[index] for index in sorted(usable)]
             jobs += [Job(name, index, chat) for index, chat in enumerate(chats) if index not in usable]
+            if any(map(is_answered, done.values())):
+                answered.add(name)
         with tqdm(total=len(chats) * len(runs), desc="replies", unit="", dynamic_ncols=True) as bar:
 
             def count(reply: Generation) -> None:
@@ -50,7 +57,8 @@ def ask_missing(
             for reply in found:
                 count(reply)
             try:
-                for job, reply in engine.generate(jobs) if jobs else ():
+                replies = stack.enter_context(closing(engine.generate(jobs))) if jobs else ()
+                for job, reply in believable(replies, answered):
                     opened[job.run].append(reply)
                     count(reply)
             except UserError:
@@ -60,3 +68,41 @@ def ask_missing(
                         (run.folder / MANIFEST).unlink()
                 raise
         return {name: run.read() for name, run in opened.items()}
+
+
+def believable(
+    replies: Iterable[tuple[Job, Generation]], answered: Iterable[str] = ()
+) -> Iterator[tuple[Job, Generation]]:
+    """The replies; refusals wait for their run's first answer, for only then it was the question that was refused.
+
+    Args:
+        answered: names of runs that have an answer already.
+
+    Raises:
+        UserError: if a run has refusals only.
+    """
+    known = set(answered)
+    waiting: dict[str, list[tuple[Job, Generation]]] = {}
+    for job, reply in replies:
+        if job.run not in known and not is_answered(reply):
+            waiting.setdefault(job.run, []).append((job, reply))
+        else:
+            known.add(job.run)
+            yield from waiting.pop(job.run, ())
+            yield job, reply
+    for run, refusals in waiting.items():
+        raise UserError(
+            f"The server refused every question to {run}, {len(refusals)} of them ({refusals[0][1].refused}): change "
+            "what it does not take, or ask another one."
+        )
+
+
+def print_refused(folder: Path) -> None:
+    """Say which problems of a run were refused, and why."""
+    refused = [reply for reply in Run(folder).read().values() if reply.refused is not None]
+    if refused:
+        listed = ", ".join(str(reply.index + 1) for reply in refused[:20]) + (", ..." if len(refused) > 20 else "")
+        print(
+            f"{folder}: the server refused {len(refused)} problems, which the same command asks again: {listed} "
+            f"({refused[0].refused})"
+        )

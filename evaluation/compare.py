@@ -1,21 +1,25 @@
 """Compare runs of gsm8k.py problem by problem.
 
     python evaluation/compare.py runs/study/dpo runs/study/dpop runs/study/minor_dpo
+    python evaluation/compare.py runs/whole/dpo runs/first100/dpop --shared
 
 The first run is compared with each of the others by McNemar's exact test, corrected by Holm's method where there are
-several. A problem that a run has not answered counts as wrong there.
+several. Runs that were asked different problems are refused; with --shared, they are compared on the problems that all
+of them were asked. A problem that a run has not answered counts as wrong there.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from itertools import pairwise
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from extraction import Tier
+from extraction import TIERS, Tier
 from questions import UserError
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
@@ -24,29 +28,51 @@ from whole_files import write_whole
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
+@dataclass(frozen=True)
+class Scored:
+    """A run as gsm8k.py scored it.
+
+    Args:
+        extractor: the version that read its answers.
+        problems: by index, the id of the problem that it was asked.
+        correct: by index, whether it has the problem right.
+        missing: how many problems it has no answer to.
+    """
+
+    extractor: str
+    problems: Mapping[int, str]
+    correct: Mapping[int, bool]
+    missing: int = 0
+
+
 @app.command(help=__doc__.replace("\n    python", "\n\n    python"), no_args_is_help=True)
 def main(
     runs: Annotated[
         list[Path], typer.Argument(help="Folders with a results.json of gsm8k.py; the first is the baseline.")
     ],
     tier: Annotated[str, typer.Option(help="strict_prompt, strict or flexible.")] = "strict",
+    shared: Annotated[bool, typer.Option("--shared", help="Only the problems that all runs were asked.")] = False,
     output: Annotated[Path | None, typer.Option(help="Also write the comparison to this json file.")] = None,
 ) -> None:
     try:
         if len(runs) < 2:
             raise UserError("Name at least two runs to compare.")
-        loaded = {str(folder): load_correct(folder, tier) for folder in runs}
-        comparisons = compare(loaded)
+        if tier not in TIERS:
+            raise UserError(f"--tier {tier}: write {', '.join(TIERS)}.")
+        loaded = {str(folder): load_scored(folder, tier) for folder in runs}
+        if len(loaded) < len(runs):
+            raise UserError("A run is named twice: name each once.")
+        comparisons = compare(loaded, shared)
     except UserError as error:
         print(f"compare.py: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
-    _print(comparisons, tier)
+    _print(comparisons, loaded, tier)
     if output:
         write_whole(output, json.dumps(comparisons, indent=2))
 
 
-def load_correct(folder: Path, tier: Tier | str) -> dict[str, dict[int, bool]]:
-    """Which problems a run has right: gold answers (to recognise the same problems) and verdicts by index.
+def load_scored(folder: Path, tier: Tier | str) -> Scored:
+    """A run's verdicts in a tier.
 
     Raises:
         UserError: if the folder holds no scored run.
@@ -54,38 +80,72 @@ def load_correct(folder: Path, tier: Tier | str) -> dict[str, dict[int, bool]]:
     file = folder / "results.json"
     if not file.is_file():
         raise UserError(f"{folder} holds no results.json: name the folder of one run, such as runs/study/base.")
-    rows = json.loads(file.read_text(encoding="utf-8")).get("rows")
-    if rows is None or (rows and tier not in rows[0]):
-        raise UserError(f"{file} is not the score of one run in the tier {tier}: name a run's own folder.")
-    return {
-        "gold": {row["index"]: row["gold"] for row in rows},
-        "correct": {r["index"]: r[tier]["correct"] for r in rows},
-    }
+    result = json.loads(file.read_text(encoding="utf-8"))
+    rows = result.get("rows")
+    if not rows:
+        raise UserError(f"{file} is not the score of one run: name a run's own folder, such as runs/study/base.")
+    if "problem" not in rows[0]:
+        raise UserError(f"{file} does not say what was asked: score the run again with gsm8k.py --score-only.")
+    return Scored(
+        extractor=result["extractor"],
+        problems={row["index"]: row["problem"] for row in rows},
+        correct={row["index"]: row[tier]["correct"] for row in rows},
+        missing=sum(row["missing"] for row in rows),
+    )
 
 
-def compare(runs: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+def compare(runs: Mapping[str, Scored], shared: bool = False) -> list[dict[str, Any]]:
     """The first run against each other one: McNemar's exact test on the discordant problems, p-values by Holm.
 
-    Raises:
-        UserError: if two runs disagree on the gold answer of a problem.
-    """
-    for (first, a), (second, b) in pairwise(runs.items()):
-        shared = a["gold"].keys() & b["gold"].keys()
-        if any(a["gold"][index] != b["gold"][index] for index in shared):
-            raise UserError(f"{first} and {second} were asked different problems: compare runs on the same data.")
+    Args:
+        runs: by name.
+        shared: whether to compare the problems that all runs were asked, where they were not asked the same.
 
+    Raises:
+        UserError: if the runs were not asked the same problems, or were read by different versions of the extractor.
+    """
+    problems = comparable_problems(runs, shared)
     baseline, *others = runs
-    problems = sorted(set().union(*(run["gold"] for run in runs.values())))
     rows = [_pair(baseline, other, runs, problems) for other in others]
     corrected = multipletests([row["p"] for row in rows], method="holm")[1]
     return [{**row, "p_holm": float(p)} for row, p in zip(rows, corrected, strict=True)]
 
 
-def _pair(first: str, second: str, runs: dict[str, dict[str, Any]], problems: list[int]) -> dict[str, Any]:
-    a, b = (runs[name]["correct"] for name in (first, second))
+def comparable_problems(runs: Mapping[str, Scored], shared: bool) -> list[int]:
+    """The indices of the problems that runs are compared on: all of them, or with `shared` those that all runs have.
+
+    Raises:
+        UserError: as `compare` does.
+    """
+    for (first, a), (second, b) in combinations(runs.items(), 2):
+        if a.extractor != b.extractor:
+            raise UserError(
+                f"{first} and {second} were read by versions {a.extractor} and {b.extractor} of the extractor: score "
+                "both again with gsm8k.py --score-only."
+            )
+        both = a.problems.keys() & b.problems.keys()
+        other = [index for index in sorted(both) if a.problems[index] != b.problems[index]]
+        if other:
+            raise UserError(
+                f"{first} and {second} were asked different problems, the first of them number {other[0] + 1}: compare "
+                "runs on the same data."
+            )
+        if not shared and a.problems.keys() != b.problems.keys():
+            raise UserError(
+                f"{first} was asked {len(a.problems)} problems and {second} {len(b.problems)}, {len(both)} of them the "
+                "same: write --shared to compare the runs on those."
+            )
+    indices = sorted(set.intersection(*(set(run.problems) for run in runs.values())))
+    if not indices:
+        raise UserError(f"{' and '.join(runs)} share no problem: compare runs on the same data.")
+    return indices
+
+
+def _pair(first: str, second: str, runs: Mapping[str, Scored], problems: list[int]) -> dict[str, Any]:
+    a, b = (runs[name].correct for name in (first, second))
     table = [[0, 0], [0, 0]]
     for index in problems:
-        table[not a.get(index, False)][not b.get(index, False)] += 1
+        table[not a[index]][not b[index]] += 1
     (both, only_first), (only_second, neither) = table
     count = len(problems)
     return {
@@ -103,7 +163,7 @@ def _pair(first: str, second: str, runs: dict[str, dict[str, Any]], problems: li
     }
 
 
-def _print(comparisons: list[dict[str, Any]], tier: str) -> None:
+def _print(comparisons: list[dict[str, Any]], runs: Mapping[str, Scored], tier: str) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -122,6 +182,11 @@ def _print(comparisons: list[dict[str, Any]], tier: str) -> None:
         shares = [f"{row['accuracy']:.1%}", f"{row['difference']:+.1%}"]
         table.add_row(row["run"], *shares, *counts, f"{row['p']:.3g}", f"{row['p_holm']:.3g}")
     Console().print(table)
+    for name, run in runs.items():
+        if len(run.problems) > first["problems"]:
+            print(f"{name}: {first['problems']} of its {len(run.problems)} problems are compared, those of all runs.")
+        if run.missing:
+            print(f"{name}: {run.missing} of its {len(run.problems)} problems have no answer and count as wrong.")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ generation_config.json for it otherwise, and a penalty there hides the very dege
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -60,8 +60,12 @@ class Engine(Protocol):
     def versions(self) -> dict[str, str]:
         """What the answers depend on, for the manifest."""
 
-    def generate(self, jobs: list[Job]) -> Iterator[tuple[Job, Generation]]:
-        """Each job with its answer, in the order in which they are finished."""
+    def generate(self, jobs: list[Job]) -> Generator[tuple[Job, Generation]]:
+        """Each job with its answer, or with why it was refused, in the order in which they are finished.
+
+        Raises:
+            UserError: if the engine fails; what it answered before has been yielded.
+        """
 
 
 def make_engine(name: str, settings: Settings) -> Engine:

@@ -28,12 +28,16 @@ class Generation:
         text: without special tokens.
         token_ids: of the answer, where the engine tells them.
         finish_reason: `stop`, or `length` at the token limit.
+        refused: why the server would not take the question; there is no answer then, and `text` is empty.
+        left_out: fields of the request that the model does not take, and which were left to their defaults.
     """
 
     index: int
     text: str
     token_ids: list[int] | None
     finish_reason: str | None
+    refused: str | None = None
+    left_out: tuple[str, ...] = ()
 
 
 class Run:
@@ -59,7 +63,7 @@ class Run:
             ) from None
         file = self.folder / MANIFEST
         if file.is_file():
-            self._refuse_another(json.loads(file.read_text(encoding="utf-8")), manifest)
+            self._refuse_another(self.manifest(), manifest)
         else:
             write_whole(file, json.dumps(manifest, indent=2))
         self._drop_torn_line()
@@ -67,6 +71,18 @@ class Run:
         self.file = self.path.open("a", encoding="utf-8")
         self.unsynced = 0
         return done
+
+    def manifest(self) -> dict[str, Any]:
+        """What the run was begun with.
+
+        Raises:
+            UserError: if that cannot be read.
+        """
+        file = self.folder / MANIFEST
+        try:
+            return dict(json.loads(file.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"{file} cannot be read ({error}): name another --output.") from error
 
     def _refuse_another(self, recorded: dict[str, Any], manifest: dict[str, Any]) -> None:
         for key in sorted({*recorded, *manifest}):
@@ -107,8 +123,9 @@ class Run:
             if not line.endswith("\n"):
                 break
             try:
-                generation = Generation(**json.loads(line))
-            except (json.JSONDecodeError, TypeError) as error:
+                fields = json.loads(line)
+                generation = Generation(**{**fields, "left_out": tuple(fields.get("left_out", ()))})
+            except (json.JSONDecodeError, TypeError, AttributeError) as error:
                 raise UserError(f"{self.path}, line {number} is damaged ({error}): remove it and resume.") from error
             found[generation.index] = generation
         return found

@@ -20,11 +20,11 @@ from typing import Annotated, Any
 
 import options
 import typer
-from asking import ask_missing
+from asking import ask_missing, print_refused
 from degeneration import is_degenerate
 from engines import Sampling, Settings, make_engine
 from extraction import VERSION, extract_answer, read_answer
-from generations import Generation, Run
+from generations import MANIFEST, Generation, Run
 from models import BASE, EngineName, folder_hashes, local_model, parse_adapters
 from questions import Question, UserError, load_prompt, load_questions, messages
 from scoring import score_run
@@ -35,7 +35,7 @@ __all__ = ["extract_answer", "is_degenerate"]
 LEGEND = (
     "strict: behind the last `the answer is` or `####`; prompt: behind `So the answer is:`; flex.: the last number; "
     "confl.: first and last answer differ; degen.: empty, looping or repeating itself; cut: at the token limit; "
-    "miss.: not answered yet"
+    "miss.: without an answer, which counts as wrong"
 )
 
 
@@ -72,9 +72,7 @@ def main(
     try:
         questions, data_hash = load_questions(data, split, limit)
         if score_only:
-            runs = sorted(path.parent for path in output.glob("*/manifest.json"))
-            if not runs:
-                raise UserError(f"{output} holds no runs: name the --output of an earlier run.")
+            runs = _recorded_runs(output, data, data_hash, len(questions))
         else:
             sampling = Sampling(temperature, top_p, repetition_penalty, max_tokens, seed)
             settings = Settings(
@@ -149,6 +147,25 @@ def _running_accuracy(gold: dict[int, Decimal]) -> Callable[[Generation], str]:
 # --- scoring ---------------------------------------------------------------------------------------------------------
 
 
+def _recorded_runs(output: Path, data: str, data_hash: str, count: int) -> list[Path]:
+    """The folders of the runs in an output.
+
+    Raises:
+        UserError: if there is none, or one answers other problems than these.
+    """
+    runs = sorted(path.parent for path in output.glob(f"*/{MANIFEST}"))
+    if not runs:
+        raise UserError(f"{output} holds no runs: name the --output of an earlier run.")
+    for folder in runs:
+        asked = Run(folder).manifest().get("data", {})
+        if asked.get("sha256") != data_hash:
+            raise UserError(
+                f"{folder} answers {asked.get('problems')} problems of {asked.get('source')}, which are not the "
+                f"{count} that {data} holds now: name the --data and the --limit that it was asked with."
+            )
+    return runs
+
+
 def _score(runs: list[Path], questions: list[Question], output: Path) -> None:
     """Score each run into its folder, and print one table over all."""
     summaries = {}
@@ -158,6 +175,8 @@ def _score(runs: list[Path], questions: list[Question], output: Path) -> None:
         summaries[folder.name] = result["summary"]
     write_whole(output / "results.json", json.dumps(summaries, indent=2))
     _print_summary(summaries)
+    for folder in runs:
+        print_refused(folder)
     print(f"\nAll of it: {output / 'results.json'}; each answer read: {output}/*/results.json")
 
 

@@ -10,7 +10,8 @@ OpenAI's chat API (its key in OPENAI_API_KEY). It sees every pair in both orders
 
 A question is a win for a model only if it is preferred in both orders. Everything else is a tie: two ties, a tie and a
 win, or two orders that contradict each other. A reply whose last line is not a verdict, or that was cut at the token
-limit, is never interpreted: its question is listed and left out of the rates, and the same command asks it again.
+limit, is never interpreted, nor is a refusal: its question is listed and left out of the rates, and the same command
+asks it again. A judge that takes no --temperature is asked at its own, which the results say.
 
 Every reply is kept as it arrives; interrupted, even by kill -9, the same command goes on. Imports neither llamafactory
 nor llamafactory_ext.
@@ -31,7 +32,7 @@ from asking import ask_missing
 from engines import Chat, Job, Sampling, Settings
 from generations import Generation
 from models import BASE
-from openai_engine import OpenAIEngine
+from openai_engine import OpenAIEngine, first_choice
 from questions import UserError
 from statsmodels.stats.proportion import binom_test, proportion_confint
 from whole_files import write_whole
@@ -60,6 +61,7 @@ First compare the two answers in a few sentences. Then write your verdict on a l
 [[B]] if answer B is better
 [[C]] if they are equally good"""
 PLACES = ("question", "first", "second")
+OPTIONAL_FIELDS = ("max_tokens", "temperature")  # of a request, which some models do not take
 
 Position = Literal["first", "second", "tie"]
 POSITIONS: dict[str, Position] = {"A": "first", "B": "second", "C": "tie"}
@@ -98,8 +100,10 @@ def main(
             raise UserError(f"--{'output' if judge else 'judge'} is missing: write both, or --show-prompt.")
         sampling = Sampling(temperature=temperature, max_tokens=max_tokens)
         engine = JudgeEngine(Settings(judge, {}, sampling, base_url=base_url, concurrency=concurrency))
-        rows = judge_rows(pairs, _judge(engine, template, pairs, output))
-        summary = {"a": called[0], "b": called[1], "judge": judge, **summarize(rows)}
+        replies = _judge(engine, template, pairs, output)
+        rows = judge_rows(pairs, replies)
+        left_out = sorted({field for reply in replies.values() for field in reply.left_out})
+        summary = {"a": called[0], "b": called[1], "judge": judge, "left_out": left_out, **summarize(rows)}
     except UserError as error:
         print(f"judge.py: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
@@ -119,16 +123,38 @@ def _parse_names(names: str | None, a: Path, b: Path) -> list[str]:
 
 
 class JudgeEngine(OpenAIEngine):
-    """A judge, asked with the standard fields of the chat API only: OpenAI's own server refuses vLLM's extras."""
+    """A judge, asked with the standard fields of the chat API only: OpenAI's own server refuses vLLM's extras.
+
+    Models that reason want `max_completion_tokens` in place of `max_tokens`, and take no temperature but their own: a
+    field that the server names in a refusal is left out, and if it answers then, out of later requests, too.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        self.not_taken: frozenset[str] = frozenset()
 
     def _ask(self, client: Any, job: Job) -> Generation:
-        reply = client.chat.completions.create(
-            model=self.settings.model,
-            messages=job.messages,
-            temperature=self.settings.sampling.temperature,
-            max_tokens=self.settings.sampling.max_tokens,
-        ).choices[0]
-        return Generation(job.index, reply.message.content or "", None, reply.finish_reason)
+        from openai import BadRequestError
+
+        left_out = self.not_taken
+        while True:
+            try:
+                reply = first_choice(client.chat.completions.create(**self._request(job, left_out)))
+                break
+            except BadRequestError as error:
+                named = {field for field in OPTIONAL_FIELDS if field in str(error)} - left_out
+                if not named:
+                    raise
+                left_out |= named
+        self.not_taken |= left_out
+        text = reply.message.content or ""
+        return Generation(job.index, text, None, reply.finish_reason, left_out=tuple(sorted(left_out)))
+
+    def _request(self, job: Job, left_out: frozenset[str]) -> dict[str, Any]:
+        sampling = self.settings.sampling
+        limit = "max_completion_tokens" if "max_tokens" in left_out else "max_tokens"
+        request = {"model": self.settings.model, "messages": job.messages, limit: sampling.max_tokens}
+        return request if "temperature" in left_out else {**request, "temperature": sampling.temperature}
 
 
 def _judge(engine: JudgeEngine, template: str, pairs: list[Pair], output: Path) -> dict[int, Generation]:
@@ -207,11 +233,16 @@ def judge_rows(pairs: list[Pair], replies: Mapping[int, Generation]) -> list[dic
             {
                 **vars(pair),
                 "outcome": outcome(*verdicts),
-                "a_first": {"verdict": verdicts[0], "reply": a_first.text},
-                "b_first": {"verdict": verdicts[1], "reply": b_first.text},
+                "a_first": _judgment(verdicts[0], a_first),
+                "b_first": _judgment(verdicts[1], b_first),
             }
         )
     return rows
+
+
+def _judgment(verdict: Position | None, reply: Generation) -> dict[str, str | None]:
+    refused = {} if reply.refused is None else {"refused": reply.refused}
+    return {"verdict": verdict, "reply": reply.text, **refused}
 
 
 def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -274,6 +305,8 @@ def _print_summary(summary: dict[str, Any]) -> None:
         ids = summary["unparseable"]["questions"]
         listed = ", ".join(ids[:20]) + (", ..." if len(ids) > 20 else "")
         print(f"Replies without a verdict, asked again by the same command: {count}, to questions {listed}")
+    if "temperature" in summary["left_out"]:
+        print("The judge takes no temperature: it was asked at its own, so that its verdicts may vary.")
 
 
 if __name__ == "__main__":

@@ -28,6 +28,11 @@ class Question:
     text: str
     gold: Decimal
 
+    @property
+    def id(self) -> str:
+        """The same for the same text and gold answer, wherever the problem stands."""
+        return hashlib.sha256(_content(self)).hexdigest()[:16]
+
 
 def load_questions(source: str, split: str = "test", limit: int | None = None) -> tuple[list[Question], str]:
     """The problems of a jsonl or parquet file, or of a hub data set (`openai/gsm8k`), and the sha256 of what was read.
@@ -46,10 +51,16 @@ def load_questions(source: str, split: str = "test", limit: int | None = None) -
     questions = [_question(index, row) for index, row in enumerate(rows)][:limit]
     if not questions:
         raise UserError(f"{source} holds no problems: write a file with rows of `question` and `answer`.")
-    digest = hashlib.sha256()
-    for question in questions:
-        digest.update(json.dumps([question.text, str(question.gold)]).encode())
-    return questions, digest.hexdigest()
+    return questions, problems_hash(questions)
+
+
+def problems_hash(questions: Iterable[Question]) -> str:
+    """sha256 of the problems in their order: what a run was asked, whichever file it came from."""
+    return hashlib.sha256(b"".join(map(_content, questions))).hexdigest()
+
+
+def _content(question: Question) -> bytes:
+    return json.dumps([question.text, str(question.gold)]).encode()
 
 
 def read_file(path: Path) -> Iterable[tuple[str, dict[str, Any]]]:

@@ -9,15 +9,22 @@ from typing import Any
 from degeneration import inspect_output
 from extraction import TIERS, VERSION, read_answer
 from generations import Generation
-from questions import Question
+from questions import Question, problems_hash
 from statsmodels.stats.proportion import proportion_confint
 
 SIGNS = ("degenerate", "loop", "cut_off", "empty")
 
 
 def score_output(question: Question, generation: Generation | None) -> dict[str, Any]:
-    """One problem's row; a missing answer is wrong in every tier."""
-    row: dict[str, Any] = {"index": question.index, "gold": str(question.gold), "missing": generation is None}
+    """One problem's row; without an answer, because it was not asked yet or was refused, it is wrong in every tier."""
+    if generation and generation.refused is not None:
+        return {**score_output(question, None), "refused": generation.refused}
+    row: dict[str, Any] = {
+        "index": question.index,
+        "problem": question.id,
+        "gold": str(question.gold),
+        "missing": generation is None,
+    }
     text = generation.text if generation else ""
     for tier in TIERS:
         reading = read_answer(text, tier)
@@ -36,9 +43,11 @@ def _text(answer: Decimal | None) -> str | None:
 
 
 def score_run(questions: list[Question], generations: Mapping[int, Generation]) -> dict[str, Any]:
-    """All rows of a run, and its summary: accuracies with Wilson's 95% interval, conflicts, signs of degeneration."""
+    """All rows of a run, and its summary: what it was asked, accuracies with Wilson's 95% interval, conflicts, signs of
+    degeneration."""
     rows = [score_output(question, generations.get(question.index)) for question in questions]
-    return {"extractor": VERSION, "summary": summarize(rows), "rows": rows}
+    summary = {"problems_sha256": problems_hash(questions), **summarize(rows)}
+    return {"extractor": VERSION, "summary": summary, "rows": rows}
 
 
 def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 from engines import Chat, Job, Settings, check_chats, package_versions
@@ -21,7 +22,7 @@ class TransformersEngine:
     def versions(self) -> dict[str, str]:
         return package_versions("torch", "transformers", *(["peft"] if self.settings.adapters else []))
 
-    def generate(self, jobs: list[Job]) -> Iterator[tuple[Job, Generation]]:
+    def generate(self, jobs: list[Job]) -> Generator[tuple[Job, Generation]]:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
@@ -39,8 +40,10 @@ class TransformersEngine:
                 model.set_adapter(_module_name(self.settings.adapters, run))
             base_only = bool(self.settings.adapters) and run not in self.settings.adapters
             for batch in _batches([job for job in jobs if job.run == run], self.settings.batch_size):
-                with torch.inference_mode(), model.disable_adapter() if base_only else torch.inference_mode():
-                    yield from zip(batch, self._answer(model, tokenizer, batch), strict=True)
+                # Nothing is handed over inside: what reads the answers would run in these modes, too.
+                with torch.inference_mode(), model.disable_adapter() if base_only else nullcontext():
+                    answers = self._answer(model, tokenizer, batch)
+                yield from zip(batch, answers, strict=True)
 
     def _answer(self, model: Any, tokenizer: Any, batch: list[Job]) -> list[Generation]:
         sampling = self.settings.sampling

@@ -6,7 +6,7 @@ import json
 import multiprocessing
 import os
 import queue
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ class VllmEngine:
             raise UserError(f"vLLM does not import ({error}): run `make eval-env`, or choose --engine hf.") from error
         return {"vllm": vllm.__version__, **package_versions("torch", "transformers")}
 
-    def generate(self, jobs: list[Job]) -> Iterator[tuple[Job, Generation]]:
+    def generate(self, jobs: list[Job]) -> Generator[tuple[Job, Generation]]:
         if self.settings.data_parallel > 1:
             yield from _generate_on_replicas(self.settings, jobs)
         else:

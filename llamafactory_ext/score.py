@@ -7,6 +7,7 @@ moment, the same command goes on.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -148,19 +149,31 @@ def _data_scores(data_args: Any, count: int) -> list[Row]:
     """What the data says of its answers; LLaMA-Factory drops the columns that it does not know, but keeps the order."""
     from llamafactory.data.parser import get_dataset_list
 
-    from .pairs.files import BadRow, read_rows
+    from .pairs.files import BadRow
 
     (about,) = get_dataset_list(data_args.dataset, data_args.dataset_dir)
     if about.num_samples is not None:
         return [{}] * count  # a random choice, whose order is not the file's
-    subset = f":{about.subset}" if about.subset else ""
-    is_file = about.load_from == "file"
-    source = os.path.join(data_args.dataset_dir, about.dataset_name) if is_file else about.dataset_name + subset
     scores = []
-    for row, _ in zip(read_rows(source, about.split), range(count), strict=False):
+    for row, _ in zip(_source_rows(about, data_args.dataset_dir), range(count), strict=False):
         fields = {} if isinstance(row.fields, BadRow) else row.fields
         scores.append({name: fields[name] for name in SCORES if name in fields})
     return scores if len(scores) == count else [{}] * count
+
+
+def _source_rows(about: Any, dataset_dir: str) -> Iterator[Any]:
+    """The rows that LLaMA-Factory reads of a data set, in its order; none where they cannot be read like that."""
+    from .pairs.files import SUFFIXES, read_rows
+
+    if about.load_from == "hf_hub":
+        return read_rows(f"{about.dataset_name}:{about.subset}" if about.subset else about.dataset_name, about.split)
+    if about.load_from != "file":
+        return iter(())
+    path = Path(dataset_dir, about.dataset_name)
+    files = [path / name for name in os.listdir(path)] if path.is_dir() else [path]  # of every split, as they come
+    if any(file.suffix not in SUFFIXES for file in files):
+        return iter(())
+    return itertools.chain.from_iterable(read_rows(str(file)) for file in files)
 
 
 # --- scoring ---------------------------------------------------------------------------------------------------------

@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 import tiny
 from llamafactory.train import tuner
+from rich.console import Console
 
+from llamafactory_ext import cli
 from llamafactory_ext.correlation import correlate, summarize
 from llamafactory_ext.errors import UserError
 from llamafactory_ext.score import reference_of, score_pairs
@@ -139,6 +141,60 @@ def test_golden_correlations():
     # Deviations -3 -2 -1 6 and -1.5 0.5 -0.5 1.5: 13 / sqrt(50 * 5).
     assert found["Pearson"][0] == pytest.approx(13 / 250**0.5)
     assert all(value != value for value, _ in correlate([1.0, 1.0], [1.0, 2.0]).values())
+
+
+def test_a_recorded_table_by_hand(tmp_path, capsys, monkeypatch):
+    """Four pairs that are scored, and one that is not; the last row of the data comes first, as after an interruption.
+
+    margins 2, -1, 3, 4: mean 8 / 4 = 2; above 0: 3 of 4.
+    losses 0.5, 1.5, 0.25, 0.25: mean 2.5 / 4 = 0.625
+    differences of the data's scores 1, 2, 3, 5 against the margins:
+        ranks of the margins 2 1 3 4 against 1 2 3 4: Spearman 1 - 6 * (1 + 1) / (4 * 15) = 0.8; Kendall (5 - 1) / 6
+        deviations 0 -3 1 2 and -1.75 -0.75 0.25 2.25: Pearson (0 + 2.25 + 0.25 + 4.5) / sqrt(14 * 8.75) = 0.632
+    """
+    numbers = [(2.0, 0.5, 1), (-1.0, 1.5, 2), (3.0, 0.25, 3), (4.0, 0.25, 5)]
+    rows = [
+        {"index": n, "skipped": False, "margin": margin, "loss": loss, "score_chosen": score, "score_rejected": 0}
+        for n, (margin, loss, score) in enumerate(numbers)
+    ]
+    rows = [{"index": 4, "skipped": True}, rows[3], *rows[:3]]
+    path = tmp_path / "scores.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    monkeypatch.setattr(cli, "console", Console(width=200))
+    cli._show(summarize(read_scores(path)), Path("scores.jsonl"))
+    shown = " ".join(word for word in capsys.readouterr().out.split() if word not in "│┃")
+    for line in (
+        "scores.jsonl: 4 pairs",
+        "margin 2 ",
+        "loss 0.625 ",
+        "accuracy (margin > 0) 75.0%",
+        "1 rows are no pairs",
+        "Pearson 0.632 (p = ",
+        "Spearman 0.800 (p = ",
+        "Kendall 0.667 (p = ",
+    ):
+        assert line in shown
+
+
+def test_scores_of_a_folders_rows_are_in_the_order_of_the_training(settings, tmp_path):
+    """LLaMA-Factory reads all files of a folder as they come, of whichever split."""
+    asked = settings()
+    data = Path(asked["dataset_dir"])
+    rows = [json.loads(line) for line in (data / "pairs.jsonl").read_text(encoding="utf-8").splitlines()]
+    (data / "folder").mkdir()
+    for name, part in (("b-train", rows[:2]), ("a-test", rows[2:3]), ("c", rows[4:])):
+        lines = [json.dumps(row) + "\n" for row in part]
+        (data / "folder" / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    info = json.loads((data / "dataset_info.json").read_text(encoding="utf-8"))
+    info["folder"] = info["pairs"] | {"file_name": "folder"}
+    (data / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
+    expected = {
+        row["score_rejected"]: row["chosen_logp"] for row in run(asked, tmp_path / "file.jsonl") if not row["skipped"]
+    }
+    found = {
+        row["score_rejected"]: row["chosen_logp"] for row in run(settings(dataset="folder"), tmp_path / "folder.jsonl")
+    }
+    assert found == pytest.approx(expected, abs=1e-3)
 
 
 def test_summary():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -30,7 +30,7 @@ SAMPLE = 1000  # prompts from which the template is learned
 Source = typer.Argument
 Opt = typer.Option
 Overwrite = Annotated[bool, Opt("--overwrite", help="Replace the output if it is there.")]
-Split = Annotated[str, Opt(help="Split of a hub data set.")]
+Split = Annotated[str | None, Opt(help="Split of a hub data set or a folder (default: train); a file has none.")]
 
 
 @app.command()
@@ -45,7 +45,7 @@ def metamath(
     prompt: Annotated[str, Opt(help="Put in front of each question.")] = "",
     lead: Annotated[str | None, Opt(help="Text before the last question (default: learned from the pairs).")] = None,
     suffix: Annotated[str | None, Opt(help="Text behind the last question (default: learned from the pairs).")] = None,
-    split: Split = "train",
+    split: Split = None,
     overwrite: Overwrite = False,
 ) -> None:
     """MetaMath's few-shot pairs as zero-shot pairs, joined with MetaMathQA for the questions.
@@ -57,7 +57,7 @@ def metamath(
     check_output(output, overwrite)
     if (lead is None) != (suffix is None):
         raise UserError("--lead and --suffix describe the template together: give both or none.")
-    rows = read_rows(pairs, split)
+    rows = _rows(pairs, split)
     index, unusable = index_queries(read_rows(questions))
     for reason, count in unusable.items():
         console.print(f"[yellow]{count:,} rows of {escape(questions)} not used: {escape(reason)}")
@@ -85,7 +85,7 @@ def corrupt(
     seed: Annotated[int, Opt(help="Decides which result is changed, and to what.")] = 0,
     prompt: Annotated[str, Opt(help="Put in front of each question.", show_default="the MinorDPO paper's")] = PROMPT,
     limit: Annotated[int | None, Opt(min=1, help="Only the first solutions.")] = None,
-    split: Split = "train",
+    split: Split = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Pairs from worked solutions: one intermediate result changed, everything else kept.
@@ -94,7 +94,7 @@ def corrupt(
 
     llamafactory-ext data corrupt meta-math/MetaMathQA --seed 1
     """
-    rows = itertools.islice(read_rows(solutions, split), limit)
+    rows = itertools.islice(_rows(solutions, split), limit)
     tally = write_pairs(rows, _each(lambda fields: corrupt_row(fields, seed, prompt)), output, overwrite)
     _finish(tally, output)
 
@@ -105,7 +105,7 @@ def hh_rlhf(
         "Anthropic/hh-rlhf"
     ),
     output: Annotated[Path, Opt(help="The pairs; their stem becomes a data set's name.")] = Path("data/hh_rlhf.jsonl"),
-    split: Split = "train",
+    split: Split = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Anthropic's HH-RLHF as multi-turn pairs.
@@ -114,7 +114,7 @@ def hh_rlhf(
 
     llamafactory-ext data hh-rlhf harmless-base/train.jsonl.gz --output data/harmless.jsonl
     """
-    tally = write_pairs(read_rows(dialogues, split), _each(hh_rlhf_pair), output, overwrite)
+    tally = write_pairs(_rows(dialogues, split), _each(hh_rlhf_pair), output, overwrite)
     _finish(tally, output, columns=("history",))
 
 
@@ -126,7 +126,7 @@ def ultrafeedback(
     output: Annotated[Path, Opt(help="The pairs; their stem becomes a data set's name.")] = Path(
         "data/ultrafeedback.jsonl"
     ),
-    split: Split = "train_prefs",
+    split: Annotated[str | None, Opt(help="As of a hub data set or a folder (default: train_prefs).")] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """UltraFeedback, binarized, as pairs; the scores of both sides are kept.
@@ -135,7 +135,7 @@ def ultrafeedback(
 
     llamafactory-ext data ultrafeedback test_prefs.parquet --output data/ultrafeedback_test.jsonl
     """
-    tally = write_pairs(read_rows(dialogues, split), _each(ultrafeedback_pair), output, overwrite)
+    tally = write_pairs(_rows(dialogues, split, "train_prefs"), _each(ultrafeedback_pair), output, overwrite)
     _finish(tally, output, columns=("system", "history"))
 
 
@@ -143,7 +143,7 @@ def ultrafeedback(
 def check(
     recipe: Annotated[list[str], Source(help="A recipe and key=value words, as for llamafactory-cli train.")],
     test_set: Annotated[str | None, Opt(help="Questions that training must not see: a file or owner/name.")] = None,
-    test_split: Annotated[str, Opt(help="Split of a --test-set on the hub.")] = "test",
+    test_split: Annotated[str | None, Opt(help="Split of a --test-set that is no file (default: test).")] = None,
     strict: Annotated[bool, Opt("--strict", help="Count the notes as problems.")] = False,
     json_file: Annotated[Path | None, Opt("--json", help="Also write what was found to this file.")] = None,
 ) -> None:
@@ -159,7 +159,7 @@ def check(
     from .contamination import read_test_set
 
     settings = read_recipe(recipe)
-    questions = read_test_set(read_rows(test_set, test_split)) if test_set else None
+    questions = read_test_set(_rows(test_set, test_split, "test")) if test_set else None
     report = check_pairs(settings, questions)
     for part in render(report):
         console.print(part)
@@ -167,6 +167,17 @@ def check(
         write_whole(json_file, json.dumps(asdict(report), indent=2) + "\n")
     if report.found_problems or (strict and (any(report.notes.values()) or report.template)):
         raise typer.Exit(1)
+
+
+def _rows(source: str, split: str | None, usual: str = "train") -> Iterator[Row]:
+    """The rows of a source in a split, which a file has none of.
+
+    Raises:
+        UserError: if a split of a file is asked for, and as `read_rows` does.
+    """
+    if split is not None and Path(source).is_file():
+        raise UserError(f"{source!r} is a file, which has no split {split!r}: leave it out, or name the folder.")
+    return read_rows(source, usual if split is None else split)
 
 
 def _each(make_pair: Callable[[Fields], Fields]) -> Callable[[Row, Fields], tuple[str, Fields]]:

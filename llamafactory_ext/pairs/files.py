@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import itertools
 import json
 import re
 from collections import Counter
@@ -27,6 +28,10 @@ Fields = dict[str, Any]
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 SUFFIXES = (".jsonl", ".gz", ".json", ".parquet")
 KINDS = ".jsonl, .jsonl.gz, .json or .parquet"
+IN_FOLDERS = re.compile(r"\.(jsonl|jsonl\.gz|parquet)$")  # a .json there may be anything
+# `-00000-of-00002`, `-00000-of-00001-6f3344faa23e9b0a`, `_1`, and a number that is all of the name.
+SHARD = re.compile(r"(^|[-_])\d+([-_]of[-_]\d+)?(-[0-9a-f]{16})?$")
+MEANINGLESS = ("", "data", "default", "part", "shard")  # names of files and folders that are no split's
 
 
 class BadRow(ValueError):  # noqa: N818  (a reason, not a fault of the program)
@@ -48,12 +53,12 @@ def read_rows(source: str, split: str = "train") -> Iterator[Row]:
     """The rows of a file or of a hub's data set, with a progress bar; nothing is held in memory but for `.json`.
 
     Args:
-        source: a path ending in .jsonl, .jsonl.gz, .json (a list) or .parquet, a folder of parquet files, or an
+        source: a path ending in .jsonl, .jsonl.gz, .json (a list) or .parquet, a folder of such files but .json, or an
             `owner/name` or `owner/name:subset` of the Hugging Face hub.
-        split: the hub's split; a file has none.
+        split: the hub's or the folder's split (see `splits_of`); a file has none.
 
     Raises:
-        UserError: if there is no such source, or it is of another kind.
+        UserError: if there is no such source or split, or it is of another kind.
     """
     path = Path(source)
     if not path.exists():
@@ -61,10 +66,7 @@ def read_rows(source: str, split: str = "train") -> Iterator[Row]:
             return _hub_rows(source, split)
         raise UserError(f"{source!r} is not there: write the path of a {KINDS} file, or owner/name of the hub.")
     if path.is_dir():
-        files = sorted(path.glob("**/*.parquet"))
-        if not files:
-            raise UserError(f"the folder {source!r} holds no parquet file: name a {KINDS} file.")
-        return _parquet_rows(files)
+        return _folder_rows(path, split)
     if path.suffix == ".parquet":
         return _parquet_rows([path])
     if path.suffix == ".json":
@@ -72,6 +74,42 @@ def read_rows(source: str, split: str = "train") -> Iterator[Row]:
     if path.suffixes[-1:] == [".jsonl"] or path.suffixes[-2:] == [".jsonl", ".gz"]:
         return _line_rows(path)
     raise UserError(f"{source!r} is of no kind that can be read: name a {KINDS} file.")
+
+
+def _folder_rows(folder: Path, split: str) -> Iterator[Row]:
+    """The rows of a split's files in the order of their names, numbered through."""
+    splits = {path: splits_of(path.relative_to(folder)) for path in _data_files(folder)}
+    if not splits:
+        raise UserError(f"the folder {str(folder)!r} holds no parquet or jsonl file: name a {KINDS} file.")
+    files = [path for path, names in splits.items() if split in names]
+    if not files:
+        there = ", ".join(sorted(set().union(*splits.values())))
+        raise UserError(f"the folder {str(folder)!r} has no split {split!r}: write one that is there ({there}).")
+    if len({path.suffix == ".parquet" for path in files}) > 1:
+        raise UserError(
+            f"the folder {str(folder)!r} has the split {split!r} as parquet and as jsonl: name a {KINDS} file."
+        )
+    if files[0].suffix == ".parquet":
+        return _parquet_rows(files)
+    rows = itertools.chain.from_iterable(map(_line_rows, files))
+    return (Row(number, row.fields) for number, row in enumerate(rows, start=1))
+
+
+def _data_files(folder: Path) -> list[Path]:
+    """The parquet and jsonl files in a folder and below, but for hidden ones."""
+    found = (path for path in folder.glob("**/*") if IN_FOLDERS.search(path.name))
+    return sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts))
+
+
+def splits_of(path: Path) -> set[str]:
+    """The names that a file of a data set's folder has as a split's: its own, without the number of a shard, and those
+    of the folders that it is in. Where none of them says anything, it is `train`, as on the hub.
+
+    Args:
+        path: relative to the folder: `data/test-00000-of-00002.parquet`, `test.jsonl`, `test/0000.parquet`.
+    """
+    own = SHARD.sub("", IN_FOLDERS.sub("", path.name))
+    return {name for name in (own, *path.parts[:-1]) if name not in MEANINGLESS} or {"train"}
 
 
 def _line_rows(path: Path) -> Iterator[Row]:

@@ -26,7 +26,7 @@ from .figures import (
     score_list_figure,
     sizes_figure,
 )
-from .table import Comparison, Group, compare_with_dpo, degenerated, final, groups
+from .table import Comparison, Group, check_problems, compare_with_dpo, degenerated, final, groups
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -62,9 +62,10 @@ def write_report(folder: Path, output: Path) -> Path:
         output: a folder.
 
     Raises:
-        UserError: if the folder is not that of a sweep.
+        UserError: if the folder is not that of a sweep, or its cells were scored on different problems.
     """
     results = read_results(folder)
+    check_problems([*results.bases, *results.cells])
     found = groups([cell for cell in results.cells if cell.recipe])
     comparisons = compare_with_dpo(found)
     sections = [_written(output, *figure) for figure in _figures(results, found)]
@@ -188,6 +189,7 @@ def _row(cell: Result) -> dict[str, Any]:
         "strict": summary["strict"]["accuracy"] if summary else None,
         "wilson low": summary["strict"]["wilson_95"][0] if summary else None,
         "wilson high": summary["strict"]["wilson_95"][1] if summary else None,
+        "unanswered": summary["missing"] if summary else None,
         "flexible": summary["flexible"]["accuracy"] if summary else None,
         "degenerate outputs": summary["degeneration"]["degenerate"] if summary else None,
         "cut off": summary["degeneration"]["cut_off"] if summary else None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 from ..arguments import LOSS_KEYS, PREF_BETA
 from ..correlation import Summary
+from ..errors import UserError
 from ..monitors import DEGENERATING
 from ..sweep.results import Result
 from ..sweep.spec import written
@@ -76,7 +78,7 @@ class Group:
 
         if self.accuracy is None:
             return None
-        problems = min(len(cell.correct) for cell in self.scored)
+        problems = len(self.scored[0].correct)
         low, high = proportion_confint(self.accuracy * problems, problems, method="wilson")
         return float(low), float(high)
 
@@ -160,6 +162,21 @@ def method_of(cell: Result) -> str:
     return " ".join([NAMES.get(cell.loss, cell.loss), *others])
 
 
+def check_problems(cells: Sequence[Result]) -> None:
+    """
+    Raises:
+        UserError: if two cells were scored on different problems, as after a change of the data's file: neither their
+            accuracies nor their verdicts can be compared.
+    """
+    scored = [(cell, cell.summary) for cell in cells if cell.summary is not None]
+    for (first, a), (second, b) in pairwise(scored):
+        if (a.get("problems_sha256"), first.correct.keys()) != (b.get("problems_sha256"), second.correct.keys()):
+            raise UserError(
+                f"{first.name} and {second.name} were scored on different problems ({len(first.correct)} and "
+                f"{len(second.correct)}): remove the scores of the cells with the wrong ones, and run the sweep again."
+            )
+
+
 # --- tests -----------------------------------------------------------------------------------------------------------
 
 
@@ -235,12 +252,12 @@ def _apart_from_the_loss(cell: Result) -> dict[str, Any]:
 
 
 def shares_solved(group: Group, other: Group) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Per problem, the shares of seeds with which the two solve it: of the seeds and problems that both have."""
+    """Per problem, the shares of seeds with which the two solve it: of the seeds that both have."""
     seeds = {_seed(cell): cell for cell in other.scored}
     pairs = [(cell, seeds[_seed(cell)]) for cell in group.scored if _seed(cell) in seeds]
     if not pairs:
         return np.zeros(0), np.zeros(0)
-    problems = sorted(set.intersection(*(set(cell.correct) for pair in pairs for cell in pair)))
+    problems = sorted(group.scored[0].correct)
     ours, theirs = ([[cell.correct[i] for i in problems] for cell in side] for side in zip(*pairs, strict=True))
     return np.mean(np.array(ours, dtype=np.float64), axis=0), np.mean(np.array(theirs, dtype=np.float64), axis=0)
 

@@ -20,6 +20,7 @@ from ..registry import get_loss
 CHECKOUT = Path(__file__).resolve().parents[2]
 SHORT = {"pref_loss": "", "learning_rate": "lr", "pref_beta": "beta", "num_train_epochs": "epochs"}
 SWEEP_OWN = ("output_dir",)  # keys of a recipe that the sweep writes itself
+EVALUATION_OWN = ("model", "data", "engine", "adapter", "output", "skip-base", "score-only")  # likewise of gsm8k.py
 BASE, ADAPTERS = "base", "adapters"  # folders of untrained models, and of adapters that are scored together
 
 
@@ -35,7 +36,7 @@ class Evaluation(_Strict):
         engine: what generates.
         python: the interpreter of the environment that the engine lives in; None: this one (`hf` only).
         script: gsm8k.py, where it is not that of this checkout.
-        options: more options of its command line, by name without the dashes.
+        options: more options of its command line, by name without the dashes; `true` is a flag, `false` is left out.
         base: whether the untrained model is scored, too.
     """
 
@@ -43,7 +44,7 @@ class Evaluation(_Strict):
     engine: Literal["vllm", "openai", "hf"] = "vllm"
     python: str | None = None
     script: Path = CHECKOUT / "evaluation" / "gsm8k.py"
-    options: dict[str, str | int | float] = {}
+    options: dict[str, bool | int | float | str] = {}
     base: bool = True
 
 
@@ -195,6 +196,9 @@ def read_sweep(path: Path) -> Sweep:
 def _check_evaluation(evaluation: Evaluation) -> None:
     if not evaluation.script.is_file():
         raise UserError(f"there is no {evaluation.script}: name evaluation/gsm8k.py as `script` under `evaluation`.")
+    for key in evaluation.options:
+        if key.replace("_", "-") in EVALUATION_OWN:
+            raise UserError(f"`{key}` is written by the sweep itself: remove it from `options` under `evaluation`.")
     if evaluation.data.endswith((".jsonl", ".parquet")) and not Path(evaluation.data).is_file():
         raise UserError(f"there is no {evaluation.data}: name the problems to score on as `data` under `evaluation`.")
     if evaluation.python is not None and shutil.which(evaluation.python) is None:

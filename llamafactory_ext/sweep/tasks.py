@@ -6,7 +6,7 @@ import hashlib
 import json
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +107,7 @@ class Agenda:
         assert evaluation is not None
         words = [evaluation.python or sys.executable, str(evaluation.script), "--engine", evaluation.engine]
         words += ["--model", model, "--data", evaluation.data, "--output", str(folder / SCORES)]
-        words += [f"--{key.replace('_', '-')}={value}" for key, value in evaluation.options.items()]
+        words += option_words(evaluation.options)
         return Task(
             name,
             "score",
@@ -145,6 +145,14 @@ class Agenda:
             resumes=(unfinished_path(output),),
             results=(output,),
         )
+
+
+def option_words(options: Mapping[str, Any]) -> list[str]:
+    """Options as words of a command line, `--batch-size=8`; a true one is its name alone, a false one is left out."""
+    names = {key: f"--{key.replace('_', '-')}" for key in options}
+    return [
+        names[key] if value is True else f"{names[key]}={value}" for key, value in options.items() if value is not False
+    ]
 
 
 def _names(models: Sequence[str], stem: str) -> dict[str, str]:

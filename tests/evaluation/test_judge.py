@@ -38,18 +38,27 @@ def prefer_first(question: str, first: str, second: str) -> str:
     return "[[A]]"
 
 
+class RefusalError(Exception):
+    """A status and a message."""
+
+
 @pytest.fixture
 def server():
-    """A judge: `server.judge(question, first, second)` is what it replies; an exception is what it refuses."""
+    """A judge: `server.judge(question, first, second)` is what it replies; an exception is what it refuses.
+
+    `server.rejects` are fields of a request that it does not take.
+    """
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             http.requests.append(request)
             try:
+                for name in http.rejects & set(request):
+                    raise RefusalError(400, f"Unsupported parameter: '{name}' is not supported with this model.")
                 text, status = http.judge(*PLACES.search(request["messages"][0]["content"]).groups()), 200
-            except ValueError as error:
-                text, status = str(error), 400
+            except RefusalError as refusal:
+                status, text = refusal.args
             choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
             about = {"id": "1", "object": "chat.completion", "created": 0, "model": "m"}
             body = {**about, "choices": [choice]} if status == 200 else {"error": {"message": text}}
@@ -64,7 +73,7 @@ def server():
             pass
 
     http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    http.requests, http.judge = [], prefer_longer
+    http.requests, http.judge, http.rejects = [], prefer_longer, set()
     threading.Thread(target=http.serve_forever, args=(0.02,), daemon=True).start()
     http.url = f"http://127.0.0.1:{http.server_port}/v1"
     yield http
@@ -252,6 +261,45 @@ def test_replies_without_a_verdict_are_left_out_and_asked_again(files, server, t
     assert len(server.requests) == 11
 
 
+@pytest.mark.parametrize("rejects", [{"max_tokens"}, {"temperature"}, {"max_tokens", "temperature"}])
+def test_a_judge_that_does_not_take_every_field(files, server, tmp_path, rejects):
+    server.rejects = rejects
+    result = compare(files, server, tmp_path, "--concurrency", 1, "--max-tokens", 99)
+    assert result.exit_code == 0, result.output
+    summary = summary_of(tmp_path)
+    assert summary["win"]["count"] == 3
+    assert summary["left_out"] == sorted(rejects)
+    assert ("The judge takes no temperature" in result.output) is ("temperature" in rejects)
+    refused = len(rejects)  # one field a time, by the first question only
+    assert len(server.requests) == 10 + refused
+    limit = "max_completion_tokens" if "max_tokens" in rejects else "max_tokens"
+    for request in server.requests[refused:]:
+        assert request[limit] == 99
+        assert not rejects & set(request)
+    assert compare(files, server, tmp_path, "--max-tokens", 99).exit_code == 0
+    assert summary_of(tmp_path) == summary  # also what was left out, though nothing was asked
+    assert len(server.requests) == 10 + refused
+
+
+def test_a_pair_that_the_judge_refuses_has_no_verdict(files, server, tmp_path):
+    """Its refusal names a field that the judge takes: that is asked once without it, and others are asked with it."""
+
+    def full(question, first, second):
+        if question == "Question 2?" and first == "b":
+            raise RefusalError(400, "'max_tokens' is too large: the context is 8 tokens")
+        return prefer_longer(question, first, second)
+
+    server.judge = full
+    result = compare(files, server, tmp_path, "--concurrency", 1)
+    assert result.exit_code == 0, result.output
+    assert "Replies without a verdict, asked again by the same command: 1, to questions 2" in result.output
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert found["summary"]["judged"] == 4
+    assert found["summary"]["left_out"] == []
+    assert "is too large" in found["rows"][1]["b_first"]["refused"]
+    assert ["max_tokens" in request for request in server.requests] == [True] * 4 + [False] + [True] * 6
+
+
 def test_no_verdict_at_all(files, server, tmp_path):
     server.judge = lambda *texts: "I am only a language model."
     result = compare(files, server, tmp_path)
@@ -314,7 +362,7 @@ def test_a_judge_that_fails_keeps_what_it_answered(files, server, tmp_path):
         if question != "Question 1?" and question != "Question 2?":
             while len(Run(tmp_path).read()) < 4:
                 time.sleep(0.02)
-            raise ValueError("out of credit")
+            raise RefusalError(402, "out of credit")
         return prefer_longer(question, first, second)
 
     server.judge = failing
@@ -339,7 +387,7 @@ def test_replies_under_way_when_the_judge_fails_are_kept(files, server, tmp_path
             together.wait(timeout=60)
         if (question, first) == ("Question 2?", "aaa"):
             refused.set()
-            raise ValueError("no")
+            raise RefusalError(402, "no")
         refused.wait(timeout=60)
         return prefer_longer(question, first, second)
 
@@ -352,7 +400,7 @@ def test_replies_under_way_when_the_judge_fails_are_kept(files, server, tmp_path
 
 def test_a_wrong_judge_name_can_be_corrected(files, server, tmp_path):
     def unknown(*texts):
-        raise ValueError("no such model")
+        raise RefusalError(404, "no such model")
 
     server.judge = unknown
     assert "no such model" in compare(files, server, tmp_path, "--judge", "gqt").output

@@ -9,7 +9,7 @@ from decimal import Decimal
 from pathlib import Path
 
 import pytest
-from compare import compare, load_correct
+from compare import Scored, compare, load_scored
 from degeneration import ends_in_loop, inspect_output, is_degenerate, seq_rep, zlib_ratio
 from generations import Generation
 from hypothesis import given, settings
@@ -122,9 +122,8 @@ def test_degenerate_outputs_are_scored_like_any_other():
 # --- comparing --------------------------------------------------------------------------------------------------------
 
 
-def run_of(verdicts: list[bool | None]) -> dict:
-    rows = {index: verdict for index, verdict in enumerate(verdicts) if verdict is not None}
-    return {"gold": {index: str(index) for index in rows}, "correct": rows}
+def run_of(verdicts: list[bool], extractor: str = "1", data: str = "gsm8k") -> Scored:
+    return Scored(extractor, {n: f"{data}{n}" for n in range(len(verdicts))}, dict(enumerate(verdicts)))
 
 
 def test_mcnemar_by_hand():
@@ -149,23 +148,38 @@ def test_holm_over_several():
     assert b["p_holm"] == pytest.approx(b["p"])
 
 
-def test_missing_answers_count_as_wrong():
-    (row,) = compare({"a": run_of([True, True, True]), "b": run_of([True, None, True])})
-    assert (row["both"], row["only_baseline"], row["problems"]) == (2, 1, 3)
+def test_a_run_on_fewer_problems_is_compared_only_if_asked_to():
+    runs = {"whole": run_of([True, False] * 5), "few": run_of([True, True, True]), "more": run_of([False] * 4)}
+    with pytest.raises(UserError, match="whole was asked 10 problems and few 3, 3 of them the same: write --shared"):
+        compare(runs)
+    few, more = compare(runs, shared=True)  # on problems 0 to 2, which whole has right, wrong, right
+    assert (few["problems"], few["baseline_accuracy"], few["accuracy"]) == (3, pytest.approx(2 / 3), 1.0)
+    assert (more["problems"], more["only_baseline"]) == (3, 2)
 
 
 def test_runs_on_different_problems_are_refused():
-    other = {"gold": {0: "7"}, "correct": {0: True}}
-    with pytest.raises(UserError, match="different problems"):
-        compare({"a": run_of([True]), "b": other})
+    for shared in (False, True):
+        with pytest.raises(UserError, match="different problems, the first of them number 1"):
+            compare({"a": run_of([True]), "b": run_of([True], data="rephrased")}, shared)
+
+
+def test_runs_without_a_problem_in_common_are_refused():
+    elsewhere = Scored("1", {7: "gsm8k7"}, {7: True})
+    with pytest.raises(UserError, match="share no problem"):
+        compare({"a": run_of([True]), "b": elsewhere}, shared=True)
+
+
+def test_answers_read_by_different_versions_are_refused():
+    with pytest.raises(UserError, match="a and c were read by versions 1 and 2 of the extractor"):
+        compare({"a": run_of([True]), "b": run_of([True]), "c": run_of([True], extractor="2")})
 
 
 def test_a_folder_without_scores_is_named(tmp_path):
     with pytest.raises(UserError, match=r"holds no results\.json"):
-        load_correct(tmp_path, "strict")
+        load_scored(tmp_path, "strict")
     (tmp_path / "results.json").write_text(json.dumps({"base": {}}))
     with pytest.raises(UserError, match="a run's own folder"):
-        load_correct(tmp_path, "strict")
+        load_scored(tmp_path, "strict")
 
 
 # --- questions --------------------------------------------------------------------------------------------------------

@@ -8,8 +8,10 @@ import json
 import pyarrow
 import pyarrow.parquet
 import pytest
+from typer.testing import CliRunner
 
 from llamafactory_ext.errors import UserError
+from llamafactory_ext.pairs import commands
 from llamafactory_ext.pairs.files import BadRow, read_rows, register, text, whole_file, write_pairs
 
 ROWS = [{"chosen": "yes", "rejected": "no", "n": n} for n in range(5)]
@@ -46,6 +48,69 @@ def test_a_folder_of_parquet_files(tmp_path):
     assert [(row.number, row.fields["n"]) for row in rows] == [(1, 0), (2, 1), (3, 2), (4, 3), (5, 4)]
 
 
+LAYOUTS = [
+    ("train.parquet", "test.parquet"),
+    ("train-00000-of-00002.parquet", "test-00000-of-00001.parquet"),
+    ("data/train-00000-of-00001-6f3344faa23e9b0a.parquet", "data/test-00000-of-00001-6f3344faa23e9b0a.parquet"),
+    ("train/0000.parquet", "test/0000.parquet"),
+    ("train/any.jsonl", "test/any.jsonl"),
+    ("train.jsonl.gz", "test.jsonl.gz"),
+    ("train.jsonl", "train.dropped.jsonl"),
+    ("train.jsonl", "train_prefs.jsonl"),
+    ("default/train/part-1.jsonl", "default/test/part-1.jsonl"),
+    ("part-0.parquet", ".cache/part-1.parquet"),
+    ("train.jsonl", "test.parquet"),
+]
+
+
+@pytest.mark.parametrize(("own", "other"), LAYOUTS)
+def test_of_a_folder_the_split_only_is_read(own, other, tmp_path):
+    for name, rows in ((own, ROWS[:2]), (other, ROWS[2:])):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        write(tmp_path / name, rows)
+    assert [row.fields for row in read_rows(str(tmp_path), "train")] == ROWS[:2]
+
+
+def test_shards_of_a_split_are_numbered_through(tmp_path):
+    for number, rows in enumerate((ROWS[:3], ROWS[3:])):
+        write(tmp_path / f"test-0000{number}-of-00002.jsonl", rows)
+    assert [(row.number, row.fields["n"]) for row in read_rows(str(tmp_path), "test")] == list(enumerate(range(5), 1))
+
+
+def test_a_folder_without_the_split_names_those_that_are_there(tmp_path):
+    write(tmp_path / "train_prefs-00000-of-00001.parquet")
+    write(tmp_path / "test_prefs-00000-of-00001.parquet")
+    with pytest.raises(UserError, match=r"has no split 'train': write one that is there \(test_prefs, train_prefs\)"):
+        read_rows(str(tmp_path))
+
+
+def test_a_split_in_two_formats_is_not_read_twice(tmp_path):
+    write(tmp_path / "train.jsonl")
+    write(tmp_path / "train.parquet")
+    with pytest.raises(UserError, match="'train' as parquet and as jsonl: name"):
+        read_rows(str(tmp_path))
+
+
+def test_splits_on_the_command_line(tmp_path):
+    """UltraFeedback's layout: its test pairs stay out of the training pairs, and a file has no split to choose."""
+
+    def messages(answer):
+        return [{"role": "user", "content": "Q?"}, {"role": "assistant", "content": answer}]
+
+    for split in ("train_prefs", "test_prefs"):
+        rows = [{"chosen": messages(f"{split} yes"), "rejected": messages("no")}]
+        write(tmp_path / f"{split}-00000-of-00001.parquet", rows)
+    for words, expected in (((), "train_prefs yes"), (("--split", "test_prefs"), "test_prefs yes")):
+        output = tmp_path / f"{len(words)}.jsonl"
+        result = CliRunner().invoke(commands.app, ["ultrafeedback", str(tmp_path), "--output", str(output), *words])
+        assert result.exit_code == 0, result.output
+        assert [row["chosen"] for row in lines(output)] == [expected]
+    file = tmp_path / "test_prefs-00000-of-00001.parquet"
+    words = ["ultrafeedback", str(file), "--output", str(tmp_path / "out.jsonl"), "--split", "train_prefs"]
+    with pytest.raises(UserError, match="is a file, which has no split 'train_prefs'"):
+        CliRunner().invoke(commands.app, words, catch_exceptions=False)
+
+
 def test_lines_keep_their_numbers(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'{"n": 1}\n\n{"n": \n[1]\n\xff\n{"n": 6}')
     rows = {row.number: row.fields for row in read_rows(str(tmp_path / "a.jsonl"))}
@@ -66,7 +131,7 @@ def test_lines_keep_their_numbers(tmp_path):
         ("rows.json", b"{", "is not JSON"),
         ("rows.json", b"{}", "holds no list of rows"),
         ("rows.parquet", b"no parquet", "cannot be read as parquet"),
-        (".", None, "holds no parquet file"),
+        (".", None, "holds no parquet or jsonl file"),
     ],
 )
 def test_wrong_sources(name, content, message, tmp_path):

@@ -7,10 +7,16 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import gsm8k
 import pytest
+from recorded import record_run, write_problems
+from typer.testing import CliRunner
 
+from llamafactory_ext.errors import UserError
 from llamafactory_ext.report.page import write_report
+from llamafactory_ext.report.table import groups
 from llamafactory_ext.sweep.records import Record
+from llamafactory_ext.sweep.results import read_results
 from llamafactory_ext.sweep.spec import Sweep
 from llamafactory_ext.sweep.tasks import Agenda, write_recipes, write_sweep
 
@@ -49,12 +55,14 @@ def record(sweep, name, step, how):
     task.write(replace(how, command=task.words, identity=task.identity))
 
 
-def score(sweep, name, right, problems=10):
+def score(sweep, name, right, problems=10, sha256="of the problems"):
     summary = {"accuracy": right / problems, "wilson_95": [0.1, 0.9]}
     rows = [{"index": index, "strict": {"correct": index < right}} for index in range(problems)]
     result = {
         "summary": {
             "problems": problems,
+            "problems_sha256": sha256,
+            "missing": 0,
             "strict": summary,
             "flexible": summary,
             "degeneration": {"degenerate": 0.3, "cut_off": 0.1},
@@ -103,6 +111,40 @@ def test_some_cells_are_missing_and_some_have_failed(sweep):
     assert 'title="1 of 1 runs"' in page  # the monitor's flag
 
 
+def test_the_numbers_of_a_recorded_sweep_by_hand(tmp_path):
+    """Ten problems, of which each cell solves the first; DPO and MinorDPO, which has no answer to the last.
+
+    DPO 2 of 10, MinorDPO 8 of 10: accuracies 0.2 and 0.8, difference 0.6.
+    Better on problems 2 to 7, worse on none: 6 discordant of one sign, McNemar's p = 2 / 2^6 = 0.03125, one test only.
+    Wilson of 8 of 10, z = 1.959964: (8 + z^2/2 -+ z sqrt(8 * 2 / 10 + z^2/4)) / (10 + z^2)
+        = (9.9207 -+ 1.959964 * sqrt(2.5604)) / 13.8415 = (9.9207 -+ 3.1362) / 13.8415 = 0.4902 and 0.9433
+    Logs of steps 1 to 3 are the step times 2: the last tenth is the last one: chosen 6, rejected 6, margin 6 - 3 = 3.
+    """
+    sweep = make_sweep(tmp_path, {"pref_loss": ["sigmoid", "minor_dpo"]})
+    data = write_problems(tmp_path / "test.jsonl", 10)
+    for cell, right, answered in zip(sweep.cells(), (2, 8), (10, 9), strict=True):
+        train(sweep, cell, value=2.0)
+        answers = {n: f"So the answer is: {n if n < right else 99}" for n in range(answered)}
+        record_run(cell.folder / "scores" / "base", data, answers)
+        words = ["--score-only", "--data", str(data), "--output", str(cell.folder / "scores")]
+        assert CliRunner().invoke(gsm8k.app, words).exit_code == 0
+        record(sweep, cell.name, "score", Record("done"))
+    page, rows = report(sweep)
+    minor = rows["minor_dpo"]
+    assert [float(minor[f"final {name}"]) for name in ("chosen", "rejected", "margins")] == [6.0, 6.0, 3.0]
+    assert [float(rows[name]["strict"]) for name in ("sigmoid", "minor_dpo")] == [0.2, 0.8]
+    with (sweep.output / "report" / "tests.csv").open() as file:
+        (test,) = csv.DictReader(file)
+    assert test["method"] == "MinorDPO"
+    numbers = ("accuracy", "accuracy of DPO", "difference", "problems better", "problems worse", "p", "p (Holm)")
+    assert [float(test[name]) for name in numbers] == pytest.approx([0.8, 0.2, 0.6, 6, 0, 0.03125, 0.03125])
+    _, minor_group = groups(read_results(sweep.output).cells)
+    assert minor_group.wilson == pytest.approx((0.4902, 0.9433), abs=1e-4)
+    assert [rows[name]["unanswered"] for name in ("sigmoid", "minor_dpo")] == ["0", "1"]
+    for shown in ("<td>20.0</td>", "<td>80.0 (1 unanswered)</td>", "<td>49.0–94.3</td>", "<b>0.031</b>"):
+        assert shown in page
+
+
 def test_numbers_of_pairs_have_a_figure_of_their_own(tmp_path):
     sweep = make_sweep(tmp_path, {"pref_loss": ["sigmoid", "sr_dpo"], "max_samples": [256, 512]})
     for cell in sweep.cells():
@@ -140,6 +182,18 @@ def test_without_a_reference_and_without_scores(tmp_path):
     page, rows = report(sweep)
     assert rows["orpo"]["final chosen"] == ""
     assert "There is no scored cell" in page
+
+
+@pytest.mark.parametrize("changes", [{"problems": 8}, {"sha256": "of others"}])
+def test_scores_on_different_problems_are_refused(sweep, changes):
+    first, second, *_ = sweep.cells()
+    train(sweep, first)
+    score(sweep, first.name, 4)
+    train(sweep, second)
+    score(sweep, second.name, 4, **changes)
+    with pytest.raises(UserError, match=f"{first.name} and {second.name} were scored on different problems"):
+        report(sweep)
+    assert not (sweep.output / "report").exists()
 
 
 def test_scores_of_an_earlier_evaluation_are_not_shown(tmp_path):

@@ -91,6 +91,10 @@ def test_a_recipe_of_another_stage_is_left_as_it_is():
         ({"gpus_per_cell": -1}, "`gpus_per_cell`: input should be greater than or equal to 0"),
         ({"axis": {}}, "`axis`: extra inputs are not permitted"),
         ({"evaluation": {"data": "missing.jsonl", "engine": "hf"}}, "there is no missing.jsonl"),
+        (
+            {"evaluation": {"data": "x", "engine": "hf", "options": {"score_only": True}}},
+            "`score_only` is written by the sweep itself: remove it",
+        ),
         ({"evaluation": {"data": "openai/gsm8k"}}, "vLLM lives in an environment of its own"),
         ({"evaluation": {"data": "x", "engine": "hf", "script": "nowhere.py"}}, "there is no nowhere.py"),
     ],

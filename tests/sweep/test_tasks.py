@@ -18,9 +18,10 @@ RECIPE = {"stage": "dpo", "model_name_or_path": "one", "dataset": "pairs", "fine
 
 @pytest.fixture
 def make(tmp_path):
-    def agenda(axes, evaluation=True, **changes):
+    def agenda(axes, evaluation=True, options=None, **changes):
         recipe = RECIPE | {"dataset_dir": str(tmp_path)} | changes
         scored = {"data": "openai/gsm8k", "engine": "hf", "script": tmp_path / "gsm8k.py"} if evaluation else None
+        scored = scored and scored | {"options": options or {}}
         sweep = Sweep(
             recipe=recipe, axes=axes, output=tmp_path / "out", evaluation=scored, held_out={"dataset": "test"}
         )
@@ -62,6 +63,15 @@ def test_only_adapters_without_scores_are_asked(make):
     assert task.record().state == "to do"
     assert [word for word in task.words if word.startswith("seed")] == [f"seed2={agenda.cells[1].model}"]
     assert "--skip-base" in task.words
+
+
+def test_options_of_the_evaluation_as_words(make):
+    """YAML's true is a flag, its false none; a number stays a number, also 1."""
+    options = {"limit": 1, "top-p": 0.5, "trust_remote_code": True, "verbose": False, "system": "", "dtype": "true"}
+    agenda = make({"seed": [1]}, options=options)
+    (words,) = [task.words for task in agenda.cell_tasks(agenda.cells[0]) if task.step == "score"]
+    after = words[words.index("--output") + 2 :]
+    assert after == ("--limit=1", "--top-p=0.5", "--trust-remote-code", "--system=", "--dtype=true")
 
 
 def test_training_a_cell_anew_spoils_what_was_made_of_it(make):

@@ -1,0 +1,114 @@
+"""Recorded runs read again: scored against what they were asked only, and compared; the numbers worked out by hand."""
+
+from __future__ import annotations
+
+import json
+
+import compare
+import gsm8k
+import pytest
+from recorded import record_run, write_problems
+from typer.testing import CliRunner
+
+
+def invoke(app, *words: object):
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def on_one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+@pytest.fixture
+def data(tmp_path):
+    return write_problems(tmp_path / "test.jsonl", 12)
+
+
+def test_answers_are_scored_against_their_own_problems_only(data, tmp_path):
+    """The same answers have 100 % of their problems right, and none of those with other gold answers."""
+    output = tmp_path / "runs"
+    record_run(output / "base", data, {n: f"So the answer is: {n}" for n in range(12)})
+    assert invoke(gsm8k.app, "--score-only", "--data", data, "--output", output).exit_code == 0
+    scored = (output / "results.json").read_bytes()
+    assert json.loads(scored)["base"]["strict"]["accuracy"] == 1.0
+
+    other = write_problems(tmp_path / "other.jsonl", 12, gold=5)
+    for words in (("--data", other), ("--data", data, "--limit", 5)):
+        refused = invoke(gsm8k.app, "--score-only", "--output", output, *words)
+        assert refused.exit_code == 2
+        count = 12 if other in words else 5
+        assert (
+            f"{output / 'base'} answers 12 problems of {data}, which are not the {count} that {words[1]} holds now"
+            in on_one_line(refused.output)
+        )
+    assert (output / "results.json").read_bytes() == scored
+
+
+def test_one_run_of_other_problems_stops_the_scoring_of_all(data, tmp_path):
+    output = tmp_path / "runs"
+    record_run(output / "base", data, {0: "#### 0"})
+    record_run(output / "few", data, {0: "#### 0"}, limit=3)
+    assert invoke(gsm8k.app, "--score-only", "--data", data, "--output", output).exit_code == 2
+    assert not list(output.glob("**/results.json"))
+
+
+def test_a_damaged_manifest_is_named(data, tmp_path):
+    record_run(tmp_path / "runs" / "base", data, {})
+    (tmp_path / "runs" / "base" / "manifest.json").write_text("{")
+    refused = invoke(gsm8k.app, "--score-only", "--data", data, "--output", tmp_path / "runs")
+    assert refused.exit_code == 2
+    assert "manifest.json cannot be read" in on_one_line(refused.output)
+
+
+def test_compare_by_hand(data, tmp_path):
+    """Twelve problems. Their numbers are the right answers; what is not listed is answered with 99.
+
+    base  right: 0 1 2 3              4 of 12 = 33.3 %
+    dpo   right: 0 1 4 5 6 7 8 9 10   9 of 12 = 75.0 %, and no answer at all to 11
+    both: 0 1 (2); base only: 2 3 (2); dpo only: 4 to 10 (7); neither: 11 (1)
+    McNemar, exact, 9 discordant: p = 2 (C(9,0) + C(9,1) + C(9,2)) / 2^9 = 2 * 46 / 512 = 0.1797
+    On the first four problems: base 4 of 4; dpo 2 of 4; discordant 2, both for base: p = 2 / 2^2 = 0.5
+    """
+    base = {n: f"So the answer is: {n if n < 4 else 99}" for n in range(12)}
+    dpo = {n: f"So the answer is: {99 if n in (2, 3) else n}" for n in range(11)}
+    output, few = tmp_path / "runs", tmp_path / "few"
+    record_run(output / "base", data, base)
+    record_run(output / "dpo", data, dpo)
+    record_run(few / "dpo", data, {n: dpo[n] for n in range(4)}, limit=4)
+    assert invoke(gsm8k.app, "--score-only", "--data", data, "--output", output).exit_code == 0
+    assert invoke(gsm8k.app, "--score-only", "--data", data, "--limit", 4, "--output", few).exit_code == 0
+
+    file = tmp_path / "comparison.json"
+    result = invoke(compare.app, output / "base", output / "dpo", "--output", file)
+    assert result.exit_code == 0, result.output
+    (row,) = json.loads(file.read_text())
+    assert row.pop("baseline") == str(output / "base")
+    assert row.pop("run") == str(output / "dpo")
+    assert row == {
+        **{"problems": 12, "both": 2, "only_baseline": 2, "only_run": 7, "neither": 1},
+        **{"baseline_accuracy": pytest.approx(4 / 12), "accuracy": pytest.approx(9 / 12)},
+        **{"difference": pytest.approx(5 / 12), "p": pytest.approx(92 / 512), "p_holm": pytest.approx(92 / 512)},
+    }
+    assert f"{output / 'dpo'}: 1 of its 12 problems have no answer and count as wrong." in on_one_line(result.output)
+
+    refused = invoke(compare.app, output / "base", few / "dpo")
+    assert refused.exit_code == 2
+    assert "was asked 12 problems and" in on_one_line(refused.output)
+    shared = invoke(compare.app, output / "base", few / "dpo", "--shared", "--output", file)
+    assert shared.exit_code == 0, shared.output
+    (row,) = json.loads(file.read_text())
+    assert (row["problems"], row["baseline_accuracy"], row["accuracy"], row["p"]) == (4, 1.0, 0.5, 0.5)
+    assert f"{output / 'base'}: 4 of its 12 problems are compared, those of all runs." in on_one_line(shared.output)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [(("--tier", "loose"), "--tier loose: write strict_prompt"), ((), "named twice")],
+)
+def test_wrong_arguments_of_compare(data, tmp_path, words, message):
+    output = tmp_path / "runs"
+    record_run(output / "base", data, {0: "#### 0"})
+    invoke(gsm8k.app, "--score-only", "--data", data, "--output", output)
+    result = invoke(compare.app, output / "base", output / "base", *words)
+    assert result.exit_code == 2
+    assert message in on_one_line(result.output)
