@@ -10,6 +10,7 @@ from typing import Any
 
 from .errors import not_possible
 from .layout import COUNTED_PADDING, SHARED_NOISE
+from .recipe import data_sets
 from .reference import STREAMED
 
 
@@ -42,12 +43,10 @@ def _check_insisted(data_args: Any, training_args: Any, finetuning_args: Any) ->
 
 def _check_streaming(data_args: Any, training_args: Any) -> None:
     """A streamed file is cut into as many shards as there are workers: none of it is left with 0 (StopIteration)."""
-    from llamafactory.data.parser import get_dataset_list
-
     if not data_args.streaming or training_args.dataloader_num_workers > 0 or data_args.tokenized_path is not None:
         return
     names = [*(data_args.dataset or []), *(data_args.eval_dataset or [])]
-    files = [str(each) for each in get_dataset_list(names, data_args.dataset_dir) if each.load_from == "file"]
+    files = [str(each) for each in data_sets(names, data_args.dataset_dir) if each.load_from == "file"]
     if files:
         raise ValueError(
             "`streaming: true` reads nothing from files without a worker (there are `dataloader_num_workers: 0`): "

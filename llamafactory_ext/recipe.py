@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -66,3 +67,27 @@ def parse_recipe(settings: Settings) -> tuple[Any, Any, Any]:
     except (ValueError, TypeError) as error:
         raise UserError(str(error)) from error
     return model_args, data_args, finetuning_args
+
+
+def data_sets(names: Sequence[str] | None, folder: str) -> list[Any]:
+    """LLaMA-Factory's descriptions of data sets.
+
+    Args:
+        names: as `dataset` has them.
+        folder: as `dataset_dir` has it.
+
+    Raises:
+        UserError: if dataset_info.json is missing or damaged, or does not say where one of the data sets is.
+    """
+    from llamafactory.data.parser import get_dataset_list
+
+    try:
+        return get_dataset_list(list(names or []), folder)
+    except ValueError as error:
+        raise UserError(f"{error} Write a `dataset` of it, and its folder as `dataset_dir`.") from error
+    except (TypeError, KeyError, AttributeError) as error:
+        raise UserError(
+            f"the dataset_info.json in {folder!r} has no entry that LLaMA-Factory can read for each of "
+            f'{", ".join(names or [])}: write one as an object with a "file_name", a "hf_hub_url" or the like '
+            f"({type(error).__name__}: {error})."
+        ) from error

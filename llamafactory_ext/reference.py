@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +19,7 @@ from llamafactory.extras.env import VERSION as LLAMAFACTORY_VERSION
 from llamafactory.extras.misc import use_modelscope, use_openmind
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from . import __version__
+from . import __version__, hashes
 from .errors import NOT_OUR_TRAINER
 
 STREAMED = "the data set is streamed"
@@ -42,9 +39,6 @@ UNRELATED_SUFFIXES = ("_token",)
 
 # Set by `accelerate launch`, in place of the recipe's keys.
 LAUNCHER = ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")
-
-# What makes up a saved model or adapter.
-MODEL_FILES = ("config.json", "adapter_config.json", "*.index.json", "*.safetensors", "*.bin", "*.py")
 
 
 @dataclass(frozen=True)
@@ -66,7 +60,7 @@ class PendingReference:
 
     def __getattr__(self, name: str) -> Any:
         """Whatever is asked for besides is asked for by a trainer that takes this for a model."""
-        raise RuntimeError(NOT_OUR_TRAINER)
+        raise AttributeError(NOT_OUR_TRAINER, name=name, obj=self)
 
     def starts_as_policy(self, args: Any) -> bool:
         """Whether the reference is the policy as it is before the first step, so that it need not be loaded at all.
@@ -144,7 +138,7 @@ def describe(pending: PendingReference, policy: torch.nn.Module, args: Any) -> d
         "settings": {name: str(value) for name, value in settings.items()},
         "ref_model_quantization_bit": finetuning_args.ref_model_quantization_bit,
         "create_new_adapter": finetuning_args.create_new_adapter,
-        "policy's dtypes": _digest(_dtypes(policy)),
+        "policy's dtypes": hashes.of_value(_dtypes(policy)),
         "attention": getattr(policy.config, "_attn_implementation", None),
         "shared prefix": finetuning_args.share_prefix is not False,
         "precision": {name: getattr(args, name, None) for name in ("bf16", "fp16", "tf32")},
@@ -159,7 +153,7 @@ def describe(pending: PendingReference, policy: torch.nn.Module, args: Any) -> d
 
 def folder_name(about: Mapping[str, Any]) -> str:
     """The name of the folder of a reference that `describe` describes."""
-    return _digest(about)[:32]
+    return hashes.of_value(about)[:32]
 
 
 def _versions() -> dict[str, str]:
@@ -170,10 +164,6 @@ def _versions() -> dict[str, str]:
         "llamafactory": LLAMAFACTORY_VERSION,
         "peft": peft.__version__,
     }
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _dtypes(policy: torch.nn.Module) -> dict[str, str]:
@@ -202,14 +192,7 @@ def _content(source: str, subfolder: str, model_args: Any) -> dict[str, str] | s
     """Hashes of a folder's files by name, or the commit of a model hub."""
     if not Path(source).is_dir():
         return _commit(source, subfolder, model_args)
-    files = sorted({path for pattern in MODEL_FILES for path in Path(source, subfolder).glob(pattern)})
-    with ThreadPoolExecutor() as pool:
-        return dict(zip((path.name for path in files), pool.map(_file_digest, files), strict=True))
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return hashes.of_model(Path(source, subfolder))
 
 
 def _commit(name: str, subfolder: str, model_args: Any) -> str | None:

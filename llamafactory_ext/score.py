@@ -14,15 +14,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import hashes
 from .errors import UserError
 from .pairs.dialogues import SCORES
-from .recipe import Settings, parse_recipe
-from .score_file import Row, ScoreFile
+from .recipe import Settings, data_sets, parse_recipe
+from .score_file import Row, ScoreFile, check_output
 
 if TYPE_CHECKING:
     import torch
 
     from .registry import Loss, PairLogps
+
+MODEL_KEYS = ("model_name_or_path", "adapter_name_or_path")
 
 
 @dataclass(frozen=True)
@@ -54,11 +57,26 @@ def score_pairs(settings: Settings, output: Path, batch_size: int = 4) -> Iterat
             other settings.
     """
     reference_settings = reference_of(settings)
-    file = ScoreFile(output, {"settings": settings, "reference": reference_settings})
+    check_output(output)
+    manifest = {"settings": settings, "reference": reference_settings, "files": _files(settings, reference_settings)}
+    file = ScoreFile(output, manifest)
     file.check()
     scorer = load_scorer(settings, reference_settings)
     with file:
         yield from file.fill(len(scorer.rows), lambda batch: _score(scorer, batch), batch_size)
+
+
+def _files(settings: Settings, reference_settings: Settings) -> Row:
+    """Hashes of the local data and models, so that a file is not gone on with after one of them has changed."""
+    _, data_args, _ = parse_recipe({"stage": "dpo", **settings})
+    models = {str(each.get(key)) for each in (settings, reference_settings) for key in MODEL_KEYS if each.get(key)}
+    folders = sorted(folder for each in models for folder in each.split(",") if Path(folder).is_dir())
+    data = {}
+    for about in data_sets(data_args.dataset, data_args.dataset_dir):
+        path = Path(data_args.dataset_dir, about.dataset_name)
+        is_there = about.load_from == "file" and path.exists()
+        data[about.dataset_name] = [hashes.of_value(vars(about)), hashes.of_data(path) if is_there else None]
+    return {"data": data, "models": {folder: hashes.of_model(Path(folder)) for folder in folders}}
 
 
 def reference_of(settings: Settings) -> Settings:
@@ -147,11 +165,9 @@ def _load_model(settings: Settings, tokenizer: Any) -> torch.nn.Module:
 
 def _data_scores(data_args: Any, count: int) -> list[Row]:
     """What the data says of its answers; LLaMA-Factory drops the columns that it does not know, but keeps the order."""
-    from llamafactory.data.parser import get_dataset_list
-
     from .pairs.files import BadRow
 
-    (about,) = get_dataset_list(data_args.dataset, data_args.dataset_dir)
+    (about,) = data_sets(data_args.dataset, data_args.dataset_dir)
     if about.num_samples is not None:
         return [{}] * count  # a random choice, whose order is not the file's
     scores = []

@@ -65,7 +65,10 @@ class ScoreFile:
         content = self.path.read_bytes() if self.path.exists() else b""
         whole = content[: content.rfind(b"\n") + 1]
         if whole and not whole.startswith(self.head.encode()):
-            raise UserError(f"{str(self.path)!r} was begun with other settings: remove it, or give another --output.")
+            raise UserError(
+                f"{str(self.path)!r} was begun with other settings, data or models: remove it, or give another "
+                "--output."
+            )
         return whole
 
     def __enter__(self) -> ScoreFile:

@@ -101,8 +101,16 @@ def test_an_interrupted_run_goes_on(settings, tmp_path):
     assert not output.exists()
     unfinished.write_text(unfinished.read_text(encoding="utf-8") + '{"index": 2, "mar', encoding="utf-8")
 
-    with pytest.raises(UserError, match="was begun with other settings: remove it"):
+    refused = "was begun with other settings, data or models: remove it"
+    with pytest.raises(UserError, match=refused):
         run(settings(pref_beta=0.5), output)
+    pairs = Path(settings()["dataset_dir"], "pairs.jsonl")
+    before = pairs.read_bytes()
+    pairs.write_bytes(before.replace(b"0", b"1", 1))
+    assert pairs.read_bytes() != before
+    with pytest.raises(UserError, match=refused):
+        run(settings(), output)
+    pairs.write_bytes(before)
     (first, total), *_ = steps = list(score_pairs(settings(), output, batch_size=1))
     assert (first, total, len(steps)) == (2, 5, 4)
     assert read_scores(output) == whole

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import sys
 from types import ModuleType, SimpleNamespace
@@ -68,6 +69,17 @@ def test_a_trainer_that_is_not_ours_is_refused():
 
     with pytest.raises(RuntimeError, match="not llamafactory_ext's"):
         TrainerCheck().on_init_end(None, None, None)
+
+
+def test_a_reference_that_is_not_loaded_can_be_looked_at_and_not_be_used():
+    from llamafactory_ext.reference import PendingReference
+
+    pending = PendingReference(print, None, None)
+    assert not hasattr(pending, "eval")
+    assert getattr(pending, "config", None) is None
+    assert copy.deepcopy(pending) == pending
+    with pytest.raises(AttributeError, match="not llamafactory_ext's"):
+        pending.eval()
 
 
 # --- the v1 engine ----------------------------------------------------------------------------------------------------

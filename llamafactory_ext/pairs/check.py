@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
-from ..recipe import UNCUT, Settings, parse_recipe
+from ..recipe import UNCUT, Settings, data_sets, parse_recipe
 from .contamination import TestSet
 
 if TYPE_CHECKING:
@@ -118,6 +118,7 @@ def load_pairs(model_args: Any, data_args: Any) -> Any:
     from llamafactory.data.loader import _get_merged_dataset
     from transformers import TrainingArguments
 
+    data_sets(data_args.dataset, data_args.dataset_dir)
     training_args = TrainingArguments(output_dir="unused", report_to="none", use_cpu=True)
     try:
         return _get_merged_dataset(data_args.dataset, model_args, data_args, training_args, stage="rm")

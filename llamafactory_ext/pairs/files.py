@@ -278,6 +278,7 @@ def _json_line(fields: Fields) -> str:
     return json.dumps(fields, ensure_ascii=False, default=str) + "\n"
 
 
+INFO = "dataset_info.json"
 # --- registering -----------------------------------------------------------------------------------------------------
 
 
@@ -299,20 +300,34 @@ def register(output: Path, columns: Iterable[str] = ()) -> bool:
         return False
     names = {"prompt": "instruction", **{column: column for column in columns}, "chosen": "chosen"}
     info[output.stem] = {"file_name": output.name, "ranking": True, "columns": {**names, "rejected": "rejected"}}
-    write_whole(_info_path(output), json.dumps(info, indent=2, ensure_ascii=False) + "\n")
+    write_whole(output.with_name(INFO), json.dumps(info, indent=2, ensure_ascii=False) + "\n")
     return True
-
-
-def _info_path(output: Path) -> Path:
-    return output.with_name("dataset_info.json")
 
 
 def _registered(output: Path) -> Fields:
     """What the `dataset_info.json` beside the output holds, checked that the output's name is free or its own."""
-    path = _info_path(output)
-    info = _parse(path.read_bytes()) if path.exists() else {}
-    if isinstance(info, BadRow):
-        raise UserError(f"{str(path)!r} is not a JSON object: repair it, or write the --output to another folder.")
-    if info.get(output.stem, {}).get("file_name", output.name) != output.name:
-        raise UserError(f"{str(path)!r} has another data set called {output.stem!r}: give another --output.")
+    info = registered(output.parent)
+    if output.stem in info and file_of(info, output.stem) != output.name:
+        path = str(output.with_name(INFO))
+        raise UserError(f"{path!r} has another data set called {output.stem!r}: give another --output.")
     return info
+
+
+def registered(folder: Path) -> Fields:
+    """What a folder's `dataset_info.json` holds, by name of the data set; nothing where there is none.
+
+    Raises:
+        UserError: if it is no JSON object.
+    """
+    path = folder / INFO
+    info = _parse(path.read_bytes()) if path.is_file() else {}
+    if isinstance(info, BadRow):
+        raise UserError(f"{str(path)!r} is not a JSON object: repair it, or name another folder.")
+    return info
+
+
+def file_of(info: Fields, name: str) -> str | None:
+    """The file or folder of a data set, if a `dataset_info.json` names one for it."""
+    entry = info.get(name)
+    file = entry.get("file_name") if isinstance(entry, dict) else None
+    return file if isinstance(file, str) else None

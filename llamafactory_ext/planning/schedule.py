@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from ..errors import UserError
-from ..recipe import Settings
+from ..recipe import Settings, data_sets
 
 PAD_TO = 8  # LLaMA-Factory's collator pads to a multiple of it
 
@@ -112,23 +112,16 @@ def count_pairs(data_args: Any, notes: list[str]) -> int | None:
         notes: is told why the number is not known, if it is None.
 
     Raises:
-        UserError: if dataset_info.json is missing, or does not know the data set.
+        UserError: as `data_sets` does.
     """
-    from llamafactory.data.parser import get_dataset_list
-
     if data_args.streaming or data_args.mix_strategy != "concat" or data_args.tokenized_path:
         notes.append("The number of pairs is not known with streaming, mix_strategy or tokenized_path.")
         return None
     if not data_args.dataset:
         notes.append("The number of pairs is not known, because the recipe names no dataset.")
         return None
-    try:
-        sets = get_dataset_list(data_args.dataset, data_args.dataset_dir)
-    except ValueError as error:
-        raise UserError(f"{error} Write a `dataset` of it, and its folder as `dataset_dir`.") from error
-
     total = 0
-    for attributes in sets:
+    for attributes in data_sets(data_args.dataset, data_args.dataset_dir):
         rows = attributes.num_samples
         if rows is None and attributes.load_from == "file":
             rows = _rows_of(Path(data_args.dataset_dir) / attributes.dataset_name)

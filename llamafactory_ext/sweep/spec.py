@@ -168,11 +168,15 @@ class Cell:
         return self.is_preference and get_loss(self.settings.get("pref_loss", "sigmoid")).needs_reference
 
     @property
+    def data_folder(self) -> str:
+        return str(self.settings.get("dataset_dir", "data"))
+
+    @property
     def datasets(self) -> list[tuple[str, str]]:
         """Folder and name of each data set."""
         named = self.settings.get("dataset") or []
         names = named.split(",") if isinstance(named, str) else named
-        return [(self.settings.get("dataset_dir", "data"), name.strip()) for name in names]
+        return [(self.data_folder, name.strip()) for name in names]
 
 
 def read_sweep(path: Path) -> Sweep:

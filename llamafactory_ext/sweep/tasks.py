@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 import sys
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from .. import hashes
 from ..environment import PACKAGES, version
 from ..errors import UserError
+from ..pairs.files import file_of, registered
 from ..score_file import unfinished_path
 from ..whole_files import write_whole
 from .records import read_object, read_record
@@ -69,7 +71,7 @@ class Agenda:
             "train",
             cell.folder,
             (LLAMAFACTORY, "train", str(cell.recipe_file)),
-            identity=_hash({key: value for key, value in cell.settings.items() if key not in WHERE}),
+            identity=hashes.of_value({key: value for key, value in cell.settings.items() if key not in WHERE}),
             makes=(cell.model,),
             spoils=tuple(made),
         )
@@ -122,7 +124,13 @@ class Agenda:
         """A hash of what the scores of a model depend on."""
         evaluation = self.sweep.evaluation
         asked = evaluation and evaluation.model_dump(mode="json", exclude={"python", "script", "base"})
-        return _hash([model, asked])
+        return hashes.of_value([model, asked, self.problems])
+
+    @cached_property
+    def problems(self) -> str | None:
+        """A hash of the problems; None if they are those of a hub."""
+        data = self.sweep.evaluation and Path(self.sweep.evaluation.data)
+        return hashes.of_data(data) if data and data.exists() else None
 
     def _pairs_task(self, cell: Cell) -> Task:
         held_out = self.sweep.held_out
@@ -140,11 +148,18 @@ class Agenda:
             "pairs",
             cell.folder,
             (*words, "--output", str(output)),
-            identity=_hash(held_out.model_dump()),
+            identity=hashes.of_value([held_out.model_dump(), self.held_out_pairs[cell.data_folder]]),
             makes=(output,),
             resumes=(unfinished_path(output),),
             results=(output,),
         )
+
+    @cached_property
+    def held_out_pairs(self) -> dict[str, str | None]:
+        """A hash of the held-out pairs by the data folder that they are in; None if they are those of a hub."""
+        held_out = self.sweep.held_out
+        folders = dict.fromkeys(cell.data_folder for cell in self.cells) if held_out else ()
+        return {folder: _hash_of_data(folder, held_out.dataset) for folder in folders if held_out}
 
 
 def option_words(options: Mapping[str, Any]) -> list[str]:
@@ -158,10 +173,6 @@ def option_words(options: Mapping[str, Any]) -> list[str]:
 def _names(models: Sequence[str], stem: str) -> dict[str, str]:
     """A name per model: the stem alone if there is one model only."""
     return {model: stem if len(models) == 1 else f"{stem}.{number}" for number, model in enumerate(models, start=1)}
-
-
-def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
 # --- files of the sweep ----------------------------------------------------------------------------------------------
@@ -231,16 +242,16 @@ def _write_if_new(path: Path, text: str) -> None:
 
 
 def _data_hashes(cells: Sequence[Cell]) -> dict[str, str]:
-    """sha256 of every local file that cells train on, by data set."""
-    hashes = {}
-    for folder, name in dict.fromkeys((folder, name) for cell in cells for folder, name in cell.datasets):
-        info = Path(folder, "dataset_info.json")
-        known = json.loads(info.read_text(encoding="utf-8")) if info.is_file() else {}
-        path = Path(folder, known.get(name, {}).get("file_name", ""))
-        if path.is_file():
-            with path.open("rb") as content:
-                hashes[name] = hashlib.file_digest(content, "sha256").hexdigest()
-    return hashes
+    """sha256 of every local file or folder that cells train on, by data set."""
+    named = dict.fromkeys(data for cell in cells for data in cell.datasets)
+    found = {name: _hash_of_data(folder, name) for folder, name in named}
+    return {name: digest for name, digest in found.items() if digest is not None}
+
+
+def _hash_of_data(folder: str, name: str) -> str | None:
+    """Of what a folder's dataset_info.json says that a data set is; None if that is no local file or folder."""
+    file = file_of(registered(Path(folder)), name)
+    return None if file is None or not Path(folder, file).exists() else hashes.of_data(Path(folder, file))
 
 
 def read_yaml(path: Path) -> Any:

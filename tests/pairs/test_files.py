@@ -224,7 +224,8 @@ def test_register(tmp_path):
     assert register(output) is False
     assert json.loads((tmp_path / "dataset_info.json").read_text(encoding="utf-8")) == info
 
-    for name, content in (("other", None), ("pairs", "[]")):
+    odd = [("pairs", json.dumps({"pairs": entry})) for entry in (None, 3, [], "pairs.jsonl", {"file_name": 3})]
+    for name, content in (("other", None), ("pairs", "[]"), *odd):
         if content is not None:
             (tmp_path / "dataset_info.json").write_text(content, encoding="utf-8")
         with pytest.raises(UserError, match=r"another data set called|is not a JSON object"):

@@ -18,9 +18,9 @@ RECIPE = {"stage": "dpo", "model_name_or_path": "one", "dataset": "pairs", "fine
 
 @pytest.fixture
 def make(tmp_path):
-    def agenda(axes, evaluation=True, options=None, **changes):
+    def agenda(axes, evaluation=True, options=None, data="openai/gsm8k", **changes):
         recipe = RECIPE | {"dataset_dir": str(tmp_path)} | changes
-        scored = {"data": "openai/gsm8k", "engine": "hf", "script": tmp_path / "gsm8k.py"} if evaluation else None
+        scored = {"data": data, "engine": "hf", "script": tmp_path / "gsm8k.py"} if evaluation else None
         scored = scored and scored | {"options": options or {}}
         sweep = Sweep(
             recipe=recipe, axes=axes, output=tmp_path / "out", evaluation=scored, held_out={"dataset": "test"}
@@ -51,6 +51,39 @@ def test_a_score_belongs_to_its_model(make):
     done(agenda.base_tasks(agenda.cells)[0])
     changed = make({"model_name_or_path": ["three", "one"]})
     assert [task.record().state for task in changed.base_tasks(changed.cells)] == ["to do", "to do"]
+
+
+@pytest.mark.parametrize("step", ["score", "pairs"])
+def test_a_score_belongs_to_the_content_of_its_problems_or_pairs(step, make, tmp_path):
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"test": {"file_name": "test.jsonl"}}))
+    (tmp_path / "test.jsonl").write_text("{}")
+
+    def task():
+        agenda = make({"seed": [1]}, data=str(tmp_path / "test.jsonl"))
+        return next(task for task in agenda.cell_tasks(agenda.cells[0]) if task.step == step)
+
+    done(task())
+    assert task().record().state == "done"
+    (tmp_path / "test.jsonl").write_text("{}{}")
+    assert task().record().state == "to do"
+
+
+@pytest.mark.parametrize("entry", [None, 3, "pairs.jsonl", [], {}, {"file_name": None}, {"file_name": "gone.jsonl"}])
+def test_an_odd_entry_of_a_data_set_has_no_content(entry, make, tmp_path):
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"pairs": entry}))
+    write_sweep(make({"seed": [1]}), Path("sweep.yaml"))
+    assert json.loads((tmp_path / "out" / "sweep.json").read_text())["data"] == {}
+
+
+def test_a_folder_of_data_is_all_its_files(make, tmp_path):
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"pairs": {"file_name": "pairs"}}))
+    found = set()
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / "pairs").mkdir(exist_ok=True)
+        (tmp_path / "pairs" / name).write_text("{}")
+        write_sweep(make({"seed": [1]}), Path("sweep.yaml"))
+        found.add(json.loads((tmp_path / "out" / "sweep.json").read_text())["data"]["pairs"])
+    assert len(found) == 2
 
 
 def test_only_adapters_without_scores_are_asked(make):
