@@ -13,7 +13,7 @@ from llamafactory_ext.recipe import data_sets
 @pytest.mark.parametrize("entry", [None, 3, [], {}, "pairs.jsonl", {"file_name": "a", "columns": 3}])
 def test_an_odd_entry_is_a_sentence(entry, tmp_path):
     (tmp_path / "dataset_info.json").write_text(json.dumps({"pairs": entry}))
-    with pytest.raises(UserError, match=.entry that LLaMA-Factory can read for each of pairs: write one as an object"):
+    with pytest.raises(UserError, match="entry that LLaMA-Factory can read for each of pairs: write one as an object"):
         data_sets(["pairs"], str(tmp_path))
 
 

@@ -166,6 +166,18 @@ def test_a_loss_of_ones_own_that_takes_the_plugins_keys(board, tmp_path, monkeyp
     assert shown == {"visible": True, "placeholder": {"": "(required)", " = 3.0": "3", " = None": "None"}[default]}
 
 
+def test_enter_reads_a_file_again_though_only_what_it_needs_has_changed(tmp_path, loss_files):
+    path, needed = tmp_path / "needing.py", tmp_path / "needed.txt"
+    path.write_text(MINE + "from pathlib import Path\nPath(__file__).with_name('needed.txt').read_text()\n")
+    loss_files.read(str(path))
+    assert "needed.txt" in losses_of("DPO", str(path))[1]
+    needed.write_text("here")
+    loss_files.read(str(path))  # as a start of a training does
+    assert "needed.txt" in losses_of("DPO", str(path))[1]
+    loss_files.read(str(path), again=True)
+    assert losses_of("DPO", str(path))[1] is None
+
+
 def test_what_is_known_of_a_loss_of_a_file(tmp_path, loss_files):
     path = tmp_path / "described.py"  # a name that no other test of this process has run
     path.write_text(MINE)

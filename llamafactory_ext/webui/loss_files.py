@@ -56,15 +56,21 @@ class LossFiles:
         self.demo_mode = demo_mode
         self.known: dict[Path, Contents] = {}
 
-    def read(self, path: Any) -> None:
-        """Find out what a file registers, unless that is known; it may take `SECONDS`. What is wrong is kept, too."""
+    def read(self, path: Any, again: bool = False) -> None:
+        """Find out what a file registers, which may take `SECONDS`. What is wrong is kept, too.
+
+        Args:
+            path: what a page has sent.
+            again: whether to read a file that has not changed since, as what it imports may have.
+        """
         file = _resolved(path)
         if file is None or self.refusal(file) is not None:
             return
         state = _state(file)
-        if file not in self.known or self.known[file].state != state:
-            self.known.pop(file, None)
-            self.known[file] = Contents(state, *_contents(file))
+        if again or file not in self.known or self.known[file].state != state:
+            contents = Contents(state, *_contents(file))
+            self.known.pop(file, None)  # it is the latest now
+            self.known[file] = contents
             for oldest in list(self.known)[:-KNOWN]:
                 self.known.pop(oldest, None)  # another page's event may have been faster
 

@@ -19,6 +19,7 @@ from .fields import FIELDS, LOSS_FIELDS, STAGE_FIELDS, is_dpo, is_shown, losses_
 from .loss_files import LossFiles
 
 Update = dict[Component, Component]
+AT_ONCE = 4  # loss files being read, a process each
 
 
 def make_fields() -> dict[str, Any]:
@@ -72,7 +73,7 @@ class _Section:
         loss_file = self.fields["pref_loss_file"]
         hidden: dict[str, Any] = {"show_progress": "hidden", "show_api": False}
         # On its own, because it may take a minute, which would keep others from their answers.
-        read = loss_file.submit(self.read, [loss_file], None, concurrency_limit=None, **hidden)
+        read = loss_file.submit(self.read, [loss_file], None, concurrency_limit=AT_ONCE, **hidden)
         # One after the other: on a busy machine, an answer to an earlier choice could come last, and hide fields.
         ordered = hidden | {"concurrency_limit": 1, "concurrency_id": "llamafactory_ext"}
         triggers, inputs = [lang.change, stage.change], [stage, self.pref_loss, loss_file]
@@ -86,7 +87,7 @@ class _Section:
     def read(self, loss_file: str) -> None:
         """Find out what a loss file registers."""
         refuse_unless_texts(loss_file)
-        self.loss_files.read(loss_file)
+        self.loss_files.read(loss_file, again=True)
 
     def offer(self, stage: str, name: str, loss_file: str) -> Component:
         """The losses that the stage can train."""
