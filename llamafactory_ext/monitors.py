@@ -19,6 +19,7 @@ logger = logging.get_logger()  # LLaMA-Factory's own, whose lines reach the cons
 Problem = Literal["fallen", "not_a_number"]
 
 DEGENERATING = "monitor/degenerating"  # the metric: 1 while there is a problem, else 0
+STOPPED = "monitor/stopped"  # the metric, with pref_stop_on_degeneration: 1 in the log at which that ends the run
 LOGPS = ("logps/chosen", "logps/rejected")
 PER_TOKEN = ("normalized_rewards/chosen_per_token", "normalized_rewards/rejected_per_token")
 
@@ -60,17 +61,19 @@ def describe(found: Problem, log: Mapping[str, Any]) -> str:
     )
 
 
+def stopped_at(history: LogHistory) -> int | None:
+    """The step at which pref_stop_on_degeneration ended a run before its last one; None if it did not."""
+    last = next((log for log in reversed(history) if STOPPED in log), {})
+    return int(last["step"]) if last.get(STOPPED) else None
+
+
 class DegenerationMonitor(TrainerCallback):
-    """Says when a run begins to degenerate, and ends it after a checkpoint if that is wanted.
+    """Says when a run begins to degenerate, and ends it after a checkpoint where its log says `STOPPED`.
 
     Every rank logs the same metrics, so that all of them end.
-
-    Args:
-        stops: whether to end it.
     """
 
-    def __init__(self, stops: bool) -> None:
-        self.stops = stops
+    def __init__(self) -> None:
         self.said: Problem | None = None
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -80,8 +83,11 @@ class DegenerationMonitor(TrainerCallback):
         found = problem(state.log_history)
         if found is not None and found != self.said:
             logger.warning_rank0(describe(found, log))
-        if found is not None and self.stops and not control.should_training_stop:
-            logger.warning_rank0("It ends here, after a checkpoint, because of pref_stop_on_degeneration.")
+        if log.get(STOPPED):
+            logger.warning_rank0(
+                f"It ends here, at step {state.global_step} of {state.max_steps}, after a checkpoint, because of "
+                "pref_stop_on_degeneration."
+            )
             control.should_save = control.should_training_stop = True
         self.said = found
 

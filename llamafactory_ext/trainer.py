@@ -22,7 +22,7 @@ from .errors import NOT_OUR_TRAINER, not_possible
 from .layout import SHARED_NOISE, Batch, Layout, depends_on_batch, is_text, obstacle, padded, shared_prefix
 from .logps import MICRO_BATCHES_AT_ONCE, ResponseLogps, response_logps, scores_in_chunks
 from .losses import bco
-from .monitors import DEGENERATING, DegenerationMonitor, RewardPlot, problem
+from .monitors import DEGENERATING, STOPPED, DegenerationMonitor, RewardPlot, problem
 from .reference import PendingReference, autocast_dtype, match_precision
 from .reference_logps import COLUMN, Pair, ReferenceCollator, ReferenceLogps, from_column, known_beforehand
 from .refinement import AUGMENTED, is_joinable, joined, refinement, split_batch, without_dropout
@@ -94,7 +94,7 @@ class PreferenceTrainer(CustomDPOTrainer):
         self.shares_prefix = self._may_share_prefix()
         if self.references is not None:
             self.add_callback(BeforeTraining(self.compute_reference_logps))
-        self.add_callback(DegenerationMonitor(stops=bool(finetuning_args.pref_stop_on_degeneration)))
+        self.add_callback(DegenerationMonitor())
         if finetuning_args.plot_loss:
             self.add_callback(RewardPlot())
 
@@ -316,6 +316,9 @@ class PreferenceTrainer(CustomDPOTrainer):
             sums.clear()
             if "loss" in logs:
                 logs[DEGENERATING] = float(problem([*self.state.log_history, logs]) is not None)
+                if self.finetuning_args.pref_stop_on_degeneration:
+                    is_last = self.state.global_step >= self.state.max_steps
+                    logs[STOPPED] = 0.0 if is_last else logs[DEGENERATING]
         Trainer.log(self, logs, *args, **kwargs)
 
     # --- the baseline of pref_bco_weight is state of the run ----------------------------------------------------------

@@ -16,10 +16,12 @@ from llamafactory_ext.monitors import (
     DEGENERATING,
     FALL,
     IN_A_ROW,
+    STOPPED,
     DegenerationMonitor,
     describe,
     problem,
     read_trainer_log,
+    stopped_at,
 )
 
 
@@ -94,12 +96,25 @@ def said(monkeypatch):
 
 
 def test_it_is_said_once_and_again_after_a_recovery(said):
-    monitor, history = DegenerationMonitor(stops=False), []
+    monitor, history = DegenerationMonitor(), []
     for entry in [*[SUNK] * (IN_A_ROW + 2), WELL, *[SUNK] * IN_A_ROW]:
         history.append({**entry, DEGENERATING: 0.0})
         monitor.on_log(None, SimpleNamespace(log_history=history), TrainerControl())
     assert len(said) == 2
     assert all("The run degenerates" in line for line in said)
+
+
+@pytest.mark.parametrize(
+    ("history", "expected"),
+    [
+        ([], None),
+        ([{"step": 1, "loss": 0.1}], None),
+        ([{"step": 1, STOPPED: 0.0}, {"step": 2, STOPPED: 1.0}, {"step": 2, "train_runtime": 1.0}], 2),
+        ([{"step": 2, STOPPED: 1.0}, {"step": 3, STOPPED: 0.0}], None),  # resumed, and well again
+    ],
+)
+def test_where_a_run_was_stopped(history, expected):
+    assert stopped_at(history) == expected
 
 
 # --- real runs -------------------------------------------------------------------------------------------------------
@@ -122,19 +137,35 @@ def test_a_run_that_degenerates_is_told_and_goes_on(model, data, tmp_path, said)
     assert flags == [float(problem(state["log_history"][: step + 1]) is not None) for step in range(20)]
 
 
-def test_and_ends_after_a_checkpoint_if_that_is_wanted(model, data, tmp_path):
+def test_and_ends_after_a_checkpoint_if_that_is_wanted(model, data, tmp_path, said):
     state = run(model, data, tmp_path / "run", pref_stop_on_degeneration=True)
     last = state["global_step"]
     assert IN_A_ROW <= last < 20
     flags = [entry[DEGENERATING] for entry in state["log_history"] if DEGENERATING in entry]
     assert flags == [0.0] * (last - 1) + [1.0]
+    assert any(f"It ends here, at step {last} of 20, after a checkpoint" in line for line in said)
+    assert stopped_at(state["log_history"]) == last
+    lines = read_trainer_log(tmp_path / "run" / "trainer_log.jsonl")
+    assert (stopped_at(lines), lines[-1]["total_steps"]) == (last, 20)
     assert (tmp_path / "run" / f"checkpoint-{last}" / "model.safetensors").is_file()
+
+
+def test_its_last_step_ends_a_run_by_itself(model, data, tmp_path, said):
+    changes = {"pref_stop_on_degeneration": True, "lr_scheduler_type": "constant"}
+    last = run(model, data, tmp_path / "first", **changes)["global_step"]
+    said.clear()
+    state = run(model, data, tmp_path / "second", **changes, max_steps=last)
+    assert state["global_step"] == last
+    assert [entry[DEGENERATING] for entry in state["log_history"] if DEGENERATING in entry][-1] == 1.0
+    assert stopped_at(state["log_history"]) is None
+    assert not any("It ends here" in line for line in said)
 
 
 def test_a_healthy_run_is_left_alone(model, data, tmp_path):
     state = run(model, data, tmp_path / "run", pref_stop_on_degeneration=True, learning_rate=1e-4, max_steps=6)
     assert state["global_step"] == 6
     assert all(entry[DEGENERATING] == 0.0 for entry in state["log_history"] if DEGENERATING in entry)
+    assert stopped_at(state["log_history"]) is None
     assert not list((tmp_path / "run").glob("checkpoint-*"))
 
 

@@ -120,17 +120,10 @@ def solved(checkpoint: Path) -> float:
     """The share of the calibration problems that it solves."""
     scores = RESULTS / "calibration" / checkpoint.name
     with own_log(RESULTS / "calibration.log") as log:
-        if not (scores / "results.json").is_file():
-            words = [
-                "--engine",
-                "hf",
-                "--model",
-                str(checkpoint),
-                "--data",
-                str(RESULTS / "data" / "calibration.jsonl"),
-            ]
-            words += ["--output", str(scores), "--prompt", "plain", "--max-tokens", "128", "--batch-size", "100"]
-            run(sys.executable, "evaluation/gsm8k.py", *words, log=log)
+        # Answers that are there are kept, and refused if they are another model's or to other problems.
+        words = ["--engine", "hf", "--model", str(checkpoint), "--data", str(RESULTS / "data" / "calibration.jsonl")]
+        words += ["--output", str(scores), "--prompt", "plain", "--max-tokens", "128", "--batch-size", "100"]
+        run(sys.executable, "evaluation/gsm8k.py", *words, log=log)
     results = json.loads((scores / "results.json").read_text(encoding="utf-8"))
     return float(results["base"]["strict"]["accuracy"])
 

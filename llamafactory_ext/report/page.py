@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from ..monitors import PER_TOKEN
+from ..monitors import PER_TOKEN, stopped_at
 from ..plots import CURVES, save
 from ..sweep.results import Result, SweepResults, read_results
 from ..whole_files import write_whole
@@ -186,6 +186,7 @@ def _row(cell: Result) -> dict[str, Any]:
         **curves,
         **{f"final {name.split('/')[1]}": final(history, name) for name in PER_TOKEN},
         "degenerating": degenerated(history),
+        "stopped at step": stopped_at(history),
         "strict": summary["strict"]["accuracy"] if summary else None,
         "wilson low": summary["strict"]["wilson_95"][0] if summary else None,
         "wilson high": summary["strict"]["wilson_95"][1] if summary else None,
@@ -246,8 +247,8 @@ def _render(
         rates=sorted({group.learning_rate for group in found}),
         comparisons=comparisons,
         sections=sections,
-        degenerated=degenerated,
         final=final,
+        stopped_at=stopped_at,
     )
 
 

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from llamafactory.extras.constants import TRAINER_LOG
 from llamafactory.hparams import FinetuningArguments
+from llamafactory.webui.common import get_save_dir
 from llamafactory.webui.locales import ALERTS
 from llamafactory.webui.runner import Runner
 
+from ..monitors import read_trainer_log, stopped_at
 from ..registry import Loss, forgotten_afterwards, load_files_by
 from . import texts
 from .fields import FIELDS, gathered, losses_of, set_twice, spread
 from .loss_files import LossFiles
+from .section import about_run
 
+TOP = ("lang", "model_name", "finetuning_type")
 Data = dict[Any, Any]  # component -> what it holds
 
 
@@ -80,6 +87,21 @@ class PreferenceRunner(Runner):
         self.loss_files.read(values["pref_loss_file"])
         losses, _ = losses_of(stage, values["pref_loss_file"])  # `_wrong_setting` says what is wrong with a file
         return values, stage, losses.get(data[self._elem("pref_loss")])
+
+    # --- to the page: how a training goes -----------------------------------------------------------------------------
+
+    def monitor(self) -> Iterator[Data]:
+        """LLaMA-Factory's, which calls a training finished also where pref_stop_on_degeneration has ended it."""
+        lang, *names = (self.running_data[self.manager.get_elem_by_id(f"top.{name}")] for name in TOP)
+        is_training = self.do_train
+        output = self.running_data.get(self._elem("output_dir")) if is_training else None
+        update: Data = {}
+        for update in super().monitor():
+            yield update
+        logs = read_trainer_log(Path(get_save_dir(*names, output), TRAINER_LOG)) if output else []
+        if stopped_at(logs) is not None:
+            box = self._elem("output_box")
+            yield {**update, box: f"{about_run(logs, lang)}\n\n{update[box]}"}
 
     # --- to the page: a configuration is loaded, or a run's folder is chosen ------------------------------------------
 

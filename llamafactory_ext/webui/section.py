@@ -12,7 +12,7 @@ from llamafactory.extras.constants import TRAINER_LOG
 from llamafactory.webui.common import get_save_dir
 
 from ..arguments import STOCK_LOSSES, keys_of
-from ..monitors import problem, read_trainer_log
+from ..monitors import problem, read_trainer_log, stopped_at
 from ..plots import reward_figure
 from . import texts
 from .fields import FIELDS, LOSS_FIELDS, STAGE_FIELDS, is_dpo, is_shown, losses_of
@@ -142,12 +142,22 @@ class _Curves:
         if model_name and output_dir:
             folder = _folder(model_name, finetuning_type or "", output_dir)
             logs = read_trainer_log(folder / TRAINER_LOG)
-        figure, found = reward_figure(logs), problem(logs)
-        words = found and f"⚠️ {texts.alert(found, lang)} {texts.alert('remedies', lang)}"
+        figure, words = reward_figure(logs), about_run(logs, lang)
         return {
             self.viewer: gr.Plot(figure, visible=figure is not None),
-            self.warning: gr.Markdown(words or "", visible=found is not None),
+            self.warning: gr.Markdown(words, visible=bool(words)),
         }
+
+
+def about_run(logs: list[dict[str, Any]], lang: str) -> str:
+    """What is wrong with a run, whether that has ended it, and what to try; empty if nothing is."""
+    found, step = problem(logs), stopped_at(logs)
+    if found is None:
+        return ""
+    sentences = [texts.alert(found, lang), texts.alert("remedies", lang)]
+    if step is not None:
+        sentences.insert(1, texts.alert("stopped", lang).format(step=step, total=logs[-1].get("total_steps", "?")))
+    return f"⚠️ {' '.join(sentences)}"
 
 
 def refuse_unless_texts(*values: Any) -> None:

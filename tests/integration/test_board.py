@@ -467,6 +467,9 @@ def test_a_run_that_degenerates_is_named_and_stopped(open_page, address, workspa
 
     output = workspace / "saves" / "Custom" / "full" / "degenerate"
     state = json.loads((output / "trainer_state.json").read_text())
+    ended = f"Stop on degeneration ended it at step {state['global_step']} of 30, after a checkpoint."
+    expect(page.locator("#output_box, .prose").filter(has_text="Finished.").first).to_contain_text(ended)
+    expect(page.locator("#reward_warning")).to_contain_text(ended)
     assert state["global_step"] < 30
     assert (output / f"checkpoint-{state['global_step']}").is_dir()
     assert "The run degenerates" in (output / "running_log.txt").read_text()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from recorded import record_run, write_problems
 from typer.testing import CliRunner
 
 from llamafactory_ext.errors import UserError
+from llamafactory_ext.monitors import STOPPED
 from llamafactory_ext.report.page import write_report
 from llamafactory_ext.report.table import groups
 from llamafactory_ext.sweep.records import Record
@@ -109,6 +111,20 @@ def test_some_cells_are_missing_and_some_have_failed(sweep):
     tests = (sweep.output / "report" / "tests.csv").read_text().splitlines()
     assert tests[1].startswith("MinorDPO,1e-05,0.02,0.9,0.4,0.5,5,0,0.0625,0.0625")
     assert 'title="1 of 1 runs"' in page  # the monitor's flag
+    assert re.search(r"<td>base, untrained</td><td></td><td [^>]*>30.0</td>", page), "beside what training did"
+
+
+def test_a_run_that_was_stopped_says_where(sweep):
+    first, second, *_ = sweep.cells()
+    for cell in (first, second):
+        train(sweep, cell)
+    file = second.model / "trainer_state.json"
+    state = json.loads(file.read_text())
+    state["log_history"][-1][STOPPED] = 1.0
+    file.write_text(json.dumps(state))
+    page, rows = report(sweep)
+    assert page.count("stopped at step") == page.count("stopped at step 3 as it degenerated") == 1
+    assert (rows[first.name]["stopped at step"], rows[second.name]["stopped at step"]) == ("", "3")
 
 
 def test_the_numbers_of_a_recorded_sweep_by_hand(tmp_path):
