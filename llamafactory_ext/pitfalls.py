@@ -11,7 +11,7 @@ from typing import Any
 from .errors import not_possible
 from .layout import COUNTED_PADDING, SHARED_NOISE
 from .recipe import data_sets
-from .reference import STREAMED
+from .reference import INSISTED, STREAMED, PendingReference, drawn_weights, not_the_same_weights
 
 
 def check_recipe(model_args: Any, data_args: Any, training_args: Any, finetuning_args: Any) -> None:
@@ -25,7 +25,7 @@ def check_recipe(model_args: Any, data_args: Any, training_args: Any, finetuning
     """
     _check_insisted(data_args, training_args, finetuning_args)
     _check_streaming(data_args, training_args)
-    _check_new_tokens(model_args, training_args, finetuning_args)
+    _check_random_weights(model_args, data_args, training_args, finetuning_args)
     _check_rope_scaling(model_args)
 
 
@@ -54,27 +54,25 @@ def _check_streaming(data_args: Any, training_args: Any) -> None:
         )
 
 
-def _check_new_tokens(model_args: Any, training_args: Any, finetuning_args: Any) -> None:
-    """A reference model of its own would be given the new tokens once more, with other random embeddings.
+def _check_random_weights(model_args: Any, data_args: Any, training_args: Any, finetuning_args: Any) -> None:
+    """A reference model that is loaded beside the policy would be given other random weights.
 
     For a list of tokens LLaMA-Factory 0.9.5 does not even get there ('list' object has no attribute 'split').
     """
-    # From a description, and without noise, an embedding comes out the same twice.
-    described = model_args.new_special_tokens_config is not None and model_args.init_special_tokens == "desc_init"
-    keys = ["add_tokens"] if model_args.add_tokens is not None else []
-    if model_args.add_special_tokens is not None and not described:
-        keys += ["new_special_tokens_config" if model_args.new_special_tokens_config else "add_special_tokens"]
+    pending = PendingReference(lambda *_: None, model_args, finetuning_args)
     is_loaded = finetuning_args.ref_model is not None or (
         training_args.do_train and finetuning_args.finetuning_type != "lora"
     )
-    if keys and finetuning_args.use_ref_model and is_loaded:
-        taken = " and ".join(f"`{key}`" for key in keys)
-        raise ValueError(
-            f"{taken}: the reference model would not be given the same new embeddings as the policy, which are random. "
-            "Put the tokens into a copy of the model first (`llamafactory-cli export` takes the same keys, as "
-            f"`--model_name_or_path`, `--{keys[0]}` and so on, and writes to `--export_dir`), and train that copy "
-            f"without {taken}."
-        )
+    keys = drawn_weights(model_args)
+    if not keys or not finetuning_args.use_ref_model or not is_loaded:
+        return
+    reason = None
+    if pending.is_first_policy:  # its log-probabilities are computed beforehand, with the policy itself
+        insisted = finetuning_args.precompute_ref_log_probs is False
+        reason = INSISTED if insisted else STREAMED if data_args.streaming else None
+        if reason is None:
+            return
+    raise not_the_same_weights(keys, reason)
 
 
 def _check_rope_scaling(model_args: Any) -> None:

@@ -23,6 +23,7 @@ from . import __version__, hashes
 from .errors import NOT_OUR_TRAINER
 
 STREAMED = "the data set is streamed"
+INSISTED = "`precompute_ref_log_probs: false`"
 
 logger = logging.get_logger()  # LLaMA-Factory's own, whose lines reach the console and the web UI
 
@@ -62,17 +63,51 @@ class PendingReference:
         """Whatever is asked for besides is asked for by a trainer that takes this for a model."""
         raise AttributeError(NOT_OUR_TRAINER, name=name, obj=self)
 
+    @property
+    def is_first_policy(self) -> bool:
+        """Whether the reference is the policy as it was before the first step, also where the run is resumed."""
+        own = self.finetuning_args.ref_model is None and self.finetuning_args.finetuning_type in ("full", "freeze")
+        # These change the policy alone.
+        return own and not self.model_args.shift_attn and not self.model_args.use_unsloth
+
     def starts_as_policy(self, args: Any) -> bool:
         """Whether the reference is the policy as it is before the first step, so that it need not be loaded at all.
 
         Args:
             args: transformers' training arguments.
         """
-        own = self.finetuning_args.ref_model is None and self.finetuning_args.finetuning_type in ("full", "freeze")
-        # These change the policy alone, and a resumed policy has moved.
-        model_args = self.model_args
-        changed = model_args.shift_attn or model_args.mixture_of_depths or model_args.use_unsloth
-        return own and not changed and args.resume_from_checkpoint is None
+        return self.is_first_policy and args.resume_from_checkpoint is None
+
+    @property
+    def only_this_run_has_it(self) -> bool:
+        """Whether no other model is the reference: loaded once more, it would have other random weights."""
+        return self.is_first_policy and bool(drawn_weights(self.model_args))
+
+
+def drawn_weights(model_args: Any) -> list[str]:
+    """The keys for which LLaMA-Factory gives a model random weights, other ones each time that it loads it."""
+    keys = [key for key in ("train_from_scratch", "resize_vocab", "add_tokens") if getattr(model_args, key)]
+    # From a description, and without noise, an embedding comes out the same twice.
+    described = model_args.new_special_tokens_config is not None and model_args.init_special_tokens == "desc_init"
+    if model_args.add_special_tokens is not None and not described:
+        keys.append("new_special_tokens_config" if model_args.new_special_tokens_config else "add_special_tokens")
+    return [*keys, "mixture_of_depths"] if model_args.mixture_of_depths == "convert" else keys
+
+
+def not_the_same_weights(keys: Sequence[str], reason: str | None = None) -> ValueError:
+    """What to raise where the reference model would have other random weights than the policy.
+
+    Args:
+        keys: of the recipe, for which they are drawn.
+        reason: why the policy itself cannot be asked before the first step, if it could have been.
+    """
+    named = " and ".join(f"`{key}`" for key in keys)
+    beforehand = f", which cannot be asked in its place before the first step: {reason}" if reason else ""
+    return ValueError(
+        f"{named}: the reference model would be given other random weights than the policy{beforehand}. Put them into "
+        "a copy of the model first (`llamafactory-cli export` takes the same keys, as `--model_name_or_path`, "
+        f"`--{keys[0]}` and so on, and writes to `--export_dir`), and train that copy without {named}."
+    )
 
 
 def obstacle(pending: PendingReference, args: Any, datasets: Sequence[Any]) -> str | None:
@@ -83,14 +118,13 @@ def obstacle(pending: PendingReference, args: Any, datasets: Sequence[Any]) -> s
         args: transformers' training arguments.
         datasets: the tokenized data sets.
     """
-    model_args = pending.model_args
     if not args.do_train:
         return "without training, each pair is asked about once"
     if any(not hasattr(dataset, "column_names") or not hasattr(dataset, "__len__") for dataset in datasets):
         return STREAMED
     if any(_holds_media(dataset) for dataset in datasets):
         return "the pairs hold more than text"
-    if model_args.resize_vocab or model_args.train_from_scratch or model_args.mixture_of_depths == "convert":
+    if drawn_weights(pending.model_args) and not pending.is_first_policy:
         return "the model has weights that are drawn at random"
     return None
 

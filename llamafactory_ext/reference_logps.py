@@ -7,6 +7,7 @@ reference and pairs, such as all cells of a sweep, compute nothing.
 from __future__ import annotations
 
 import itertools
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -26,7 +27,7 @@ from . import reference_cache as cache
 from .errors import not_possible
 from .layout import depends_on_batch
 from .paths import named_path
-from .reference import PendingReference, describe, folder_name, obstacle
+from .reference import INSISTED, PendingReference, describe, drawn_weights, folder_name, not_the_same_weights, obstacle
 from .reference_cache import Logps
 from .refinement import BATCH_PREFIX, PROMPT_IDS, augmented_pair
 
@@ -46,6 +47,7 @@ COLUMN = "reference_logps"  # of a batch; see `from_column`
 LOCK_SECONDS = 60  # of waiting for another run, before the ranks hear of each other again
 ROWS_AT_ONCE = 1000  # that are read from a data set
 BATCHES_PER_FILE = 16  # per rank; what a killed run loses at most
+FOLDER_OF_RUN = "reference_logps"  # in the output folder, of a reference that only this run has
 
 
 def known_beforehand(
@@ -63,9 +65,11 @@ def known_beforehand(
     """
     args, datasets = about_run["args"], _datasets(about_run)
     wanted = pending.finetuning_args.precompute_ref_log_probs
+    reason = obstacle(pending, args, datasets) or depends_on_batch(policy.config, about_run["data_collator"])
+    if pending.only_this_run_has_it:
+        return _of_this_run(pending, args, datasets, INSISTED if wanted is False else reason)
     if wanted is False:
         return None
-    reason = obstacle(pending, args, datasets) or depends_on_batch(policy.config, about_run["data_collator"])
     about = describe(pending, policy, args) if reason is None else None
     references = None
     if about is not None:
@@ -84,12 +88,32 @@ def known_beforehand(
             raise not_possible("precompute_ref_log_probs", reason)
         logger.info_rank0(f"The reference's log-probabilities are computed in every step: {reason}.")
         return None
-    found, missing = len(references.table), len(references.missing)
-    logger.info_rank0(
-        f"Reference log-probabilities: {found} of {found + missing} pairs (training, evaluation and augmented ones) "
-        f"are in {references.folder}: "
-        + (f"{missing} are computed before the first step." if missing else "no reference model is needed.")
-    )
+    references.announce()
+    return references
+
+
+def _of_this_run(pending: PendingReference, args: Any, datasets: list[Any], reason: str | None) -> ReferenceLogps:
+    """Those of the policy before the first step, kept with the run: nothing could compute them once more.
+
+    Raises:
+        ValueError: if they cannot be computed ahead, for that reason, or are missing in a run that is resumed.
+    """
+    keys = drawn_weights(pending.model_args)
+    if reason is not None:
+        raise not_the_same_weights(keys, reason)
+    resumed = args.resume_from_checkpoint
+    parent = Path(resumed).parent if isinstance(resumed, str) else Path(args.output_dir)
+    folder = parent / FOLDER_OF_RUN
+    if not resumed and PartialState().is_main_process:
+        shutil.rmtree(folder, ignore_errors=True)  # of an earlier run, which had other weights
+    references = ReferenceLogps(folder, {"run": str(parent), "random weights": keys}, datasets)
+    if resumed and references.missing:
+        raise ValueError(
+            f"`{keys[0]}`: {len(references.missing)} of the log-probabilities that the policy gave before the first "
+            f"step are not in {folder}, and nothing can compute them now: resume with the same data, or start anew "
+            "with another `output_dir`."
+        )
+    references.announce()
     return references
 
 
@@ -119,6 +143,15 @@ class ReferenceLogps:
     def __init__(self, folder: Path, about: Mapping[str, Any], datasets: Sequence[Any]) -> None:
         self.folder, self.about, self.datasets = folder, about, datasets
         self._look_up()
+
+    def announce(self) -> None:
+        """Say how many are known."""
+        found, missing = len(self.table), len(self.missing)
+        logger.info_rank0(
+            f"Reference log-probabilities: {found} of {found + missing} pairs (training, evaluation and augmented "
+            f"ones) are in {self.folder}: "
+            + (f"{missing} are computed before the first step." if missing else "no reference model is needed.")
+        )
 
     def _look_up(self) -> None:
         found: list[Any] = [None]

@@ -50,7 +50,7 @@ STREAMED = {"streaming": True, "overwrite_cache": None}
 TOKENS = [
     {"add_tokens": "<a>,<b>"},
     {"add_special_tokens": "<a>,<b>"},
-    {"add_tokens": "<a>", "finetuning_type": "freeze", "freeze_trainable_layers": 1},
+    {"add_tokens": "<a>", "finetuning_type": "freeze", "freeze_trainable_layers": 1, "bf16": True, "use_cpu": True},
     {"add_tokens": "<a>", "finetuning_type": "lora", "ref_model": "MODEL"},
 ]
 SCALED = {"rope_scaling": "linear", "cutoff_len": 512}
@@ -98,25 +98,38 @@ def test_stock_cannot_copy_the_arguments_of_new_tokens(train, stock, model, toke
         train(**changes, ref_log_probs_cache_dir=None)
 
 
+AT_ONCE = {"learning_rate": 0.0, "pref_beta": 1.0}  # the loss is log 2 only if policy and reference are the same
+
+
+@pytest.mark.parametrize("tokens", [{"train_from_scratch": True}, *TOKENS[:3]])
+def test_random_weights_are_the_references_too(train, tokens):
+    assert train(**tokens, **AT_ONCE) == pytest.approx(0.6931, abs=1e-4)
+
+
 @pytest.mark.usefixtures("no_loading")
-@pytest.mark.parametrize("tokens", TOKENS)
-def test_new_tokens_with_a_reference_of_its_own(train, model, tokens):
-    changes = {key: str(model) if value == "MODEL" else value for key, value in tokens.items()}
-    with pytest.raises(ValueError, match=r"copy of the model first .*train that copy without `add_(special_)?tokens`"):
+@pytest.mark.parametrize(
+    "others",
+    [{"ref_model": "MODEL"}, TOKENS[3], {"precompute_ref_log_probs": False}, STREAMED | {"dataloader_num_workers": 1}],
+)
+@pytest.mark.parametrize("key", ["add_tokens", "train_from_scratch", "resize_vocab"])
+def test_random_weights_that_a_reference_cannot_have(train, model, key, others):
+    changes = {key: "<a>" if key == "add_tokens" else True} | {k: v for k, v in others.items() if k != "add_tokens"}
+    changes = {name: str(model) if value == "MODEL" else value for name, value in changes.items()}
+    with pytest.raises(ValueError, match=f"copy of the model first .*train that copy without `{key}`"):
         train(**changes)
 
 
+def test_stock_draws_a_model_from_scratch_twice(train, stock):
+    assert abs(train(train_from_scratch=True, ref_log_probs_cache_dir=None, **AT_ONCE) - 0.6931) > 1e-3
+
+
 def test_stock_gives_the_reference_other_embeddings(train, stock, descriptions):
-    """The loss of the first step is log 2 only if policy and reference are the same model."""
-    changes = {"learning_rate": 0.0, "pref_beta": 1.0, "ref_log_probs_cache_dir": None}
-    loss = train(new_special_tokens_config=descriptions, **changes)
+    loss = train(new_special_tokens_config=descriptions, ref_log_probs_cache_dir=None, **AT_ONCE)
     assert abs(loss - 0.6931) > 0.01
 
 
-@pytest.mark.usefixtures("no_loading")
 def test_described_tokens_with_random_embeddings(train, descriptions):
-    with pytest.raises(ValueError, match="train that copy without `new_special_tokens_config`"):
-        train(new_special_tokens_config=descriptions)
+    assert train(new_special_tokens_config=descriptions, **AT_ONCE) == pytest.approx(0.6931, abs=1e-4)
 
 
 def test_described_tokens_without_noise_train(train, descriptions):

@@ -50,7 +50,7 @@ def train(policy, data, tmp_path):
         settings = {"pref_loss": "minor_dpo", "optim": "sgd", "learning_rate": 0.02, "max_steps": 4}  # of two pairs
         settings |= {"ref_log_probs_cache_dir": str(tmp_path / "references")}
         model = changes.pop("model_name_or_path", str(policy))
-        output = tmp_path / f"run{next(count)}"
+        output = Path(changes.pop("output_dir", tmp_path / f"run{next(count)}"))
         tuner.run_exp(recipe(Path(model), data, output, **settings | changes))
         return json.loads((output / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
 
@@ -269,8 +269,8 @@ def test_weights_that_are_broken(train, policy, tmp_path):
     ("changes", "reason"),
     [
         ({"streaming": True, "dataloader_num_workers": 1, "max_steps": 2}, "the data set is streamed"),
-        ({"resize_vocab": True}, "drawn at random"),
-        ({"train_from_scratch": True}, "drawn at random"),
+        ({"resize_vocab": True, "finetuning_type": "lora"}, "drawn at random"),
+        ({"train_from_scratch": True, "finetuning_type": "lora"}, "drawn at random"),
         ({"ignore_pad_token_for_loss": False}, "counts padding, of which every batch has its own"),
     ],
 )
@@ -281,6 +281,33 @@ def test_falls_back_and_says_why(changes, reason, train, scored, log):
     assert scored["pairs"] == 0
     assert "computed in every step: " in log.text
     assert reason in log.text
+
+
+# --- weights that only this run has ----------------------------------------------------------------------------------
+
+RANDOM = {"train_from_scratch": True, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 9}
+
+
+def test_a_run_with_random_weights_goes_on_with_the_reference_that_it_began_with(train, scored, tmp_path):
+    whole = train(**RANDOM)
+    assert (scored["pairs"], scored["loads"]) == (6, 0)
+    assert not (tmp_path / "references").exists(), "no other run could use them"
+    assert whole[0]["normalized_rewards/chosen"] == pytest.approx(0.0, abs=1e-5)
+    resumed = train(**RANDOM, resume_from_checkpoint=str(tmp_path / "run0" / "checkpoint-2"))
+    assert (scored["pairs"], scored["loads"]) == (6, 0)
+    assert_same(whole, resumed)
+
+    shutil.rmtree(tmp_path / "run0" / "reference_logps")
+    with pytest.raises(ValueError, match="`train_from_scratch`: 6 of the log-probabilities that the policy gave"):
+        train(**RANDOM, resume_from_checkpoint=str(tmp_path / "run0" / "checkpoint-2"))
+
+
+def test_a_run_with_random_weights_takes_nothing_from_an_earlier_one(train, scored, tmp_path):
+    output = {"output_dir": str(tmp_path / "output"), "overwrite_output_dir": True}
+    for seed in (1, 2):
+        logs = train(train_from_scratch=True, seed=seed, **output)
+        assert scored["pairs"] == 6 * seed
+        assert logs[0]["normalized_rewards/chosen"] == pytest.approx(0.0, abs=1e-5)
 
 
 def test_a_short_run_computes_only_what_it_trains_on(train, scored, log):
