@@ -115,7 +115,7 @@ def check(rehearse: bool) -> None:
         ValueError: with a sentence that says what to do.
     """
     for name in ("torch", "rich"):
-        if importlib.util.find_spec(name) is None:
+        if not is_installed(name):
             raise ValueError(f"{name} is missing: install it with `{sys.executable} -m pip install {name}`.")
     if rehearse:
         return
@@ -127,6 +127,12 @@ def check(rehearse: bool) -> None:
             raise ValueError(NO_GPU)
         if status != 0:
             raise ValueError(f"torch does not say whether there is a GPU: {last_line(said.read())}")
+
+
+def is_installed(package: str) -> bool:
+    """Whether there is a package, and not only a folder of that name."""
+    found = importlib.util.find_spec(package)
+    return found is not None and found.origin is not None
 
 
 def make_folder(output: Path) -> None:
@@ -148,8 +154,7 @@ def prepared(rehearse: bool) -> dict[str, str]:
         ValueError: with a sentence that says what to do, if it is nowhere.
     """
     paths = [str(HERE.parent), str(HERE)]
-    found = importlib.util.find_spec("llamafactory")
-    if found is None or found.origin is None:  # as of a folder of that name which is no package
+    if not is_installed("llamafactory"):
         paths.insert(0, str(install()))
     before = os.environ.get("PYTHONPATH")
     changes = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
@@ -167,6 +172,8 @@ def measure(stages: list[Stage], results: Path, environment: dict[str, str], lim
     before, deadline = results.stat().st_size, time.monotonic() + 60 * limit
     last: list[dict[str, Any]] = []
     remove_models()
+    if rehearse:
+        print("A rehearsal: it shows whether everything works; its numbers mean nothing.")
     try:
         for stage in stages:
             left = math.inf if rehearse else deadline - time.monotonic()

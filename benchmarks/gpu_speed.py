@@ -101,7 +101,7 @@ class Comparison:
         found: dict[int, Measured] = {}
         loss = changes.get("pref_loss", "sigmoid")
         for size in sizes:
-            what = f"{self.name}, {'stock' if stock else 'ours'}, {loss}, {size} pairs at a time"
+            what = f"{self.name}, {'stock' if stock else 'ours'}, {loss}, micro-batch of {size}"
             try:
                 found[size] = measured = self.run(stock, size, **changes)
             except RuntimeError as error:
@@ -147,7 +147,7 @@ class Comparison:
         self.record(f"{self.name}: ours over stock, cache built in the run", ratio, FASTER, at_least=at_least)
         if DEVICE == "cuda":
             ratio = runs[smallest].above / stock_runs[smallest].above
-            what = f"{self.name}: ours beside stock, {smallest} pairs at a time, peak above what lasts"
+            what = f"{self.name}: ours beside stock, micro-batch of {smallest}, peak above what lasts"
             self.record(what, ratio, "of stock's, below 1 is less", at_most=0.5 if goals else None)
         if refined and (refined_runs := self.runs(False, sizes[:1], pref_loss="sr_dpo")):
             ratio = refined_runs[sizes[0]].step / stock.step
