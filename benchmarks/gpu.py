@@ -14,6 +14,7 @@ Words in the results:
   stock             LLaMA-Factory's own DPO stage; ours is the plugin's
   trie              a pair in one row: what both answers begin with once, then what is left of each
   row per answer    both answers of a pair in rows of their own, as stock has them
+  sigmoid           the loss of DPO, as LLaMA-Factory calls it
   Sr                the refinement term of Sr-DPO, from pairs with a longer prompt
   warm cache        the reference model's log-probabilities are known from an earlier run
   planned           what `llamafactory-ext plan` says of the recipe
@@ -105,7 +106,7 @@ def minutes(text: str) -> float:
     with contextlib.suppress(ValueError):
         if 0 < float(text) <= MOST:
             return float(text)
-    raise argparse.ArgumentError(None, f"--minutes takes a number of minutes above 0, such as 8, and {MOST} at most.")
+    raise argparse.ArgumentError(None, f"--minutes takes a number of minutes above 0, such as 8 ({MOST} at most).")
 
 
 def check(rehearse: bool) -> None:
@@ -158,6 +159,7 @@ def prepared(rehearse: bool) -> dict[str, str]:
         paths.insert(0, str(install()))
     before = os.environ.get("PYTHONPATH")
     changes = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    changes |= {"PYTHONUNBUFFERED": "1"}  # what a stage that is killed has said is in its log
     changes |= {"PYTHONPATH": os.pathsep.join([*paths, *([before] if before else [])])}
     changes |= {"CUDA_VISIBLE_DEVICES": ""} if rehearse else {}
     return os.environ | changes

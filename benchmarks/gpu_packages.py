@@ -19,7 +19,7 @@ import time
 import zipfile
 from pathlib import Path
 
-from gpu_processes import last_line, module, own_folder, run
+from gpu_processes import last_line, module, own_folder, remove_leftovers, run
 
 CHECKOUT = Path(__file__).parent.parent.resolve()
 WHEELS, SITES = CHECKOUT / ".wheels", CHECKOUT / ".wheels-site"
@@ -92,11 +92,11 @@ def check(wheels: Path = WHEELS) -> None:
             f"{PYTHON}, or install LLaMA-Factory."
         )
     if missing:
-        raise ValueError(f"of the wheels in {wheels} {', '.join(missing)} is missing: {again}.")
+        raise ValueError(f"the wheels of {', '.join(missing)} are missing from {wheels}: {again}.")
     if broken:
-        raise ValueError(f"of the wheels in {wheels} {', '.join(broken)} is not whole: {again}.")
+        raise ValueError(f"the wheels {', '.join(broken)} in {wheels} are cut off or broken: {again}.")
     if importlib.util.find_spec("pip") is None:
-        raise ValueError("pip is missing, which installs the wheels: run `python -m ensurepip`.")
+        raise ValueError(f"pip is missing, which installs the wheels: run `{sys.executable} -m ensurepip`.")
 
 
 def _start(package: str) -> str:
@@ -112,6 +112,7 @@ def install(wheels: Path = WHEELS, sites: Path = SITES) -> Path:
         gpu_processes.SignalError: if a signal arrives.
     """
     check(wheels)
+    remove_leftovers(sites)
     names = [sys.version, *(f"{wheel.name} {wheel.stat().st_size}" for wheel in sorted(wheels.glob("*.whl")))]
     site = sites / hashlib.sha256("\n".join(names).encode()).hexdigest()[:12]
     if site.is_dir():
@@ -143,7 +144,10 @@ def _install(wheels: list[Path], folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    size = fetch()
+    try:
+        size = fetch()
+    except subprocess.CalledProcessError as error:
+        sys.exit(f"gpu_packages.py: pip ended with status {error.returncode}: what it says is above.")
     print(f"{WHEELS}: {len(list(WHEELS.glob('*.whl')))} wheels, {size / 2**20:.1f} MiB")
     if size > LIMIT:
         sys.exit(f"gpu_packages.py: that is more than {LIMIT / 2**20:.0f} MiB: leave a package out.")

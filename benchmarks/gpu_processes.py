@@ -112,8 +112,7 @@ def last_line(text: str) -> str:
 
 @contextmanager
 def own_folder(parent: Path) -> Iterator[Path]:
-    """A new folder in `parent` for the time of a with block; the next run removes it if this one is killed."""
-    remove_leftovers(parent)
+    """A new folder in `parent` for the time of a with block; if this run is killed, `remove_leftovers` of the next."""
     prefix = f"{PREFIX}{os.getpid()}-"
     with tempfile.TemporaryDirectory(prefix=prefix, dir=parent, ignore_cleanup_errors=True) as folder:
         yield Path(folder)

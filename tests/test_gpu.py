@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -119,6 +120,20 @@ def test_how_a_stage_ended_is_said_in_words(tmp_path, run_worker):
     assert run_worker("raise ValueError('no')") == f"ended with status 1: ValueError: no ({log})"
     assert run_worker(f"import sys\nprint({row!r})\nsys.exit(1)") == f"ended with status 1: no output ({log})"
     assert run_worker("") is None
+
+
+@pytest.mark.skipif(not os.access(gpu_stages.MEMORY, os.W_OK), reason="needs /dev/shm")
+def test_models_are_kept_in_memory_where_there_is_room(tmp_path, monkeypatch):
+    touching = "import pathlib, sys\npathlib.Path(sys.argv[3], 'a').touch()\nprint(sys.argv[3])"
+    (tmp_path / "gpu_worker.py").write_text(touching)
+    results = tmp_path / "results.jsonl"
+    results.touch()
+    for room, parent in ((0, gpu_stages.MEMORY), (2**60, Path(tempfile.gettempdir()))):
+        monkeypatch.setattr(gpu_stages, "ROOM", room)
+        assert gpu.run_stage(STAGE, results, environment(tmp_path), rehearse=False) is None
+        folder = Path((tmp_path / "paths.log").read_text().strip())
+        assert folder.parent == parent
+        assert not folder.exists()
 
 
 @pytest.mark.slow
@@ -236,6 +251,7 @@ def test_what_a_killed_run_left_ends_and_is_removed(tmp_path):
     started.wait()
     wait_for_end(int((tmp_path / "pid").read_text()))
     assert list((tmp_path / "folders").iterdir()), "what was killed could not remove its folder"
+    gpu_processes.remove_leftovers(tmp_path / "folders")
     with gpu_processes.own_folder(tmp_path / "folders") as own:
         assert [*(tmp_path / "folders").iterdir()] == [own]
     assert not own.exists()
@@ -281,7 +297,7 @@ def test_help_and_errors_need_nothing_installed(tmp_path):
     wrong = bare("--minutes", "ten")
     assert (wrong.returncode, wrong.stderr.splitlines()[-1]) == (
         2,
-        "gpu.py: error: --minutes takes a number of minutes above 0, such as 8, and 1440 at most.",
+        "gpu.py: error: --minutes takes a number of minutes above 0, such as 8 (1440 at most).",
     )
     nothing = bare("--rehearse", cwd=tmp_path)
     assert nothing.returncode == 2

@@ -65,7 +65,7 @@ def test_what_keeps_wheels_from_being_installed_is_said_beforehand(tmp_path, tin
     wheels = make_wheel(tmp_path / "wheels")
     with monkeypatch.context() as other:
         other.setattr(gpu_packages, "PACKAGES", ("tiny==1", "a-b==2", "c==3"))
-        assert refusal(wheels) == f"of the wheels in {wheels} a-b==2, c==3 is missing: {again}"
+        assert refusal(wheels) == f"the wheels of a-b==2, c==3 are missing from {wheels}: {again}"
     with monkeypatch.context() as other:
         other.setattr(gpu_packages, "PYTHON", "3.9")
         assert "are for Python 3.9, and this is Python 3.1" in refusal(wheels)
@@ -73,7 +73,7 @@ def test_what_keeps_wheels_from_being_installed_is_said_beforehand(tmp_path, tin
         other.setattr(gpu_packages, "ROOM", 2**60)
         assert refusal(wheels).endswith(f"MiB in {tmp_path / 'sites'}, where less is free: make room.")
     (wheels / "tiny-1-py3-none-any.whl").write_bytes(b"PK half")
-    assert refusal(wheels) == f"of the wheels in {wheels} tiny-1-py3-none-any.whl is not whole: {again}"
+    assert refusal(wheels) == f"the wheels tiny-1-py3-none-any.whl in {wheels} are cut off or broken: {again}"
     assert list((tmp_path / "sites").iterdir()) == []
 
 
@@ -84,7 +84,7 @@ def test_without_pip_it_says_how_to_get_it(tmp_path):
     command = [sys.executable, "-S", "-c", code, str(tmp_path / "wheels")]
     found = os.environ | {"PYTHONPATH": str(Path(gpu_packages.__file__).parent)}
     done = subprocess.run(command, env=found, capture_output=True, text=True)
-    last = "ValueError: pip is missing, which installs the wheels: run `python -m ensurepip`."
+    last = f"ValueError: pip is missing, which installs the wheels: run `{sys.executable} -m ensurepip`."
     assert done.stderr.splitlines()[-1] == last
 
 
