@@ -18,6 +18,7 @@ SGD = {"optim": "sgd", "learning_rate": 0.5, "max_steps": 4, "per_device_train_b
 LORA = {"finetuning_type": "lora", "lora_rank": 4}
 # A difference that these precisions may have between two orders of the same sums.
 EXACT, HALF = 1e-4, 2e-2
+APART = "largest absolute difference"
 OURS = ("share_prefix", "precompute_ref_log_probs")  # keys that stock does not have
 
 
@@ -59,7 +60,7 @@ def beside_stock(record: Any, train: Trainings, half: Trainings) -> None:
         with record.going_on(name):
             ours = run(**changes)
             theirs = run(stock=True, **{key: value for key, value in changes.items() if key not in OURS})
-            record(f"{name}: losses beside stock's", difference(ours, theirs), at_most=bound)
+            record(f"{name}: losses, {APART} from stock's", difference(ours, theirs), at_most=bound)
             if "normalized_rewards/chosen" in ours[0]:
                 start = sum(abs(ours[0][f"normalized_rewards/{side}"]) for side in ("chosen", "rejected"))
                 # Known beforehand, it was computed beside other pairs, whose sums are rounded in another order.
@@ -73,18 +74,18 @@ def ways_of_ours(record: Any, train: Trainings) -> None:
     plain = train()
     with record.going_on("checkpointing"):
         without = train(disable_gradient_checkpointing=True)
-        record("checkpointing on and off: losses", difference(plain, without), at_most=EXACT)
+        record(f"checkpointing on and off: losses, {APART}", difference(plain, without), at_most=EXACT)
     with record.going_on("cache"):
-        record("cache built and warm: losses", difference(train(**cache), train(**cache)), at_most=0.0)
+        record(f"cache built and warm: losses, {APART}", difference(train(**cache), train(**cache)), at_most=0.0)
     with record.going_on("chunks"), small_chunks:
-        record("head in chunks and whole: losses", difference(train(), plain), at_most=EXACT)
+        record(f"head in chunks and whole: losses, {APART}", difference(train(), plain), at_most=EXACT)
     with record.going_on("twice"):
-        record("the same run twice: losses", difference(train(), plain), at_most=0.0)
+        record(f"the same run twice: losses, {APART}", difference(train(), plain), at_most=0.0)
     for loss in ("minor_dpo", "dpop", "sr_dpo"):
         with record.going_on(loss):
             every_step = train(pref_loss=loss, precompute_ref_log_probs=False)
             record(
-                f"{loss}: reference beforehand and in every step",
+                f"{loss}, reference beforehand and in every step: losses, {APART}",
                 difference(train(pref_loss=loss), every_step),
                 at_most=EXACT,
             )
@@ -99,7 +100,7 @@ def whole_runs(record: Any, train: Trainings) -> None:
         whole = train(output="whole", **saved)
         checkpoint = train.folder / "whole" / "checkpoint-2"
         resumed = train(output="resumed", resume_from_checkpoint=str(checkpoint), **saved)
-        record("resumed and whole run: losses", difference(whole, resumed), at_most=EXACT)
+        record(f"resumed and whole run: losses, {APART}", difference(whole, resumed), at_most=EXACT)
     with record.going_on("degeneration"):
         steps = {"max_steps": 60, "learning_rate": 0.3, "optim": "adamw_torch", "pref_stop_on_degeneration": True}
         record("steps until a run that degenerates is ended, of 60", len(losses(train(**steps))), at_most=59)

@@ -20,6 +20,7 @@ from llamafactory_ext.planning.plan import make_plan
 
 GIB = 2**30
 PAIRS = 16  # of an optimizer step
+FASTER = "times stock's pairs/s, above 1 is faster"
 STEPS = 2  # that are measured, after one to warm up
 
 
@@ -100,7 +101,7 @@ class Comparison:
         found: dict[int, Measured] = {}
         loss = changes.get("pref_loss", "sigmoid")
         for size in sizes:
-            what = f"{self.name}, {'stock' if stock else 'ours'}, {loss}, {size} at a time"
+            what = f"{self.name}, {'stock' if stock else 'ours'}, {loss}, micro-batch of {size}"
             try:
                 found[size] = measured = self.run(stock, size, **changes)
             except RuntimeError as error:
@@ -113,7 +114,8 @@ class Comparison:
                 self.record(f"{what}: peak", measured.allocated / GIB, "GiB")
                 self.record(f"{what}: peak above what lasts", measured.above / GIB, "GiB")
                 if (peak := peak_flops(torch.cuda.get_device_name())) is not None:
-                    self.record(f"{what}: MFU", measured.operations / measured.step / peak)
+                    share = measured.operations / measured.step / peak
+                    self.record(f"{what}: operations (MFU)", share, "of the card's peak")
         return found
 
     def __call__(self, sizes: tuple[int, ...], goals: bool, refined: bool = False) -> dict[int, Measured]:
@@ -137,19 +139,20 @@ class Comparison:
         if not stock_runs or not runs:
             return runs
         stock, ours = min(stock_runs.values(), key=step), min(runs.values(), key=step)
-        self.record(
-            f"{self.name}: ours over stock, warm cache", stock.step / ours.step, at_least=2.0 if goals else None
-        )
+        at_least = 2.0 if goals else None
+        self.record(f"{self.name}: ours over stock, warm cache", stock.step / ours.step, FASTER, at_least=at_least)
         building = max(cold.setup - runs[smallest].setup, 0.0) / (1 + STEPS)  # for as many pairs as a step has
         ratio = stock.step / (ours.step + building)
-        self.record(f"{self.name}: ours over stock, cache built in the run", ratio, at_least=1.5 if goals else None)
+        at_least = 1.5 if goals else None
+        self.record(f"{self.name}: ours over stock, cache built in the run", ratio, FASTER, at_least=at_least)
         if DEVICE == "cuda":
             ratio = runs[smallest].above / stock_runs[smallest].above
-            what = f"{self.name}: peak above what lasts, ours to stock's, {smallest} at a time"
-            self.record(what, ratio, at_most=0.5 if goals else None)
+            what = f"{self.name}: ours beside stock, micro-batch of {smallest}, peak above what lasts"
+            self.record(what, ratio, "of stock's, below 1 is less", at_most=0.5 if goals else None)
         if refined and (refined_runs := self.runs(False, sizes[:1], pref_loss="sr_dpo")):
             ratio = refined_runs[sizes[0]].step / stock.step
-            self.record(f"{self.name}: Sr-DPO's time to stock DPO's", ratio, at_most=0.75 if goals else None)
+            at_most = 0.75 if goals else None
+            self.record(f"{self.name}: our Sr-DPO beside stock DPO", ratio, "of its time", at_most=at_most)
         return runs
 
     def plan(self, size: int, measured: Measured, **changes: Any) -> None:
@@ -162,6 +165,6 @@ class Comparison:
         planned = make_plan(settings, 1, torch.cuda.get_device_properties(0).total_memory / GIB if has_gpu else 80)
         self.record(f"{self.name}: planned memory", planned.total / GIB, "GiB")
         if has_gpu:
-            self.record(f"{self.name}: planned to allocated memory", planned.total / measured.allocated)
+            self.record(f"{self.name}: planned beside allocated memory", planned.total / measured.allocated, "of it")
             off = abs(planned.total / measured.reserved - 1)
-            self.record(f"{self.name}: share by which the plan is off reserved memory", off, at_most=0.1)
+            self.record(f"{self.name}: share by which planned memory is off reserved memory", off, at_most=0.1)

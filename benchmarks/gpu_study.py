@@ -51,8 +51,8 @@ def measure(record: Any, folder: Path, rehearse: bool) -> None:
             record(f"{loss}: chosen log-ratio at the end", ends[loss], "nats a token")
             record(f"{loss}: steps that are flagged as degenerating", int(sum(log[DEGENERATING] for log in logs)))
     if len(ends) == 2:
-        at_least = None if rehearse else 0.0
-        record("MinorDPO's chosen log-ratio above DPO's", ends["minor_dpo"] - ends["sigmoid"], at_least=at_least)
+        at_least, apart = None if rehearse else 0.0, ends["minor_dpo"] - ends["sigmoid"]
+        record("MinorDPO's chosen log-ratio above DPO's", apart, "nats a token", at_least=at_least)
 
 
 def make_data(folder: Path, solved: int, pairs: int) -> Path:
