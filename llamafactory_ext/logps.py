@@ -42,7 +42,8 @@ class ResponseLogps:
         rejected: the same for the rejected responses.
         chosen_length: number of response tokens, int64, shape `(batch,)`.
         rejected_length: the same for the rejected responses.
-        chosen_logits: mean of the logits over response tokens and vocabulary, shape `(batch,)`, detached.
+        chosen_logits: mean of the logits over response tokens and vocabulary, shape `(batch,)`, detached; 0 of an
+            empty response.
         rejected_logits: the same for the rejected responses.
     """
 
@@ -74,7 +75,7 @@ def response_logps(model: torch.nn.Module, layout: Layout, ld_alpha: float | Non
     if ld_alpha is not None:
         shorter = torch.minimum(*lengths.chunk(2)).repeat(2)
         terms = torch.where(layout.ordinal < shorter[layout.response], terms, ld_alpha * terms)
-    mean_logits = per_response(logit_means[layout.entry]) / lengths
+    mean_logits = per_response(logit_means[layout.entry]) / lengths.clamp(min=1)
     return ResponseLogps(*per_response(terms).chunk(2), *lengths.chunk(2), *mean_logits.chunk(2))
 
 

@@ -72,10 +72,13 @@ class PairLogps:
         return [PairLogps(*part) for part in zip(*parts, strict=True)]
 
     def per_token(self) -> PairLogps:
-        """The same pairs with means over the response tokens in place of sums (so every length is 1)."""
+        """The same pairs with means over the response tokens in place of sums (so every length is 1).
+
+        The mean of an empty response is 0, as its sum is.
+        """
 
         def mean(total: Tensor | None, length: Tensor) -> Any:
-            return None if total is None else total / length
+            return None if total is None else total / length.clamp(min=1)
 
         return PairLogps(
             mean(self.policy_chosen, self.chosen_length),

@@ -76,7 +76,10 @@ class PreferenceTrainer(CustomDPOTrainer):
         self.is_own_reference = ref_model is model
         self.ref_model: Any = None
         self._metric_sums: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
+        self._evaluated = "eval"
         args, collator = kwargs["args"], kwargs["data_collator"]
+        # Or a loss that is not a number is logged as 0, and each micro-batch waits for the GPU to find out.
+        args.logging_nan_inf_filter = False
         self.references: ReferenceLogps | None = None
         if isinstance(ref_model, PendingReference):
             self.references = known_beforehand(ref_model, model, kwargs)
@@ -116,7 +119,7 @@ class PreferenceTrainer(CustomDPOTrainer):
 
         if self.bco_gemma > 1e-6 and pairs.reference_chosen is not None:
             losses = (losses + self.bco_gemma * self._bco_losses(pairs, train_eval)) / (1 + self.bco_gemma)
-        sft_losses = -pairs.policy_chosen / pairs.chosen_length
+        sft_losses = -pairs.per_token().policy_chosen
         if self.ftx_gamma > 1e-6:
             losses = losses + self.ftx_gamma * sft_losses
 
@@ -305,6 +308,11 @@ class PreferenceTrainer(CustomDPOTrainer):
             batch = torch.stack([total, total.new_full((), values.numel())])
             sums[name] = sums[name] + batch if name in sums else batch
 
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """Evaluate, and remember under which name: each set has its own with `eval_on_each_dataset`."""
+        self._evaluated = metric_key_prefix
+        return super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log with the metrics stored since the last time: means over all pairs of all ranks."""
         sums = self._metric_sums["train" if "loss" in logs else "eval"]
@@ -312,7 +320,8 @@ class PreferenceTrainer(CustomDPOTrainer):
             # One collective whatever the number of metrics; every rank holds the same names, in any order.
             names = sorted(sums)
             total = self.accelerator.reduce(torch.stack([sums[name] for name in names]), "sum")
-            logs |= dict(zip(names, (total[:, 0] / total[:, 1]).tolist(), strict=True))
+            named = [name.replace("eval_", f"{self._evaluated}_", 1) for name in names]
+            logs |= dict(zip(named, (total[:, 0] / total[:, 1]).tolist(), strict=True))
             sums.clear()
             if "loss" in logs:
                 logs[DEGENERATING] = float(problem([*self.state.log_history, logs]) is not None)

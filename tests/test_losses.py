@@ -112,6 +112,41 @@ def test_golden_coefficients():
     assert minor.tolist() == pytest.approx([0.25, 0.25, 0.5 / (1 + math.exp(-2))])
 
 
+# --- answers that are certain, or empty ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("l_w", "l_l"), [(-1e-8, -1.0), (-1.0, -1e-8), (-1e-8, -1e-8), (-3e-8, -2.0), (-1e-30, -1.0)])
+def test_orpo_of_answers_that_are_all_but_certain(l_w, l_l):
+    """d/dl of log odds(l) = l - log(1 - e^l) is 1 / (1 - e^l)."""
+    total = [torch.tensor([mean], requires_grad=True) for mean in (l_w, l_l)]  # float32, one token each
+    pairs = PairLogps(*total, None, None, torch.ones(1, dtype=torch.long), torch.ones(1, dtype=torch.long))
+    loss = get_loss("orpo")(pairs, beta=0.5)
+    loss.sum().backward()
+    odds = [mean - math.log(-math.expm1(mean)) for mean in (l_w, l_l)]
+    z = odds[0] - odds[1]
+    assert loss.item() == pytest.approx(-l_w + 0.5 * (max(-z, 0) + math.log1p(math.exp(-abs(z)))), rel=1e-5)
+    pull = 0.5 / (1 + math.exp(z)) if z < 700 else 0.0
+    expected = [-1 + pull / math.expm1(l_w), -pull / math.expm1(l_l)]
+    assert [each.grad.item() for each in total] == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", HYPER)
+@pytest.mark.parametrize("empty", ["chosen", "rejected", "both"])
+def test_an_empty_answer_is_a_number(name, empty):
+    """Its sum is 0 under every model, and so is its mean: no token, no gradient."""
+    values, lengths = [torch.tensor([-9.0]), torch.tensor([-7.0])], [torch.tensor([3]), torch.tensor([2])]
+    for side, which in enumerate(("chosen", "rejected")):
+        if empty in (which, "both"):
+            values[side], lengths[side] = torch.zeros(1), torch.zeros(1, dtype=torch.long)
+    policy = [(value + 0.0).requires_grad_() for value in values]
+    pairs = PairLogps(*policy, *values, *lengths, torch.tensor([0.5]))
+    loss = get_loss(name)(pairs, **HYPER[name])
+    loss.sum().backward()
+    found = [loss, *(each.grad for each in policy), *get_loss(name).measure(pairs, **HYPER[name]).values()]
+    assert all(torch.isfinite(each).all() for each in found if each is not None)
+    assert pairs.per_token().policy_chosen.isfinite().all()
+
+
 # --- parity with plain float64 formulas, values and gradients --------------------------------------------------------
 
 logratio = st.floats(-15, 15).filter(lambda value: abs(value) > 0.01)  # ties have tests of their own

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -294,6 +296,49 @@ def test_ftx_bco_and_evaluation_sets_work_with_every_loss(name, train, other_mod
     )
     assert len(steps(output)) == len(steps(output, "eval_loss")) == 2
     assert all(torch.isfinite(torch.tensor(steps(output))))
+
+
+def test_each_evaluation_set_has_its_own_metrics(train):
+    sets = {"eval_dataset": "pairs,pairs_eval", "eval_on_each_dataset": True, "eval_strategy": "steps", "eval_steps": 2}
+    best = {"metric_for_best_model": "eval_pairs_rewards/accuracies", "load_best_model_at_end": True}
+    output = train(**sets, **best, save_strategy="steps", save_steps=2, do_eval=True)
+    logs = history(output)
+    names = ("loss", "rewards/chosen", "rewards/accuracies", "normalized_rewards/margins", "logits/chosen")
+    for name in names:
+        values = {key: steps(output, f"eval_{key}_{name}") for key in ("pairs", "pairs_eval")}
+        assert all(len(found) >= 2 for found in values.values()), name
+        assert not [log for log in logs if f"eval_{name}" in log]
+    assert steps(output, "eval_pairs_logps/chosen") != steps(output, "eval_pairs_eval_logps/chosen")
+    state = json.loads((output / "trainer_state.json").read_text(encoding="utf-8"))
+    assert state["best_metric"] == max(steps(output, "eval_pairs_rewards/accuracies"))
+    written = json.loads((output / "eval_results.json").read_text())
+    assert {"eval_pairs_rewards/margins", "eval_pairs_eval_rewards/margins"} <= written.keys()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_an_empty_answer_trains(name, train, data, tmp_path):
+    """Template `empty` ends no answer, so that nothing of it is left."""
+    folder = shutil.copytree(data, tmp_path / "data")
+    rows = [json.loads(line) for line in (folder / "pairs.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows[0]["rejected"], rows[1]["chosen"] = "", ""
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    changes = {"template": "empty", "default_system": None, "dataset_dir": str(folder), "disable_shuffling": True}
+    logs = history(train(pref_loss=name, pref_ftx=0.1, max_steps=2, **changes))
+    numbers = [value for log in logs for value in log.values() if isinstance(value, float)]
+    assert numbers
+    assert all(map(math.isfinite, numbers))
+
+
+def test_a_loss_that_is_not_a_number_is_logged_as_one(train, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from llamafactory_ext import register_loss\n"
+        '@register_loss("not_a_number")\n'
+        "def not_a_number(pairs, *, beta: float):\n"
+        '    """Nothing."""\n'
+        "    return pairs.margin * float('nan')\n"
+    )
+    output = train(pref_loss="not_a_number", pref_loss_file=str(tmp_path / "mine.py"), max_steps=1)
+    assert math.isnan(steps(output)[0])
 
 
 def test_ftx_and_bco_are_added_as_in_llamafactory(train, other_model, first_pairs):
