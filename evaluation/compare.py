@@ -60,7 +60,7 @@ def main(
         if tier not in TIERS:
             raise UserError(f"--tier {tier}: write {', '.join(TIERS)}.")
         loaded = {str(folder): load_scored(folder, tier) for folder in runs}
-        if len(loaded) < len(runs):
+        if len({folder.resolve() for folder in runs}) < len(runs):
             raise UserError("A run is named twice: name each once.")
         comparisons = compare(loaded, shared)
     except UserError as error:
@@ -80,18 +80,22 @@ def load_scored(folder: Path, tier: Tier | str) -> Scored:
     file = folder / "results.json"
     if not file.is_file():
         raise UserError(f"{folder} holds no results.json: name the folder of one run, such as runs/study/base.")
-    result = json.loads(file.read_text(encoding="utf-8"))
-    rows = result.get("rows")
-    if not rows:
-        raise UserError(f"{file} is not the score of one run: name a run's own folder, such as runs/study/base.")
-    if "problem" not in rows[0]:
-        raise UserError(f"{file} does not say what was asked: score the run again with gsm8k.py --score-only.")
-    return Scored(
-        extractor=result["extractor"],
-        problems={row["index"]: row["problem"] for row in rows},
-        correct={row["index"]: row[tier]["correct"] for row in rows},
-        missing=sum(row["missing"] for row in rows),
-    )
+    again = "score the run again with gsm8k.py --score-only"
+    try:
+        result = json.loads(file.read_bytes())
+        rows = result.get("rows")
+        if not rows:
+            raise UserError(f"{file} is not the score of one run: name a run's own folder, such as runs/study/base.")
+        if "problem" not in rows[0]:
+            raise UserError(f"{file} does not say what was asked: {again}.")
+        return Scored(
+            extractor=result["extractor"],
+            problems={row["index"]: row["problem"] for row in rows},
+            correct={row["index"]: row[tier]["correct"] is True for row in rows},
+            missing=sum(row["missing"] for row in rows),
+        )
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise UserError(f"{file} is damaged ({type(error).__name__}: {error}): {again}.") from error
 
 
 def compare(runs: Mapping[str, Scored], shared: bool = False) -> list[dict[str, Any]]:
@@ -166,10 +170,13 @@ def _pair(first: str, second: str, runs: Mapping[str, Scored], problems: list[in
 def _print(comparisons: list[dict[str, Any]], runs: Mapping[str, Scored], tier: str) -> None:
     from rich import box
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     first = comparisons[0]
-    title = f"{tier}, {first['problems']} problems, baseline {first['baseline']}: {first['baseline_accuracy']:.1%}"
+    title = (
+        f"{tier}, {first['problems']} problems, baseline {escape(first['baseline'])}: {first['baseline_accuracy']:.1%}"
+    )
     caption = (
         "p: McNemar's exact test on the problems that only one of the two has right; Holm: corrected over all runs"
     )
@@ -180,7 +187,7 @@ def _print(comparisons: list[dict[str, Any]], runs: Mapping[str, Scored], tier: 
     for row in comparisons:
         counts = [str(row[key]) for key in ("both", "only_baseline", "only_run", "neither")]
         shares = [f"{row['accuracy']:.1%}", f"{row['difference']:+.1%}"]
-        table.add_row(row["run"], *shares, *counts, f"{row['p']:.3g}", f"{row['p_holm']:.3g}")
+        table.add_row(escape(row["run"]), *shares, *counts, f"{row['p']:.3g}", f"{row['p_holm']:.3g}")
     Console().print(table)
     for name, run in runs.items():
         if len(run.problems) > first["problems"]:

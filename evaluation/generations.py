@@ -7,6 +7,7 @@ import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from dataclasses import fields as dataclass_fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -119,13 +120,13 @@ class Run:
         if not self.path.is_file():
             return {}
         found = {}
-        for number, line in enumerate(self.path.read_text(encoding="utf-8").splitlines(keepends=True), start=1):
-            if not line.endswith("\n"):
-                break
+        *lines, _ = self.path.read_bytes().split(
+            b"\n"
+        )  # and nothing else: an answer may hold what str takes for a line end
+        for number, line in enumerate(lines, start=1):
             try:
-                fields = json.loads(line)
-                generation = Generation(**{**fields, "left_out": tuple(fields.get("left_out", ()))})
-            except (json.JSONDecodeError, TypeError, AttributeError) as error:
+                generation = _generation(json.loads(line))
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
                 raise UserError(f"{self.path}, line {number} is damaged ({error}): remove it and resume.") from error
             found[generation.index] = generation
         return found
@@ -141,6 +142,19 @@ class Run:
             os.fsync(self.file.fileno())
             self.file.close()
         self.lock.release()
+
+
+def _generation(fields: dict[str, Any]) -> Generation:
+    """A line's answer; what a later release has added to it is left out.
+
+    Raises:
+        ValueError, TypeError, KeyError: if it is none.
+    """
+    known = {field.name: fields[field.name] for field in dataclass_fields(Generation) if field.name in fields}
+    generation = Generation(**{**known, "left_out": tuple(known.get("left_out", ()))})
+    if type(generation.index) is not int or not isinstance(generation.text, str):
+        raise ValueError("its index is no whole number, or its text no text")
+    return generation
 
 
 def file_hashes(folder: Path) -> dict[str, str]:

@@ -105,8 +105,8 @@ def _question(index: int, located: tuple[str, dict[str, Any]]) -> Question:
     try:
         gold = Decimal(final.strip().replace(",", "").lstrip("$"))
     except InvalidOperation:
-        marker = ""
-    if not marker:
+        gold = Decimal("NaN")
+    if not marker or not gold.is_finite():
         raise UserError(f"{where}: the answer must end in a line `#### N` with a number N, as in GSM8K.")
     return Question(index, str(row["question"]), gold)
 

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 # What makes up a saved model or adapter.
 MODEL_FILES = ("config.json", "adapter_config.json", "*.index.json", "*.safetensors", "*.bin", "*.py")
+# What makes tokens of texts, beside them.
+TOKENIZER_FILES = ("token*", "*.jinja", "chat_template*", "vocab*", "merges*", "special_tokens_map.json", "*processor*")
+# Keys of a recipe that name models, and files that decide on what is trained.
+MODEL_KEYS = ("model_name_or_path", "adapter_name_or_path", "ref_model", "ref_model_adapters")
+FILE_KEYS = ("pref_loss_file", "new_special_tokens_config", "deepspeed")
 
 
 def of_value(value: Any) -> str:
@@ -30,9 +35,20 @@ def of_data(path: Path) -> str:
     return of_value(_of_files(path, (each for each in path.rglob("*") if each.is_file())))
 
 
-def of_model(folder: Path) -> dict[str, str]:
+def of_model(folder: Path, patterns: Iterable[str] = MODEL_FILES) -> dict[str, str]:
     """Of each file of a saved model or adapter, by name."""
-    return _of_files(folder, {path for pattern in MODEL_FILES for path in folder.glob(pattern)})
+    found = {path for pattern in patterns for path in folder.glob(pattern)}
+    return _of_files(folder, (path for path in found if path.is_file()))
+
+
+def of_named(recipes: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Of the local models and files, other than data, that recipes name, by their paths there."""
+    recipes = list(recipes)
+    models = {path for each in recipes for key in MODEL_KEYS for path in str(each.get(key) or "").split(",") if path}
+    files = {str(each[key]) for each in recipes for key in FILE_KEYS if each.get(key)}
+    folders = [path for path in sorted(models) if Path(path).is_dir()]
+    found: dict[str, Any] = {path: of_model(Path(path), (*MODEL_FILES, *TOKENIZER_FILES)) for path in folders}
+    return found | {path: of_file(Path(path)) for path in sorted(files) if Path(path).is_file()}
 
 
 def _of_files(folder: Path, paths: Iterable[Path]) -> dict[str, str]:

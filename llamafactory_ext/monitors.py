@@ -43,7 +43,8 @@ def problem(history: LogHistory) -> Problem | None:
     Args:
         history: the trainer's logs, the latest at the end; those without log-probabilities are passed over.
     """
-    latest = list(itertools.islice((log for log in reversed(history) if LOGPS[0] in log), IN_A_ROW))
+    scored = (log for log in reversed(history) if all(name in log for name in LOGPS))
+    latest = list(itertools.islice(scored, IN_A_ROW))
     if latest and not all(math.isfinite(latest[0][name]) for name in LOGPS):
         return "not_a_number"
     fallen = [all(log.get(name, 0.0) < -FALL for name in PER_TOKEN) for log in latest]
@@ -102,8 +103,13 @@ class RewardPlot(TrainerCallback):
                 print("Figure saved at:", path)
 
 
+def _is_number(value: Any) -> bool:
+    """Whether it is one that a log may hold: no truth value, and no whole number that is larger than any float."""
+    return isinstance(value, float) or (type(value) is int and abs(value) < 2**53)
+
+
 def read_trainer_log(path: Path) -> list[dict[str, Any]]:
-    """The logs of a run that goes on or has ended, from LLaMA-Factory's `trainer_log.jsonl`; none if there is no file.
+    """The numbers that a run has logged so far, from LLaMA-Factory's `trainer_log.jsonl`; none if there is no file.
 
     A run that was resumed from a checkpoint logs some steps again: those of the run before it are gone from there on.
     """
@@ -113,7 +119,10 @@ def read_trainer_log(path: Path) -> list[dict[str, Any]]:
             log = json.loads(line)
         except (ValueError, RecursionError):  # the last line, while it is being written, or when its run was killed
             continue
-        if not isinstance(log, dict) or "loss" not in log or not isinstance(log.get("current_steps"), int):
+        if not isinstance(log, dict):
+            continue
+        log = {key: value for key, value in log.items() if _is_number(value)}  # whoever reaches a board can send a file
+        if "loss" not in log or not isinstance(log.get("current_steps"), int):
             continue
         while logs and logs[-1]["step"] >= log["current_steps"]:
             logs.pop()

@@ -6,6 +6,7 @@ import difflib
 import functools
 import importlib.util
 import inspect
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -242,7 +243,7 @@ def load_loss_file(path: str) -> list[str]:
     from . import losses  # noqa: F401  (so that a name of the package's own cannot be taken)
 
     before = dict(_losses)
-    _load(path, loss_file(path))
+    _load(path)
     names = [name for name, loss in _losses.items() if before.get(name) is not loss]
     if not names:
         raise ValueError(
@@ -256,13 +257,16 @@ def loss_file(path: str) -> Path:
     """The file that `pref_loss_file` names, symbolic links resolved; there need be none.
 
     Raises:
-        ValueError: if it cannot be a path.
+        ValueError: if it cannot be a path, or may not be followed.
     """
-    return named_path("pref_loss_file", path).resolve()
+    try:
+        return Path(os.path.realpath(named_path("pref_loss_file", path)))  # `resolve` fails at links in a circle
+    except OSError as error:
+        raise ValueError(f"pref_loss_file {path!r} cannot be followed ({error}): write another path.") from error
 
 
-def load_files_by(load: Callable[[str, Path], None]) -> None:
-    """For a process that must not run files itself: what is called, with the path and the file, in place of running it.
+def load_files_by(load: Callable[[str], None]) -> None:
+    """For a process that must not run files itself: what is called with the path, in place of running it.
 
     It is to call `add` with what the file registers, or to raise a ValueError.
     """
@@ -292,7 +296,8 @@ def forgotten_afterwards() -> Iterator[None]:
             _losses.update(before)
 
 
-def _run_file(path: str, file: Path) -> None:
+def _run_file(path: str) -> None:
+    file = loss_file(path)
     if not file.is_file():
         raise ValueError(f"pref_loss_file {path!r} is not a file (looked for {file}): write the path of a Python file.")
     # Under its own name in sys.modules, so that dataclasses and pickling work in the user's file.
@@ -309,4 +314,4 @@ def _run_file(path: str, file: Path) -> None:
         raise ValueError(f"pref_loss_file {str(file)!r} could not be run: {type(error).__name__}: {error}") from error
 
 
-_load: Callable[[str, Path], None] = _run_file
+_load: Callable[[str], None] = _run_file

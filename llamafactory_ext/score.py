@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
     from .registry import Loss, PairLogps
 
-MODEL_KEYS = ("model_name_or_path", "adapter_name_or_path")
-
 
 @dataclass(frozen=True)
 class Scorer:
@@ -69,14 +67,12 @@ def score_pairs(settings: Settings, output: Path, batch_size: int = 4) -> Iterat
 def _files(settings: Settings, reference_settings: Settings) -> Row:
     """Hashes of the local data and models, so that a file is not gone on with after one of them has changed."""
     _, data_args, _ = parse_recipe({"stage": "dpo", **settings})
-    models = {str(each.get(key)) for each in (settings, reference_settings) for key in MODEL_KEYS if each.get(key)}
-    folders = sorted(folder for each in models for folder in each.split(",") if Path(folder).is_dir())
     data = {}
     for about in data_sets(data_args.dataset, data_args.dataset_dir):
         path = Path(data_args.dataset_dir, about.dataset_name)
         is_there = about.load_from == "file" and path.exists()
         data[about.dataset_name] = [hashes.of_value(vars(about)), hashes.of_data(path) if is_there else None]
-    return {"data": data, "models": {folder: hashes.of_model(Path(folder)) for folder in folders}}
+    return {"data": data, "named": hashes.of_named([settings, reference_settings])}
 
 
 def reference_of(settings: Settings) -> Settings:

@@ -62,7 +62,10 @@ class ScoreFile:
             UserError: if the output is refused (see `check_output`), or was begun with another manifest.
         """
         check_output(self.output)
-        content = self.path.read_bytes() if self.path.exists() else b""
+        try:
+            content = self.path.read_bytes()
+        except FileNotFoundError:  # or it has just been finished by another process
+            content = b""
         whole = content[: content.rfind(b"\n") + 1]
         if whole and not whole.startswith(self.head.encode()):
             raise UserError(
@@ -147,8 +150,8 @@ def read_scores(path: Path) -> list[Row]:
     rows = []
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
-            rows.append(json.loads(line))
-        except ValueError as error:
+            rows.append(dict(json.loads(line)))
+        except (ValueError, TypeError, RecursionError) as error:
             raise UserError(
                 f"{path}, line {number} is damaged ({error}): remove the line and run the command again."
             ) from error

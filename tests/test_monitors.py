@@ -16,6 +16,7 @@ from llamafactory_ext.monitors import (
     DEGENERATING,
     FALL,
     IN_A_ROW,
+    PER_TOKEN,
     STOPPED,
     DegenerationMonitor,
     describe,
@@ -23,6 +24,7 @@ from llamafactory_ext.monitors import (
     read_trainer_log,
     stopped_at,
 )
+from llamafactory_ext.plots import reward_figure
 
 
 def log(chosen: float, rejected: float, **others: float) -> dict[str, float]:
@@ -82,6 +84,22 @@ def test_a_log_is_read_while_it_is_written_and_after_a_resumed_run(tmp_path):
     assert [line["step"] for line in read_trainer_log(path)] == steps
     path.write_text(killed + "\n" + json.dumps({"current_steps": 3, "loss": 0.1}) + "\n")  # from checkpoint-2
     assert [(line["step"], line["loss"]) for line in read_trainer_log(path)] == [(1, 0.7), (2, 0.6), (3, 0.1)]
+
+
+@pytest.mark.parametrize("value", ["a0", None, [], {}, True, 10**400, -(10**400)])
+@pytest.mark.parametrize("key", ["logps/chosen", "logps/rejected", PER_TOKEN[0], "normalized_rewards/chosen", STOPPED])
+def test_a_log_that_somebody_else_has_written(key, value, tmp_path):
+    """What is no number is left out: nothing stops at it, and nothing is drawn of it."""
+    path = tmp_path / "trainer_log.jsonl"
+    lines = [{"current_steps": step, **SUNK, "normalized_rewards/chosen": 1.0, key: value} for step in range(1, 5)]
+    odd = [{"current_steps": value, "loss": 1.0}, {"current_steps": 9, "loss": value}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in [*lines, *odd]))
+    logs = read_trainer_log(path)
+    assert [log["step"] for log in logs] == [1, 2, 3, 4]
+    assert not [log for log in logs if key in log]
+    assert problem(logs) in (None, "fallen")
+    assert stopped_at(logs) is None
+    assert (reward_figure(logs) is None) == (key == "normalized_rewards/chosen")
 
 
 @pytest.fixture

@@ -111,6 +111,12 @@ def test_an_interrupted_run_goes_on(settings, tmp_path):
     with pytest.raises(UserError, match=refused):
         run(settings(), output)
     pairs.write_bytes(before)
+    tokenizer = Path(settings()["model_name_or_path"], "tokenizer_config.json")
+    written = tokenizer.read_text()
+    tokenizer.write_text(written + "\n")
+    with pytest.raises(UserError, match=refused):
+        run(settings(), output)
+    tokenizer.write_text(written)
     (first, total), *_ = steps = list(score_pairs(settings(), output, batch_size=1))
     assert (first, total, len(steps)) == (2, 5, 4)
     assert read_scores(output) == whole

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 from pathlib import Path
 
 import gradio as gr
@@ -24,7 +25,7 @@ from llamafactory_ext import registry
 from llamafactory_ext.arguments import OTHER_OWN_KEYS, OWN_KEYS, STOCK_LOSSES, PreferenceArguments
 from llamafactory_ext.webui import fields, texts
 from llamafactory_ext.webui.fields import FIELDS, gathered, is_shown, losses_of, set_twice, spread
-from llamafactory_ext.webui.loss_files import FOLDERS, LossFiles
+from llamafactory_ext.webui.loss_files import FOLDERS, HOW_TO, LossFiles
 
 LOSSES = losses_of("DPO", "")[0]
 EMPTY = {key: field.empty for key, field in FIELDS.items()}
@@ -256,6 +257,39 @@ def test_loss_files_are_read_from_named_folders_only(tmp_path, loss_files, monke
     loss_files.read(str(inside / "mine.py"))
     assert losses_of("DPO", str(inside / "mine.py"))[1] is None
     assert (tmp_path / "was_run").exists()
+
+
+@pytest.mark.parametrize(
+    "path", ["/proc/self/exe", "~daemon/x.py", "~nosuch/x.py", "/proc/1/cwd", "loop.py", "a\0b", "x" * 5000]
+)
+def test_nothing_is_said_of_paths_outside_of_the_folders(path, tmp_path, loss_files, monkeypatch):
+    """Neither where links lead, nor which files and users there are; links in a circle end, too."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop.py").symlink_to(tmp_path / "loop.py")
+    monkeypatch.setenv(FOLDERS, str(tmp_path / "none"))
+    loss_files.read(path)
+    assert losses_of("DPO", path)[1] == HOW_TO.format(file=repr(path))
+
+
+def test_several_events_for_one_file_read_it_together(tmp_path, loss_files):
+    path = tmp_path / "slow.py"
+    count = f"open({str(tmp_path / 'runs')!r}, 'a').write('x')\nimport time\ntime.sleep(1)\n"
+    path.write_text(count + MINE.replace("from __future__ import annotations", ""))
+    events = [threading.Thread(target=loss_files.read, args=(str(path), True)) for _ in range(6)]
+    for event in events:
+        event.start()
+    for event in events:
+        event.join()
+    assert losses_of("DPO", str(path))[1] is None
+    assert len((tmp_path / "runs").read_text()) <= 2, "one that had begun, and one for all that came meanwhile"
+    assert not loss_files._locks
+
+
+@pytest.mark.parametrize("written", [None, 5, [1], "[1]", "{"])
+def test_a_saved_configuration_may_hold_anything(written):
+    others, values = spread(written)
+    assert others == written
+    assert values["pref_loss_file"] == ""
 
 
 def test_false_reaches_the_recipe_and_texts_the_shell():

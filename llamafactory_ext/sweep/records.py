@@ -66,7 +66,7 @@ def written_record(folder: Path, step: Step) -> Record:
         known = {field.name: written[field.name] for field in fields(Record) if field.name in written}
         if known["state"] in get_args(State):
             return Record(**known | {"command": tuple(known["command"])})
-    except (FileNotFoundError, ValueError, TypeError, KeyError):
+    except (FileNotFoundError, IsADirectoryError, ValueError, TypeError, KeyError, RecursionError):
         pass
     return Record("to do")
 
@@ -93,7 +93,7 @@ def read_object(path: Path) -> dict[str, Any]:
         return {}
     try:
         found = json.loads(path.read_bytes())
-    except ValueError:
+    except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
         raise UserError(f"{path} is damaged: remove it and run `llamafactory-ext sweep` again, which writes it anew.")
@@ -120,6 +120,8 @@ def hold(log: IO[bytes]) -> None:
 def is_held(log: Path) -> bool:
     """Whether a process still prints to the log; to one that is not there, nobody does."""
     locks = _fcntl()
+    if not log.is_file():  # nor to what is none, such as a pipe, which would wait for somebody
+        return False
     try:
         with log.open("rb") as file:
             locks.flock(file, locks.LOCK_SH | locks.LOCK_NB)

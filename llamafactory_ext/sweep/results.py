@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -60,14 +59,14 @@ class Result:
         file = self.model / "train_results.json"
         if not (self.is_trained and file.is_file()) or self.records["train"].resumed:
             return None
-        return json.loads(file.read_text(encoding="utf-8")).get("train_runtime")
+        return read_object(file).get("train_runtime")
 
     @cached_property
     def log_history(self) -> list[dict[str, Any]]:
         state = self.model / "trainer_state.json"
         if not (self.is_trained and state.is_file()):
             return []
-        return json.loads(state.read_text(encoding="utf-8"))["log_history"]
+        return read_object(state).get("log_history", [])
 
 
 @dataclass(frozen=True)
@@ -93,9 +92,15 @@ def read_results(folder: Path) -> SweepResults:
     if not file.is_file():
         raise UserError(f"{folder} holds no {SWEEP_FILE}: name the `output` of a `llamafactory-ext sweep`.")
     about = read_object(file)
-    groups = {base["name"]: base["identities"] for base in about["bases"] if base["name"].startswith(ADAPTERS)}
-    cells = [_result(folder / "cells" / cell["name"], cell, groups) for cell in about["cells"]]
-    bases = [_result(folder / base["name"], base, {}) for base in about["bases"]]
+    try:
+        groups = {base["name"]: base["identities"] for base in about["bases"] if base["name"].startswith(ADAPTERS)}
+        cells = [_result(folder / "cells" / cell["name"], cell, groups) for cell in about["cells"]]
+        bases = [_result(folder / base["name"], base, {}) for base in about["bases"]]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"the records in {folder} are damaged ({type(error).__name__}: {error}): run `llamafactory-ext sweep` "
+            "again, which writes them anew."
+        ) from error
     return SweepResults(about, cells, bases)
 
 
@@ -123,5 +128,4 @@ def _result(own: Path, about: dict[str, Any], groups: dict[str, dict[str, str]])
 
 
 def _scores(run: Path) -> dict[str, Any]:
-    file = run / "results.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return read_object(run / "results.json")

@@ -124,13 +124,15 @@ class Agenda:
         """A hash of what the scores of a model depend on."""
         evaluation = self.sweep.evaluation
         asked = evaluation and evaluation.model_dump(mode="json", exclude={"python", "script", "base"})
-        return hashes.of_value([model, asked, self.problems])
+        return hashes.of_value([model, asked, self.asked_files])
 
     @cached_property
-    def problems(self) -> str | None:
-        """A hash of the problems; None if they are those of a hub."""
-        data = self.sweep.evaluation and Path(self.sweep.evaluation.data)
-        return hashes.of_data(data) if data and data.exists() else None
+    def asked_files(self) -> list[str]:
+        """Hashes of the problems and of the files that options name, as a prompt's, where they are local."""
+        evaluation = self.sweep.evaluation
+        named = [evaluation.data, *evaluation.options.values()] if evaluation else []
+        paths = [Path(each) for each in named if isinstance(each, str)]
+        return [hashes.of_data(path) for path in paths if path.exists()]
 
     def _pairs_task(self, cell: Cell) -> Task:
         held_out = self.sweep.held_out
@@ -199,11 +201,13 @@ def write_sweep(agenda: Agenda, file: Path) -> None:
     """Write what the sweep is into its folder, for whoever finds it there, and for the report.
 
     Raises:
-        UserError: if the data has changed since a cell was trained.
+        UserError: if the data, or a file or model that recipes name, has changed since a cell was trained.
     """
     sweep, cells = agenda.sweep, agenda.cells
     data = _data_hashes(cells)
-    _check_data(agenda, data)
+    named = hashes.of_named(cell.settings for cell in cells)
+    _check_unchanged(agenda, "data", data)
+    _check_unchanged(agenda, "named", named)
     shared = [(model, name) for model, name in {**agenda.bases, **agenda.groups}.items()]
     about = {
         "file": str(file),
@@ -218,6 +222,7 @@ def write_sweep(agenda: Agenda, file: Path) -> None:
             for model, name in shared
         ],
         "data": data,
+        "named": named,
         "versions": {name: number for name in ("llamafactory-ext", *PACKAGES) if (number := version(name))},
         "python": platform.python_version(),
         "machine": platform.machine(),
@@ -225,12 +230,13 @@ def write_sweep(agenda: Agenda, file: Path) -> None:
     _write_if_new(sweep.output / SWEEP_FILE, json.dumps(about, indent=1))
 
 
-def _check_data(agenda: Agenda, data: dict[str, str]) -> None:
-    before = read_object(agenda.sweep.output / SWEEP_FILE).get("data", {})
-    changed = [name for name, digest in data.items() if before.get(name, digest) != digest]
+def _check_unchanged(agenda: Agenda, kind: str, hashes_now: Mapping[str, Any]) -> None:
+    before = read_object(agenda.sweep.output / SWEEP_FILE).get(kind, {})
+    changed = [name for name, digest in hashes_now.items() if before.get(name, digest) != digest]
     if changed and any(read_record(cell.folder, "train").state == "done" for cell in agenda.cells):
+        called = "the data set " if kind == "data" else ""
         raise UserError(
-            f"the data set {changed[0]!r} has changed since cells in {agenda.sweep.output} were trained on it: name "
+            f"{called}{changed[0]!r} has changed since cells in {agenda.sweep.output} were trained with it: name "
             "another `output`, or remove this folder."
         )
 
@@ -254,8 +260,16 @@ def _hash_of_data(folder: str, name: str) -> str | None:
     return None if file is None or not Path(folder, file).exists() else hashes.of_data(Path(folder, file))
 
 
-def read_yaml(path: Path) -> Any:
-    return yaml.safe_load(path.read_text(encoding="utf-8"))
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A recipe that the sweep has written.
+
+    Raises:
+        UserError: if it is damaged.
+    """
+    try:
+        return dict(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (yaml.YAMLError, TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: remove it and run `llamafactory-ext sweep` again.") from error
 
 
 def _difference(recorded: dict[str, Any], now: dict[str, Any]) -> str | None:

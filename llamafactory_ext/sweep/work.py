@@ -159,7 +159,7 @@ def keep_checkpoints(folder: Path) -> bool:
         try:
             json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
             whole.append(checkpoint)
-        except (OSError, json.JSONDecodeError):
+        except (OSError, ValueError, RecursionError):
             shutil.rmtree(checkpoint, ignore_errors=True)
     return bool(whole)
 

@@ -178,6 +178,6 @@ def is_shown(key: str, stage: str, loss: Loss | None) -> bool:
 def _parsed(extra_args: str) -> dict[str, Any] | None:
     try:
         extra = json.loads(extra_args)
-    except (ValueError, RecursionError):
+    except (TypeError, ValueError, RecursionError):  # a saved configuration may hold anything
         return None
     return extra if isinstance(extra, dict) else None

@@ -13,7 +13,9 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable
+import threading
+import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,9 +40,10 @@ UNREAD = "pref_loss_file {file} has not been read as it is now: press Enter in i
 
 @dataclass(frozen=True)
 class Contents:
-    """What a file registers, or what is wrong with it, and which state of the file this was."""
+    """What a file registers, or what is wrong with it, which state of the file this was, and when its reading began."""
 
     state: tuple[int, ...]
+    begun: float
     losses: tuple[Loss, ...] = ()
     error: str | None = None
 
@@ -55,6 +58,8 @@ class LossFiles:
     def __init__(self, demo_mode: bool) -> None:
         self.demo_mode = demo_mode
         self.known: dict[Path, Contents] = {}
+        self._lock = threading.Lock()
+        self._locks: dict[Path, tuple[threading.Lock, int]] = {}  # of files, with how many read them or wait
 
     def read(self, path: Any, again: bool = False) -> None:
         """Find out what a file registers, which may take `SECONDS`. What is wrong is kept, too.
@@ -63,26 +68,44 @@ class LossFiles:
             path: what a page has sent.
             again: whether to read a file that has not changed since, as what it imports may have.
         """
-        file = _resolved(path)
-        if file is None or self.refusal(file) is not None:
+        file = self._allowed(path) if isinstance(path, str) and path else None
+        if file is None:
             return
-        state = _state(file)
-        if again or file not in self.known or self.known[file].state != state:
-            contents = Contents(state, *_contents(file))
-            self.known.pop(file, None)  # it is the latest now
-            self.known[file] = contents
-            for oldest in list(self.known)[:-KNOWN]:
-                self.known.pop(oldest, None)  # another page's event may have been faster
+        asked = time.monotonic()
+        with self._reading(file):
+            known, state = self.known.get(file), _state(file)
+            # Of several events that wait for one file, the first one reads it for all.
+            is_new = known is not None and known.state == state and (not again or known.begun > asked)
+            if not is_new:
+                contents = Contents(state, time.monotonic(), *_contents(file))
+                self.known.pop(file, None)  # it is the latest now
+                self.known[file] = contents
+        for oldest in list(self.known)[:-KNOWN]:
+            self.known.pop(oldest, None)  # another page's event may have been faster
 
-    def load(self, path: str, file: Path) -> None:
+    @contextlib.contextmanager
+    def _reading(self, file: Path) -> Iterator[None]:
+        with self._lock:
+            lock, waiting = self._locks.get(file, (threading.Lock(), 0))
+            self._locks[file] = lock, waiting + 1
+        try:
+            with lock:
+                yield
+        finally:
+            with self._lock:
+                lock, waiting = self._locks.pop(file)
+                if waiting > 1:
+                    self._locks[file] = lock, waiting - 1
+
+    def load(self, path: str) -> None:
         """Register what is known of a file, in place of `registry`'s running it.
 
         Raises:
             ValueError: if the file may not be read, has not been read, or something is wrong with it.
         """
-        refusal = self.refusal(file)
-        if refusal is not None:
-            raise ValueError(refusal)
+        file = self._allowed(path)
+        if file is None:
+            raise ValueError(IN_DEMO if self.demo_mode else HOW_TO.format(file=repr(path)))
         contents = self.known.get(file)
         if contents is None or contents.state != _state(file):
             raise ValueError(UNREAD.format(file=repr(path)))
@@ -90,20 +113,20 @@ class LossFiles:
             raise ValueError(contents.error.replace(repr(str(file)), repr(path)))  # as it was written
         registry.add(contents.losses)
 
-    def refusal(self, file: Path) -> str | None:
-        """Why a file, symbolic links resolved, may not be read; None if it may."""
+    def _allowed(self, path: str) -> Path | None:
+        """The file of a path, symbolic links resolved, if it may be read.
+
+        Where it may not, nothing is said of it: neither where links lead, nor whether there is such a user.
+        """
         if self.demo_mode:
-            return IN_DEMO
+            return None
+        try:
+            file = registry.loss_file(path)
+        except ValueError:
+            return None
         folders = [Path(name).resolve() for name in os.environ.get(FOLDERS, "").split(os.pathsep) if name]
         is_allowed = any(file.is_relative_to(folder) for folder in folders)
-        return None if is_allowed and not _is_upload(file) else HOW_TO.format(file=repr(str(file)))
-
-
-def _resolved(path: Any) -> Path | None:
-    try:
-        return registry.loss_file(path) if isinstance(path, str) and path else None
-    except ValueError:
-        return None  # `load_loss_file` says why
+        return file if is_allowed and not _is_upload(file) else None
 
 
 def _is_upload(file: Path) -> bool:
@@ -126,7 +149,8 @@ def _state(file: Path) -> tuple[int, ...]:
 def _contents(file: Path) -> tuple[tuple[Loss, ...], str | None]:
     # -P: the working directory is not a place to import from in trainings, either.
     command = [sys.executable, "-P", "-c", READ, str(file)]
-    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, encoding="utf-8") as process:
+    pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes, encoding="utf-8", errors="replace") as process:
         try:
             described, _ = process.communicate(timeout=SECONDS)
         except subprocess.TimeoutExpired:
@@ -135,7 +159,7 @@ def _contents(file: Path) -> tuple[tuple[Loss, ...], str | None]:
     try:
         found = json.loads(described)
         return tuple(map(_stand_in, found.get("losses", ()))), found.get("error")
-    except ValueError:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):  # a file may write there, too
         return (), f"pref_loss_file {str(file)!r} ended the process that imported it: remove what does."
 
 

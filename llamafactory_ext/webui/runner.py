@@ -86,12 +86,15 @@ class PreferenceRunner(Runner):
         stage = data[self._elem("training_stage")]
         self.loss_files.read(values["pref_loss_file"])
         losses, _ = losses_of(stage, values["pref_loss_file"])  # `_wrong_setting` says what is wrong with a file
-        return values, stage, losses.get(data[self._elem("pref_loss")])
+        name = data[self._elem("pref_loss")]
+        return values, stage, losses.get(name) if isinstance(name, str) else None
 
     # --- to the page: how a training goes -----------------------------------------------------------------------------
 
     def monitor(self) -> Iterator[Data]:
         """LLaMA-Factory's, which calls a training finished also where pref_stop_on_degeneration has ended it."""
+        if not self.running_data:  # nothing runs, and LLaMA-Factory would wait for it
+            return
         lang, *names = (self.running_data[self.manager.get_elem_by_id(f"top.{name}")] for name in TOP)
         is_training = self.do_train
         output = self.running_data.get(self._elem("output_dir")) if is_training else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
@@ -52,6 +53,28 @@ def test_a_damaged_line_in_the_middle_is_reported(tmp_path):
     fill(tmp_path, 0, 1)
     path = tmp_path / GENERATIONS
     path.write_text("{broken\n" + path.read_text())
+    with pytest.raises(UserError, match="line 1 is damaged"):
+        Run(tmp_path).read()
+
+
+def test_an_answer_may_hold_what_python_takes_for_line_ends(tmp_path):
+    """As in a file that another program has written again, with the characters themselves in it."""
+    path = tmp_path / "generations.jsonl"
+    rows = [{"index": i, "text": f"a\u2028b\x85{i}", "token_ids": None, "finish_reason": "stop"} for i in range(3)]
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    assert [answer.text for answer in Run(tmp_path).read().values()] == [row["text"] for row in rows]
+
+
+def test_what_a_later_release_adds_is_left_out(tmp_path):
+    row = {"index": 0, "text": "5", "token_ids": None, "finish_reason": "stop", "new": 1}
+    (tmp_path / "generations.jsonl").write_text(json.dumps(row) + "\n")
+    assert Run(tmp_path).read()[0].text == "5"
+
+
+@pytest.mark.parametrize("odd", [{"text": 5}, {"text": None}, {"index": "0"}, {"index": True}, {"index": []}])
+def test_an_answer_of_another_kind_is_damaged(odd, tmp_path):
+    row = {"index": 0, "text": "5", "token_ids": None, "finish_reason": "stop"} | odd
+    (tmp_path / "generations.jsonl").write_text(json.dumps(row) + "\n")
     with pytest.raises(UserError, match="line 1 is damaged"):
         Run(tmp_path).read()
 

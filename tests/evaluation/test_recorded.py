@@ -112,3 +112,40 @@ def test_wrong_arguments_of_compare(data, tmp_path, words, message):
     result = invoke(compare.app, output / "base", output / "base", *words)
     assert result.exit_code == 2
     assert message in on_one_line(result.output)
+
+
+def test_a_run_is_not_compared_with_itself_by_another_name(data, tmp_path):
+    record_run(tmp_path / "runs" / "base", data, {0: "#### 0"})
+    invoke(gsm8k.app, "--score-only", "--data", data, "--output", tmp_path / "runs")
+    (tmp_path / "link").symlink_to(tmp_path / "runs" / "base")
+    result = invoke(compare.app, tmp_path / "runs" / "base", tmp_path / "link")
+    assert (result.exit_code, "named twice" in on_one_line(result.output)) == (2, True)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "null", '{"rows": 5}', '{"rows": [{"problem": 1}]}', '{"a":' * 9999])
+def test_damaged_results_are_named(content, data, tmp_path):
+    for name in ("a", "b"):
+        record_run(tmp_path / "runs" / name, data, {0: "#### 0"})
+    invoke(gsm8k.app, "--score-only", "--data", data, "--output", tmp_path / "runs")
+    (tmp_path / "runs" / "b" / "results.json").write_text(content)
+    result = invoke(compare.app, tmp_path / "runs" / "a", tmp_path / "runs" / "b")
+    assert result.exit_code == 2
+    assert "results.json is damaged" in on_one_line(result.output)
+
+
+def test_names_of_runs_are_no_markup(data, tmp_path):
+    for name in ("x[", "[red]y"):
+        record_run(tmp_path / "runs" / name, data, {0: "#### 0"})
+    invoke(gsm8k.app, "--score-only", "--data", data, "--output", tmp_path / "runs")
+    result = invoke(compare.app, tmp_path / "runs" / "x[", tmp_path / "runs" / "[red]y")
+    assert result.exit_code == 0, result.output
+    assert "[red]y" in on_one_line(result.output)
+
+
+@pytest.mark.parametrize("gold", ["NaN", "sNaN", "Infinity", "-Infinity", "five", ""])
+def test_a_gold_answer_is_a_number(gold, tmp_path):
+    file = tmp_path / "test.jsonl"
+    file.write_text(json.dumps({"question": "?", "answer": f"so #### {gold}"}) + "\n")
+    result = invoke(gsm8k.app, "--score-only", "--data", file, "--output", tmp_path / "runs")
+    assert result.exit_code == 2
+    assert "must end in a line `#### N` with a number N" in on_one_line(result.output)

@@ -101,3 +101,20 @@ def test_a_damaged_file_of_the_sweep_is_named(tmp_path):
         with pytest.raises(UserError, match="is damaged: remove it and run `llamafactory-ext sweep` again"):
             read_object(tmp_path / "sweep.json")
     assert read_object(tmp_path / "none.json") == {}
+
+
+def test_a_log_that_is_no_file_is_nobodys(tmp_path):
+    write_record(tmp_path, "train", Record("running"))
+    os.mkfifo(tmp_path / "train.log")
+    assert read_record(tmp_path, "train").state == "interrupted"
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"null", b"\xff", b'{"a":' * 9999, b'{"state": "done", "command": 5}'])
+def test_a_record_that_nobody_has_written_is_to_do(content, tmp_path):
+    (tmp_path / "train.json").write_bytes(content)
+    assert read_record(tmp_path, "train").state == "to do"
+
+
+def test_a_folder_is_no_record(tmp_path):
+    (tmp_path / "train.json").mkdir()
+    assert read_record(tmp_path, "train").state == "to do"

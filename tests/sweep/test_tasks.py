@@ -68,6 +68,42 @@ def test_a_score_belongs_to_the_content_of_its_problems_or_pairs(step, make, tmp
     assert task().record().state == "to do"
 
 
+@pytest.mark.parametrize("changed", ["loss.py", "model/config.json", "model/tokenizer.json"])
+def test_a_loss_file_or_a_model_that_has_changed_is_refused(changed, make, tmp_path):
+    (tmp_path / "model").mkdir()
+    for name in ("model/config.json", "model/tokenizer.json"):
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "loss.py").write_text(
+        "from llamafactory_ext import register_loss\n"
+        '@register_loss("of_a_sweep")\n'
+        "def of_a_sweep(pairs, *, beta: float):\n"
+        '    """Mine."""\n'
+    )
+    names = {"model_name_or_path": str(tmp_path / "model"), "pref_loss_file": str(tmp_path / "loss.py")}
+    agenda = make({"seed": [1, 2]}, **names)
+    write_sweep(agenda, Path("sweep.yaml"))
+    done(agenda.train_task(agenda.cells[0]))
+    write_sweep(agenda, Path("sweep.yaml"))
+    with (tmp_path / changed).open("a") as file:
+        file.write("\n")
+    with pytest.raises(UserError, match=f"{changed.split('/')[0]}' has changed since cells in .* were trained with it"):
+        write_sweep(make({"seed": [1, 2, 3]}, **names), Path("sweep.yaml"))
+
+
+def test_a_score_belongs_to_the_content_of_its_prompt(make, tmp_path):
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text("{question}")
+
+    def task():
+        agenda = make({"seed": [1]}, options={"prompt": str(prompt), "max_tokens": 8})
+        return agenda.cell_tasks(agenda.cells[0])[1]
+
+    done(task())
+    assert task().record().state == "done"
+    prompt.write_text("Q: {question}")
+    assert task().record().state == "to do"
+
+
 @pytest.mark.parametrize("entry", [None, 3, "pairs.jsonl", [], {}, {"file_name": None}, {"file_name": "gone.jsonl"}])
 def test_an_odd_entry_of_a_data_set_has_no_content(entry, make, tmp_path):
     (tmp_path / "dataset_info.json").write_text(json.dumps({"pairs": entry}))
@@ -146,7 +182,7 @@ def test_other_data_are_refused(make, tmp_path):
     write_sweep(agenda, Path("sweep.yaml"))  # nothing is trained yet
     done(agenda.train_task(agenda.cells[0]))
     (tmp_path / "pairs.jsonl").write_text("{}{}{}")
-    with pytest.raises(UserError, match="'pairs' has changed since"):
+    with pytest.raises(UserError, match="the data set 'pairs' has changed since"):
         write_sweep(agenda, Path("sweep.yaml"))
 
 
