@@ -68,8 +68,7 @@ def test_a_score_belongs_to_the_content_of_its_problems_or_pairs(step, make, tmp
     assert task().record().state == "to do"
 
 
-@pytest.mark.parametrize("changed", ["loss.py", "model/config.json", "model/tokenizer.json"])
-def test_a_loss_file_or_a_model_that_has_changed_is_refused(changed, make, tmp_path):
+def test_a_loss_file_or_a_model_that_has_changed_is_refused(make, tmp_path):
     (tmp_path / "model").mkdir()
     for name in ("model/config.json", "model/tokenizer.json"):
         (tmp_path / name).write_text("{}")
@@ -80,14 +79,18 @@ def test_a_loss_file_or_a_model_that_has_changed_is_refused(changed, make, tmp_p
         '    """Mine."""\n'
     )
     names = {"model_name_or_path": str(tmp_path / "model"), "pref_loss_file": str(tmp_path / "loss.py")}
+    names["pref_loss"] = "of_a_sweep"
     agenda = make({"seed": [1, 2]}, **names)
     write_sweep(agenda, Path("sweep.yaml"))
     done(agenda.train_task(agenda.cells[0]))
     write_sweep(agenda, Path("sweep.yaml"))
-    with (tmp_path / changed).open("a") as file:
-        file.write("\n")
-    with pytest.raises(UserError, match=f"{changed.split('/')[0]}' has changed since cells in .* were trained with it"):
-        write_sweep(make({"seed": [1, 2, 3]}, **names), Path("sweep.yaml"))
+    for changed, named in (("loss.py", "loss.py"), ("model/config.json", "model"), ("model/tokenizer.json", "model")):
+        written = (tmp_path / changed).read_text()
+        (tmp_path / changed).write_text(written + "\n")
+        with pytest.raises(UserError, match=f"{named}' has changed since cells in .* were trained with it"):
+            write_sweep(make({"seed": [1, 2, 3]}, **names), Path("sweep.yaml"))
+        (tmp_path / changed).write_text(written)
+    write_sweep(make({"seed": [1, 2, 3]}, **names), Path("sweep.yaml"))
 
 
 def test_a_score_belongs_to_the_content_of_its_prompt(make, tmp_path):
