@@ -11,6 +11,7 @@ import gzip
 import io
 import itertools
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -20,7 +21,7 @@ from typing import IO, Any
 
 from tqdm import tqdm
 
-from ..errors import UserError
+from ..errors import UserError, in_a_line
 from ..whole_files import whole_file, write_whole
 
 Fields = dict[str, Any]
@@ -31,6 +32,7 @@ KINDS = ".jsonl, .jsonl.gz, .json or .parquet"
 IN_FOLDERS = re.compile(r"\.(jsonl|jsonl\.gz|parquet)$")  # a .json there may be anything
 # `-00000-of-00002`, `-00000-of-00001-6f3344faa23e9b0a`, `_1`, and a number that is all of the name.
 SHARD = re.compile(r"(^|[-_])\d+([-_]of[-_]\d+)?(-[0-9a-f]{16})?$")
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 MEANINGLESS = ("", "data", "default", "part", "shard")  # names of files and folders that are no split's
 
 
@@ -58,15 +60,35 @@ def read_rows(source: str, split: str = "train") -> Iterator[Row]:
         split: the hub's or the folder's split (see `splits_of`); a file has none.
 
     Raises:
-        UserError: if there is no such source or split, or it is of another kind.
+        UserError: if there is no such source or split, it is of another kind, or cannot be read to its end.
     """
+    return _to_the_end(_rows_of(source, split), source)
+
+
+def _to_the_end(rows: Iterator[Row], source: str) -> Iterator[Row]:
+    """The rows; a source that ends within one, or is damaged, raises a sentence."""
+    number = 0
+    try:
+        for row in rows:
+            number = row.number
+            yield row
+    except UserError:
+        raise
+    except Exception as error:  # whatever the system, gzip, pyarrow or the hub's client raises
+        raise UserError(
+            f"{source!r} cannot be read beyond row {number} ({in_a_line(error)}): download it again, or name another."
+        ) from error
+
+
+def _rows_of(source: str, split: str) -> Iterator[Row]:
     path = Path(source)
-    if not path.exists():
+    if not os.path.exists(path):  # unlike Path.exists, also of a name that is too long for a file's
         if HUB_NAME.fullmatch(source) and path.suffix not in SUFFIXES:
             return _hub_rows(source, split)
         raise UserError(f"{source!r} is not there: write the path of a {KINDS} file, or owner/name of the hub.")
     if path.is_dir():
         return _folder_rows(path, split)
+    _check_content(path)
     if path.suffix == ".parquet":
         return _parquet_rows([path])
     if path.suffix == ".json":
@@ -74,6 +96,20 @@ def read_rows(source: str, split: str = "train") -> Iterator[Row]:
     if path.suffixes[-1:] == [".jsonl"] or path.suffixes[-2:] == [".jsonl", ".gz"]:
         return _line_rows(path)
     raise UserError(f"{source!r} is of no kind that can be read: name a {KINDS} file.")
+
+
+def _check_content(path: Path) -> None:
+    """Refuse what stands for a file in a git repository that was cloned without Git LFS."""
+    try:
+        with path.open("rb") as file:
+            is_pointer = path.is_file() and file.read(len(LFS_POINTER)) == LFS_POINTER
+    except OSError as error:
+        raise UserError(f"{str(path)!r} cannot be read ({in_a_line(error)}): name a {KINDS} file.") from error
+    if is_pointer:
+        raise UserError(
+            f"{str(path)!r} is not the data but a pointer of Git LFS: write `git lfs pull` in its folder, or download "
+            "the file."
+        )
 
 
 def _folder_rows(folder: Path, split: str) -> Iterator[Row]:
@@ -89,6 +125,8 @@ def _folder_rows(folder: Path, split: str) -> Iterator[Row]:
         raise UserError(
             f"the folder {str(folder)!r} has the split {split!r} as parquet and as jsonl: name a {KINDS} file."
         )
+    for path in files:
+        _check_content(path)
     if files[0].suffix == ".parquet":
         return _parquet_rows(files)
     rows = itertools.chain.from_iterable(map(_line_rows, files))
@@ -128,15 +166,19 @@ def _line_rows(path: Path) -> Iterator[Row]:
 def _parse(line: bytes) -> Fields | BadRow:
     try:
         fields = json.loads(line)
-    except ValueError:  # of JSON or of UTF-8
+    except (ValueError, RecursionError):  # of JSON or of UTF-8; lists in lists in lists
         return BadRow("not a line of JSON")
     return fields if isinstance(fields, dict) else BadRow("not a JSON object")
 
 
 def _list_rows(path: Path) -> Iterator[Row]:
+    content = path.read_bytes()
     try:
-        rows = json.loads(path.read_bytes())
-    except ValueError as error:
+        rows = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        if isinstance(_parse(content.lstrip().partition(b"\n")[0]), dict):  # a .jsonl by another name
+            yield from _line_rows(path)
+            return
         raise UserError(f"{str(path)!r} is not JSON ({error}): name a {KINDS} file.") from error
     if not isinstance(rows, list):
         raise UserError(f"{str(path)!r} holds no list of rows: name a {KINDS} file.")
@@ -150,7 +192,7 @@ def _parquet_rows(paths: list[Path]) -> Iterator[Row]:
 
     try:
         files = [pyarrow.parquet.ParquetFile(path) for path in paths]
-    except (pyarrow.ArrowInvalid, OSError) as error:
+    except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{str(paths[0])!r} cannot be read as parquet ({error}): name a {KINDS} file.") from error
     return _batched_rows(files, paths[0].name)
 
@@ -160,10 +202,20 @@ def _batched_rows(files: list[Any], name: str) -> Iterator[Row]:
     with _bar(name, sum(file.metadata.num_rows for file in files)) as bar:
         for file in files:
             for batch in file.iter_batches(batch_size=1000):
-                for fields in batch.to_pylist():
+                for fields in _fields_of(batch):
                     number += 1
                     yield Row(number, fields)
                 bar.update(batch.num_rows)
+
+
+def _fields_of(batch: Any) -> list[Fields | BadRow]:
+    """The rows of a batch of Arrow's; parquet holds texts that are not UTF-8, and times that Python has no word for."""
+    try:
+        return list(batch.to_pylist())
+    except (ValueError, OverflowError):
+        if batch.num_rows == 1:
+            return [BadRow("holds a text that is not UTF-8, or a value out of range")]
+        return [fields for number in range(batch.num_rows) for fields in _fields_of(batch.slice(number, 1))]
 
 
 def _hub_rows(name: str, split: str) -> Iterator[Row]:
@@ -190,14 +242,20 @@ def text(fields: Fields, column: str) -> str:
     """A column that must hold text.
 
     Raises:
-        BadRow: if it is missing, empty or no text.
+        BadRow: if it is missing, empty or no text, or holds half a character.
     """
     value = fields.get(column)
     if not isinstance(value, str):
         raise BadRow(f"no text in the column {column!r}")
     if not value.strip():
         raise BadRow(f"the column {column!r} is empty")
+    _check_characters(value)
     return value
+
+
+def _check_characters(value: str) -> None:
+    if not _is_utf8(value):
+        raise BadRow("holds half a character (a lone surrogate), which no tokenizer takes")
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
@@ -244,13 +302,15 @@ def write_pairs(
                 how, pair = make_pair(row, row.fields)
                 if pair["chosen"] == pair["rejected"]:
                     raise BadRow("chosen and rejected are identical")
+                line = _json(pair)
+                _check_characters(line)
             except BadRow as reason:
                 tally.count(tally.dropped, str(reason), row)
                 fields = None if isinstance(row.fields, BadRow) else row.fields
-                dropped.write(_json_line({"line": row.number, "reason": str(reason), "row": fields}))
+                dropped.write(_escaped({"line": row.number, "reason": str(reason), "row": fields}) + "\n")
             else:
                 tally.count(tally.written, how, row)
-                pairs.write(_json_line(pair))
+                pairs.write(line + "\n")
         if not tally.written:
             raise UserError(f"no row gave a pair, so nothing was written: {_most_common(tally)}.")
     if not tally.dropped:
@@ -274,12 +334,27 @@ def check_output(output: Path, overwrite: bool) -> None:
     _registered(output)
 
 
-def _json_line(fields: Fields) -> str:
-    return json.dumps(fields, ensure_ascii=False, default=str) + "\n"
+def _json(fields: Fields, **options: Any) -> str:
+    return json.dumps(fields, default=str, **{"ensure_ascii": False, **options})
 
+
+def _escaped(fields: Fields, **options: Any) -> str:
+    """As JSON that can be written, whatever is in it: half a character only as `\\ud83c`."""
+    readable = _json(fields, **options)
+    return readable if _is_utf8(readable) else _json(fields, ensure_ascii=True, **options)
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+# --- registering -----------------------------------------------------------------------------------------------------
 
 INFO = "dataset_info.json"
-# --- registering -----------------------------------------------------------------------------------------------------
 
 
 def register(output: Path, columns: Iterable[str] = ()) -> bool:
@@ -300,7 +375,7 @@ def register(output: Path, columns: Iterable[str] = ()) -> bool:
         return False
     names = {"prompt": "instruction", **{column: column for column in columns}, "chosen": "chosen"}
     info[output.stem] = {"file_name": output.name, "ranking": True, "columns": {**names, "rejected": "rejected"}}
-    write_whole(output.with_name(INFO), json.dumps(info, indent=2, ensure_ascii=False) + "\n")
+    write_whole(output.with_name(INFO), _escaped(info, indent=2) + "\n")
     return True
 
 

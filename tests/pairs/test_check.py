@@ -133,7 +133,7 @@ def test_prompts_of_the_chat_template_are_recognised(settings):
     [
         ({"stage": "sft"}, "stage 'sft' does not train on pairs"),
         ({"dataset": None}, "names no data set"),
-        ({"dataset": "absent"}, r"\['absent'\] cannot be loaded"),
+        ({"dataset": "absent"}, "Undefined dataset absent"),
         ({"template": "no_such"}, "cannot be used"),
         ({"cutof_len": 5}, "'cutof_len' is not a key.* Did you mean 'cutoff_len'"),
         ({"pref_loss": "minor"}, "Did you mean 'minor_dpo'"),
