@@ -165,7 +165,7 @@ def _load_model(settings: Settings, tokenizer: Any) -> torch.nn.Module:
 
 def _data_scores(data_args: Any, count: int) -> list[Row]:
     """What the data says of its answers; LLaMA-Factory drops the columns that it does not know, but keeps the order."""
-    from .pairs.files import BadRow
+    from .pairs.rows import BadRow
 
     (about,) = data_sets(data_args.dataset, data_args.dataset_dir)
     if about.num_samples is not None:
@@ -179,7 +179,7 @@ def _data_scores(data_args: Any, count: int) -> list[Row]:
 
 def _source_rows(about: Any, dataset_dir: str) -> Iterator[Any]:
     """The rows that LLaMA-Factory reads of a data set, in its order; none where they cannot be read like that."""
-    from .pairs.files import SUFFIXES, read_rows
+    from .pairs.rows import SUFFIXES, read_rows
 
     if about.load_from == "hf_hub":
         return read_rows(f"{about.dataset_name}:{about.subset}" if about.subset else about.dataset_name, about.split)

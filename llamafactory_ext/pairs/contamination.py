@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 
 from ..errors import UserError
-from .files import BadRow, Row, text
+from .rows import BadRow, Row, text
 
 QUESTION_COLUMNS = ("question", "query", "problem", "instruction", "prompt")
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from decimal import MAX_PREC, Context, Decimal, localcontext
 
 from .extraction import extract_answer
-from .files import BadRow, Fields, text
+from .rows import BadRow, Fields, text
 
 # The evaluation prompt of arXiv 2408.09834; a question follows on the next line.
 PROMPT = (

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from llamafactory_ext.errors import UserError
 from llamafactory_ext.pairs.contamination import NGRAM, TestSet, read_test_set
-from llamafactory_ext.pairs.files import BadRow, Row
+from llamafactory_ext.pairs.rows import BadRow, Row
 
 WORDS = [f"w{i}" for i in range(40)]
 LONG = " ".join(WORDS[:20])

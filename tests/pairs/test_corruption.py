@@ -15,13 +15,17 @@ from hypothesis import strategies as st
 
 from llamafactory_ext.pairs import extraction
 from llamafactory_ext.pairs.corruption import PROMPT, Problem, corrupt_row, corrupt_steps, make_pair, parse_solution
-from llamafactory_ext.pairs.files import BadRow
+from llamafactory_ext.pairs.rows import BadRow
 
 GSM8K = Path(os.environ.get("GSM8K_DIR", Path(__file__).parents[3] / "shared" / "data" / "gsm8k"))
 
 
 def differing_words(a: str, b: str) -> list[tuple[str, str]]:
     return [(x, y) for x, y in zip(a.split(), b.split(), strict=True) if x != y]
+
+
+def common_start(a: str, b: str) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def test_one_intermediate_result_is_changed():
@@ -101,7 +105,9 @@ def test_numbers_of_any_length_stay_numbers(number):
 
 
 TEXT = st.text(st.sampled_from("0123456789.,:/-+*x=<>$#\\ \nabc²٣\ud83c") | st.characters(), max_size=30)
-FRAGMENTS = st.sampled_from(["<<3*4=12>>12", "= 7", "\n#### 12", "The answer is: ", "= $1,200", "<<a=4:53>>", ">>5", "= 0.50"])
+FRAGMENTS = st.sampled_from(
+    ["<<3*4=12>>12", "= 7", "\n#### 12", "The answer is: ", "= $1,200", "<<a=4:53>>", ">>5", "= 0.50"]
+)
 
 
 @given(solution=st.lists(TEXT | FRAGMENTS, max_size=8).map("".join), ending=TEXT, seed=st.integers(0, 9))
@@ -113,16 +119,19 @@ def test_any_solution_gives_a_pair_or_a_reason(solution, ending, seed):
     except BadRow:
         return
     chosen, rejected = pair["chosen"], pair["rejected"]
-    start = len(os.path.commonprefix([chosen, rejected]))
-    end = len(os.path.commonprefix([chosen[start:][::-1], rejected[start:][::-1]]))
     assert chosen != rejected
+    start = common_start(chosen, rejected)
+    end = common_start(chosen[:start:-1], rejected[:start:-1])
     assert re.fullmatch(r"[\d,.]*", rejected[start : len(rejected) - end]), (chosen, rejected)
-    assert extraction.extract_answer(chosen) == extraction.extract_answer(rejected)
+    if extraction.extract_answer(chosen.rpartition("\n")[2]) is not None:
+        assert extraction.extract_answer(chosen) == extraction.extract_answer(rejected)
 
 
 def test_answers_are_read_as_the_evaluation_reads_them():
     """One reader in two places, as the evaluation runs without the package, and the package without the evaluation."""
-    assert Path(extraction.__file__).read_bytes() == (Path(__file__).parents[2] / "evaluation/extraction.py").read_bytes()
+    assert (
+        Path(extraction.__file__).read_bytes() == (Path(__file__).parents[2] / "evaluation/extraction.py").read_bytes()
+    )
 
 
 @given(

@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 
 from llamafactory_ext.errors import UserError
 from llamafactory_ext.pairs import commands
-from llamafactory_ext.pairs.files import BadRow, read_rows, register, text, whole_file, write_pairs
+from llamafactory_ext.pairs.files import register, whole_file, write_pairs
+from llamafactory_ext.pairs.rows import BadRow, read_rows, text
 
 ROWS = [{"chosen": "yes", "rejected": "no", "n": n} for n in range(5)]
 
