@@ -81,13 +81,16 @@ def data_sets(names: Sequence[str] | None, folder: str) -> list[Any]:
     """
     from llamafactory.data.parser import get_dataset_list
 
+    named: list[Any] = list(names) if isinstance(names, list | tuple) else [] if names is None else [names]
+    if not all(isinstance(name, str) for name in named):
+        raise UserError(f"dataset is {', '.join(map(repr, named))}: write names that dataset_info.json has.")
     try:
-        return get_dataset_list(list(names or []), folder)
+        return get_dataset_list(named, folder)
     except ValueError as error:
         raise UserError(f"{error} Write a `dataset` of it, and its folder as `dataset_dir`.") from error
     except (TypeError, KeyError, AttributeError) as error:
         raise UserError(
             f"the dataset_info.json in {folder!r} has no entry that LLaMA-Factory can read for each of "
-            f'{", ".join(names or [])}: write one as an object with a "file_name", a "hf_hub_url" or the like '
+            f'{", ".join(named)}: write one as an object with a "file_name", a "hf_hub_url" or the like '
             f"({type(error).__name__}: {error})."
         ) from error
