@@ -25,7 +25,8 @@ class Schedule:
         pairs: rows of the training set.
         global_batch: pairs per step on all GPUs.
         steps_per_epoch, steps, warmup_steps: optimizer steps.
-        tokens_per_step: token positions of one step, padding included: two sequences per pair, each with its prompt.
+        tokens_per_step: token positions of one step, padding included: two sequences per pair, each with its prompt,
+            and two more of the augmented pair of a refinement term.
     """
 
     pairs: int | None
@@ -62,7 +63,9 @@ def training_args_of(settings: Settings) -> SimpleNamespace:
     return args
 
 
-def make_schedule(training_args: Any, pairs: int | None, gpus: int, tokens: int) -> Schedule:
+def make_schedule(
+    training_args: Any, pairs: int | None, gpus: int, tokens: int, augmented: int | None = None
+) -> Schedule:
     """The schedule of a training.
 
     Args:
@@ -70,6 +73,7 @@ def make_schedule(training_args: Any, pairs: int | None, gpus: int, tokens: int)
         pairs: rows of the training set, None if unknown.
         gpus: of all nodes together.
         tokens: length of one sequence, prompt and answer.
+        augmented: of one with an augmented prompt, None without a refinement term.
     """
     micro, accumulation = training_args.per_device_train_batch_size, training_args.gradient_accumulation_steps
     per_epoch = None if pairs is None else steps_per_epoch(pairs, micro, accumulation, gpus)
@@ -85,7 +89,7 @@ def make_schedule(training_args: Any, pairs: int | None, gpus: int, tokens: int)
         steps_per_epoch=per_epoch,
         steps=steps,
         warmup_steps=None if steps is None else _warmup_steps(training_args, steps),
-        tokens_per_step=2 * global_batch * padded(tokens),
+        tokens_per_step=2 * global_batch * (padded(tokens) + (0 if augmented is None else padded(augmented))),
     )
 
 
