@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError, in_a_line
-from ..recipe import data_sets
+from ..recipe import check_sizes, data_sets
 from .rows import SUFFIXES, BadRow, Fields, is_utf8, read_rows
 
 
@@ -61,10 +61,7 @@ def load_pairs(model_args: Any, data_args: Any) -> Any:
     from transformers import TrainingArguments
 
     descriptions = data_sets(data_args.dataset, data_args.dataset_dir)
-    for key in ("max_samples", "preprocessing_num_workers", "cutoff_len"):
-        value = getattr(data_args, key)
-        if value is not None and (type(value) is not int or value < 1):
-            raise UserError(f"{key} is {value!r}: write a whole number of at least 1.")
+    check_sizes(data_args)
     training_args = TrainingArguments(output_dir="unused", report_to="none", use_cpu=True)
     try:
         return _get_merged_dataset(data_args.dataset, model_args, data_args, training_args, stage="rm")

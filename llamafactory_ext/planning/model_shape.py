@@ -171,6 +171,8 @@ def lora_adapter(model: ModelShape, targets: list[str], rank: int, dora: bool = 
     Raises:
         UserError: if there is no layer of that kind or name.
     """
+    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+        raise UserError(f"lora_target is {targets!r}: write all, or names of layers.")
     known = ", ".join(sorted({name.rpartition(".")[2] for name in model.matrices}))
     if targets == ["all"] and not model.linear:
         instead = f"name layers with lora_target, of {known}" if known else "write `finetuning_type: full`"

@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..recipe import Settings, parse_recipe
+from ..recipe import Settings, check_sizes, parse_recipe
 from .engine import FLOAT16, FLOAT32, read_engine
 from .memory import GIB, memory_parts, model_states, reference_bytes
 from .model_shape import lora_adapter, read_model
@@ -92,6 +93,7 @@ def make_plan(
         raise UserError(f"tokens is {tokens}: write the typical length of one sequence, at least 1.")
 
     model_args, data_args, finetuning_args = parse_recipe(settings)
+    check_sizes(data_args)
     training_args = training_args_of(settings)
     _check_supported(model_args, finetuning_args, training_args)
 
@@ -199,15 +201,15 @@ def _sr_tokens(model_args: Any, finetuning_args: Any, notes: list[str]) -> int |
     text = finetuning_args.refinement_prompt
     if text is None:
         return None
-    try:
+    with suppress(Exception):  # whatever transformers raises where only a configuration is there
         tokenizer = AutoTokenizer.from_pretrained(
             model_args.model_name_or_path, trust_remote_code=model_args.trust_remote_code
         )
-        return len(tokenizer.encode(text, add_special_tokens=False))
-    except Exception:  # whatever transformers raises: only a configuration is there
-        tokens = math.ceil(len(text.encode()) / BYTES_PER_TOKEN)
-        notes.append(f"The tokenizer cannot be loaded: sr_prompt is counted as {tokens} tokens.")
-        return tokens
+        if len(tokenizer) > 100:  # transformers 5 makes an empty one of nothing
+            return len(tokenizer.encode(text, add_special_tokens=False))
+    tokens = math.ceil(len(text.encode()) / BYTES_PER_TOKEN)
+    notes.append(f"The tokenizer cannot be loaded: sr_prompt is counted as {tokens} tokens.")
+    return tokens
 
 
 def _asks_beforehand(

@@ -12,8 +12,9 @@ from types import SimpleNamespace
 from typing import Any
 
 from ..errors import UserError
-from ..recipe import Settings, data_sets
+from ..recipe import Settings, check_numbers, data_sets
 
+WARMUP = ("warmup_steps", "warmup_ratio")
 PAD_TO = 8  # LLaMA-Factory's collator pads to a multiple of it
 
 
@@ -55,6 +56,7 @@ def training_args_of(settings: Settings) -> SimpleNamespace:
     from llamafactory.hparams import TrainingArguments
 
     defaults = {field.name: field.default for field in fields(TrainingArguments) if field.default is not MISSING}
+    check_numbers(settings, {"max_steps": int, "num_train_epochs": float} | dict.fromkeys(WARMUP, float | None))
     args = SimpleNamespace(**{**defaults, **settings, "do_train": True})
     for key in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
         value = getattr(args, key)
@@ -143,10 +145,12 @@ def count_pairs(data_args: Any, notes: list[str]) -> int | None:
 def _rows_of(path: Path) -> int | None:
     """Rows of a file, or of all files of a folder; None where there is none yet, or no cheap way to count."""
     files = sorted(path.iterdir()) if path.is_dir() else [path]
-    if not all(file.is_file() for file in files):
+    if not all(file.is_file() and file.suffix in COUNTERS for file in files):
         return None
-    counts = [COUNTERS[file.suffix](file) for file in files if file.suffix in COUNTERS]
-    return sum(counts) if len(counts) == len(files) else None
+    try:
+        return sum(COUNTERS[file.suffix](file) for file in files)
+    except Exception:  # whatever a damaged file raises: `data check` says where
+        return None
 
 
 def _json_rows(file: Path) -> int:

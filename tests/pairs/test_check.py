@@ -260,7 +260,7 @@ def test_pairs_of_a_refinement_term_are_counted_as_trained(settings):
     ("changes", "message"),
     [
         ({"max_samples": -1}, "max_samples is -1: write a whole number of at least 1"),
-        ({"max_samples": "all"}, "max_samples is 'all': write"),
+        ({"max_samples": "all"}, "max_samples is 'all': write a whole number"),
         ({"cutoff_len": 0}, "cutoff_len is 0: write"),
         ({"preprocessing_num_workers": 0}, "preprocessing_num_workers is 0: write"),
         ({"dataset": 3}, "dataset is 3: write names"),

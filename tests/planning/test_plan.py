@@ -403,6 +403,25 @@ def test_pairs_are_counted_where_files_are_local(changes, pairs, qwen, long_pair
     assert (plan.schedule.steps is None) is (pairs is None)
 
 
+DAMAGED = {
+    "a.jsonl": b"\xff",
+    "a.json": b"[1,",
+    "b.json": b"[" * 100_000,
+    "a.csv": b"\xff",
+    "a.parquet": b"PAR1",
+    "a.jsonl.gz": b"a",
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_pairs_of_a_damaged_file_are_not_known(name, qwen, tmp_path):
+    (tmp_path / name).write_bytes(DAMAGED[name])
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"a": {"file_name": name}}), encoding="utf-8")
+    plan = make_plan(qwen(dataset_dir=str(tmp_path), dataset="a"), 1, 80)
+    assert plan.schedule.pairs is None
+    assert f"The number of pairs is not known: '{name}' is no local file that can be counted" in plan.notes[0]
+
+
 def test_tokens_of_a_step(qwen):
     recipe = qwen(cutoff_len=510, max_steps=100)
     schedule = make_plan(recipe, 8, 80).schedule
@@ -467,6 +486,18 @@ def test_steps_are_those_of_a_run(model, data, tmp_path):
         ({"fsdp": "full_shard auto_wrap", "zero": 3}, "exclude each other"),
         ({"per_device_train_batch_size": 1.5}, "whole number"),
         ({"gradient_accumulation_steps": 0}, "whole number"),
+        ({"deepspeed": 3}, "write the path of a JSON file"),
+        ({"max_steps": "1e3"}, "max_steps is '1e3': write a whole number, or remove it"),
+        ({"max_steps": None, "num_train_epochs": "3"}, "num_train_epochs is '3': write a number"),
+        ({"warmup_ratio": float("nan")}, "warmup_ratio is nan: write a number"),
+        ({"cutoff_len": 2.5}, r"cutoff_len is 2\.5: write a whole number"),
+        ({"cutoff_len": []}, r"cutoff_len is \[\]: write a whole number"),
+        ({"val_size": "1e-1"}, "val_size is '1e-1': write a number"),
+        ({"max_samples": -1}, "max_samples is -1: write a whole number of at least 1"),
+        ({"finetuning_type": "lora", "lora_rank": "8"}, "lora_rank is '8': write a whole number"),
+        ({"finetuning_type": "lora", "lora_target": 3}, "lora_target is 3: write all, or names of layers"),
+        ({"finetuning_type": "qlora"}, "Invalid fine-tuning method"),
+        ({"model_name_or_path": ["a"]}, r"model_name_or_path is \['a'\]: write a path or a name"),
         ({"pref_loss": "nonsense"}, "pref_loss 'nonsense' is unknown"),
         ({"dataset": "nothing"}, "Write a `dataset` of it"),
     ],
