@@ -64,6 +64,11 @@ def test_what_looks_alike_is_alike(one, other):
     assert words(one) == words(other) != ()
 
 
+@given(st.text(st.characters(max_codepoint=127)))
+def test_ascii_is_read_as_any_script_is(question):
+    assert (*words(question), "é") == words(f"{question} é")
+
+
 def test_words_are_whole_in_any_script():
     assert words("हिन्दी में कितने") == ("हिन्दी", "में", "कितने")
     assert words("사과가 몇 개 있나요?") == ("사과가", "몇", "개", "있나요")

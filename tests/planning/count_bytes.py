@@ -73,6 +73,8 @@ class CountingTrainer(PreferenceTrainer):
         _, self.counts["reference pass"] = peak_of(super().compute_reference_logps)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        if self.finetuning_args.refinement_prompt is None:
+            return super().get_batch_samples(*args, **kwargs)
         result, peak = peak_of(lambda: super(CountingTrainer, self).get_batch_samples(*args, **kwargs))
         self.counts["augmented pass"] = max(peak, self.counts.get("augmented pass", 0))
         return result
