@@ -110,7 +110,8 @@ def plan(
 
     llamafactory-ext plan recipe.yaml finetuning_type=lora per_device_train_batch_size=1 --gpu-memory 24
     """
-    from .planning.plan import alternatives, make_plan, render
+    from .planning.display import render
+    from .planning.plan import alternatives, make_plan
     from .recipe import read_recipe
 
     settings = read_recipe(recipe)

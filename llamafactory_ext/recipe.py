@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_args, get_type_hints
 
 from .errors import UserError
 
@@ -62,11 +64,48 @@ def parse_recipe(settings: Settings) -> tuple[Any, Any, Any]:
             raise UserError(f"{key!r} is not a key that LLaMA-Factory or the plugin knows: remove it.{hint}")
 
     parser = HfArgumentParser(kinds)
+    hints = {name: hint for kind in kinds for name, hint in get_type_hints(kind).items()}
     try:
         model_args, data_args, finetuning_args = parser.parse_dict({k: v for k, v in settings.items() if k in ours})
-    except (ValueError, TypeError) as error:
-        raise UserError(str(error)) from error
+    except (ValueError, TypeError, AttributeError, AssertionError) as error:
+        check_numbers(settings, hints)  # which the checks of LLaMA-Factory take for granted
+        raise UserError(str(error) or type(error).__name__) from error
+    check_numbers(settings, hints)
+    for key in ("model_name_or_path", "ref_model", "dataset_dir"):
+        if not isinstance(settings.get(key, ""), str | None):
+            raise UserError(f"{key} is {settings[key]!r}: write a path or a name.")
     return model_args, data_args, finetuning_args
+
+
+def check_numbers(settings: Settings, hints: dict[str, Any]) -> None:
+    """Refuse what is no number, or none that a key may have; no library does, and all calculate with them.
+
+    Args:
+        settings: a recipe's.
+        hints: the types of the keys that may be checked.
+
+    Raises:
+        UserError: for a text such as `1e3`, which YAML takes for no number, an empty value, or half a step.
+    """
+    for key in settings.keys() & hints.keys():
+        value, allowed = settings[key], set(get_args(hints[key])) or {hints[key]}
+        if not allowed <= {int, float, NoneType}:
+            continue
+        is_number = isinstance(value, int) or (float in allowed and isinstance(value, float) and math.isfinite(value))
+        if not is_number and not (value is None and NoneType in allowed):
+            raise UserError(f"{key} is {value!r}: write a {'' if float in allowed else 'whole '}number, or remove it.")
+
+
+def check_sizes(data_args: Any) -> None:
+    """Refuse sizes with which no data set is left.
+
+    Raises:
+        UserError: for a number below 1.
+    """
+    for key in ("max_samples", "preprocessing_num_workers", "cutoff_len"):
+        value = getattr(data_args, key)
+        if value is not None and value < 1:
+            raise UserError(f"{key} is {value}: write a whole number of at least 1.")
 
 
 def data_sets(names: Sequence[str] | None, folder: str) -> list[Any]:
@@ -81,13 +120,16 @@ def data_sets(names: Sequence[str] | None, folder: str) -> list[Any]:
     """
     from llamafactory.data.parser import get_dataset_list
 
+    named: list[Any] = list(names) if isinstance(names, list | tuple) else [] if names is None else [names]
+    if not all(isinstance(name, str) for name in named):
+        raise UserError(f"dataset is {', '.join(map(repr, named))}: write names that dataset_info.json has.")
     try:
-        return get_dataset_list(list(names or []), folder)
+        return get_dataset_list(named, folder)
     except ValueError as error:
         raise UserError(f"{error} Write a `dataset` of it, and its folder as `dataset_dir`.") from error
     except (TypeError, KeyError, AttributeError) as error:
         raise UserError(
             f"the dataset_info.json in {folder!r} has no entry that LLaMA-Factory can read for each of "
-            f'{", ".join(names or [])}: write one as an object with a "file_name", a "hf_hub_url" or the like '
+            f'{", ".join(named)}: write one as an object with a "file_name", a "hf_hub_url" or the like '
             f"({type(error).__name__}: {error})."
         ) from error

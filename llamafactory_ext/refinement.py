@@ -87,6 +87,15 @@ class AugmentingProcessor(PairwiseDatasetProcessor):
             )
 
 
+def model_context(model_args: Any) -> int | None:
+    """The most tokens that the model takes; unknown where the recipe stretches it."""
+    from llamafactory.model import load_config
+
+    if model_args.rope_scaling is not None:
+        return None
+    return getattr(load_config(model_args).get_text_config(), "max_position_embeddings", None)
+
+
 def augment(messages: Sequence[dict[str, str]], sr_prompt: str) -> list[dict[str, str]]:
     """The conversation with p in front of its first message, which is the user's."""
     if not messages:

@@ -8,14 +8,14 @@ moment, the same command goes on.
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import hashes
-from .errors import UserError
+from .errors import UserError, in_a_line
 from .pairs.dialogues import SCORES
 from .recipe import Settings, data_sets, parse_recipe
 from .score_file import Row, ScoreFile, check_output
@@ -109,7 +109,7 @@ def load_scorer(settings: Settings, reference_settings: Settings) -> Scorer:
     from llamafactory.data import PairwiseDataCollatorWithPadding
     from llamafactory.data.processor import PairwiseDatasetProcessor
 
-    from .pairs.check import load_pairs, tokenizer_and_template
+    from .pairs.loading import load_pairs, load_tokenization
     from .reference import match_precision
     from .refinement import AugmentingCollator, AugmentingProcessor
 
@@ -120,14 +120,15 @@ def load_scorer(settings: Settings, reference_settings: Settings) -> Scorer:
     if not loss.needs_reference:
         raise UserError(f"pref_loss {loss.name!r} has no reference to score against: write another pref_loss.")
 
-    tokenizer, template, _ = tokenizer_and_template(model_args, data_args)
-    about = {"template": template, "tokenizer": tokenizer, "processor": None, "data_args": data_args}
+    tools = load_tokenization(model_args, data_args)
+    tokenization = {"template": tools.template, "tokenizer": tools.tokenizer, "processor": tools.processor}
+    about = {**tokenization, "data_args": data_args}
     if sr_prompt is None:
         processor, collator_class = PairwiseDatasetProcessor(**about), PairwiseDataCollatorWithPadding
     else:
         processor, collator_class = AugmentingProcessor(**about, sr_prompt=sr_prompt), AugmentingCollator
     rows = load_pairs(model_args, data_args)
-    policy, reference = (_load_model(each, tokenizer) for each in (settings, reference_settings))
+    policy, reference = (_load_model(each, tools.tokenizer) for each in (settings, reference_settings))
     match_precision(reference, policy, autocast=None)
     return Scorer(
         policy=policy,
@@ -137,9 +138,7 @@ def load_scorer(settings: Settings, reference_settings: Settings) -> Scorer:
         beta=finetuning_args.pref_beta,
         rows=rows,
         processor=processor,
-        collator=collator_class(
-            template=template, model=policy, tokenizer=tokenizer, pad_to_multiple_of=8, label_pad_token_id=-100
-        ),
+        collator=collator_class(**tokenization, model=policy, pad_to_multiple_of=8, label_pad_token_id=-100),
         data_scores=_data_scores(data_args, len(rows)),
     )
 
@@ -151,9 +150,8 @@ def _load_model(settings: Settings, tokenizer: Any) -> torch.nn.Module:
     model_args.device_map = "auto"
     try:
         model = load_model(tokenizer, model_args, finetuning_args, is_trainable=False).eval()
-    except OSError as error:
-        name = model_args.model_name_or_path
-        raise UserError(f"the model {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # whatever transformers, peft and the readers of weights raise
+        raise UserError(f"the model {model_args.model_name_or_path!r} cannot be loaded: {in_a_line(error)}") from error
     if model_args.infer_dtype != "auto" and getattr(model, "quantization_method", None) is None:
         model.to(model_args.compute_dtype)  # LLaMA-Factory leaves a half-precision checkpoint as it is
     return model
@@ -161,31 +159,27 @@ def _load_model(settings: Settings, tokenizer: Any) -> torch.nn.Module:
 
 def _data_scores(data_args: Any, count: int) -> list[Row]:
     """What the data says of its answers; LLaMA-Factory drops the columns that it does not know, but keeps the order."""
-    from .pairs.files import BadRow
+    from .pairs.rows import BadRow
 
     (about,) = data_sets(data_args.dataset, data_args.dataset_dir)
     if about.num_samples is not None:
         return [{}] * count  # a random choice, whose order is not the file's
     scores = []
-    for row, _ in zip(_source_rows(about, data_args.dataset_dir), range(count), strict=False):
-        fields = {} if isinstance(row.fields, BadRow) else row.fields
-        scores.append({name: fields[name] for name in SCORES if name in fields})
+    with suppress(UserError):  # what LLaMA-Factory has loaded, but this package does not read
+        for row, _ in zip(_source_rows(about, data_args.dataset_dir), range(count), strict=False):
+            fields = {} if isinstance(row.fields, BadRow) else row.fields
+            scores.append({name: fields[name] for name in SCORES if name in fields})
     return scores if len(scores) == count else [{}] * count
 
 
 def _source_rows(about: Any, dataset_dir: str) -> Iterator[Any]:
     """The rows that LLaMA-Factory reads of a data set, in its order; none where they cannot be read like that."""
-    from .pairs.files import SUFFIXES, read_rows
+    from .pairs.loading import source_files
+    from .pairs.rows import read_rows
 
     if about.load_from == "hf_hub":
         return read_rows(f"{about.dataset_name}:{about.subset}" if about.subset else about.dataset_name, about.split)
-    if about.load_from != "file":
-        return iter(())
-    path = Path(dataset_dir, about.dataset_name)
-    files = [path / name for name in os.listdir(path)] if path.is_dir() else [path]  # of every split, as they come
-    if any(file.suffix not in SUFFIXES for file in files):
-        return iter(())
-    return itertools.chain.from_iterable(read_rows(str(file)) for file in files)
+    return itertools.chain.from_iterable(read_rows(str(file)) for file in source_files(about, dataset_dir))
 
 
 # --- scoring ---------------------------------------------------------------------------------------------------------
@@ -195,7 +189,7 @@ def _score(scorer: Scorer, indices: list[int]) -> list[Row]:
     """The results of some pairs; one that LLaMA-Factory skips has only its index and says so."""
     features, scored, results = [], [], []
     for index in indices:
-        encoded = scorer.processor.preprocess_dataset({name: [value] for name, value in scorer.rows[index].items()})
+        encoded = _encode(scorer, index)
         if encoded.get("chosen_input_ids"):
             features.append({name: values[0] for name, values in encoded.items()})
             scored.append(index)
@@ -209,6 +203,15 @@ def _score(scorer: Scorer, indices: list[int]) -> list[Row]:
         values = {name: values[position] for name, values in columns.items()}
         results.append({"index": index, "skipped": False, **values, **scorer.data_scores[index]})
     return results
+
+
+def _encode(scorer: Scorer, index: int) -> dict[str, list[Any]]:
+    row = {name: [value] for name, value in scorer.rows[index].items()}
+    try:
+        encoded: dict[str, list[Any]] = scorer.processor.preprocess_dataset(row)
+    except Exception as error:  # whatever the tokenizer, the template or a picture's file raises
+        raise UserError(f"a training would stop at row {index + 1}, too: {in_a_line(error)}") from error
+    return encoded
 
 
 def _columns(scorer: Scorer, batch: Any) -> dict[str, list[Any]]:

@@ -134,7 +134,7 @@ def _augmenting(sr_prompt: str, model_args: Any) -> list[tuple[ModuleType, str, 
     from llamafactory.data import loader
     from llamafactory.train.dpo import workflow
 
-    from .refinement import AugmentingCollator, AugmentingProcessor, check_augmented
+    from .refinement import AugmentingCollator, AugmentingProcessor, check_augmented, model_context
 
     @functools.wraps(workflow.get_dataset)
     def get_dataset(*args: Any, **kwargs: Any) -> Any:
@@ -145,21 +145,12 @@ def _augmenting(sr_prompt: str, model_args: Any) -> list[tuple[ModuleType, str, 
         return module
 
     stock_get_dataset = workflow.get_dataset
-    processor = functools.partial(AugmentingProcessor, sr_prompt=sr_prompt, context=_context(model_args))
+    processor = functools.partial(AugmentingProcessor, sr_prompt=sr_prompt, context=model_context(model_args))
     return [
         (loader, "PairwiseDatasetProcessor", processor),
         (workflow, "PairwiseDataCollatorWithPadding", AugmentingCollator),
         (workflow, "get_dataset", get_dataset),
     ]
-
-
-def _context(model_args: Any) -> int | None:
-    """The most tokens that the model takes; unknown where the recipe stretches it."""
-    from llamafactory.model import load_config
-
-    if model_args.rope_scaling is not None:
-        return None
-    return getattr(load_config(model_args).get_text_config(), "max_position_embeddings", None)
 
 
 class _replaced:  # noqa: N801  (reads as a verb)

@@ -17,7 +17,11 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import is_torchvision_available
 
 from llamafactory_ext import PairLogps
+from llamafactory_ext.errors import UserError
+from llamafactory_ext.pairs.check import check_pairs
 from llamafactory_ext.refinement import is_joinable
+from llamafactory_ext.score import score_pairs
+from llamafactory_ext.score_file import read_scores
 
 SR_PROMPT = "Rate 9 of 9: "
 # As the templates of LLaMA-Factory write a system message and one turn.
@@ -167,6 +171,38 @@ def test_accumulation_leaves_the_refinement_as_it_is(dataset, refined):
     for name in ("loss", "sr/refinement", "sr/augmented_margins"):
         near = AS_LOGGED if name == "loss" else 1e-5
         assert together[name] == pytest.approx(sum(log[name] for log in alone) / 4, abs=near), name
+
+
+@pytest.mark.parametrize("dataset", ["pictures", "texts"])
+def test_pairs_are_checked_and_scored_as_trained(dataset, family, models, data, tmp_path, plain_pairs):
+    """Also pairs of text alone, for which a vision model's template asks for its processor."""
+    settings = recipe(models[0], family, data, tmp_path / "out", dataset=dataset, default_system="Add.")
+    report = check_pairs(settings)
+    assert (report.pairs, report.stop, report.found_problems) == (8, "", False)
+    assert report.notes["copies of another pair"] == 0
+
+    pairs = plain_pairs(dataset)
+    scored = settings | {"ref_model": str(models[1]), "pref_loss": "sr_dpo", "sr_prompt": SR_PROMPT}
+    list(score_pairs({**scored, "infer_dtype": "float32"}, tmp_path / "scores.jsonl", batch_size=3))
+    rows = read_scores(tmp_path / "scores.jsonl")
+    for name, values in {
+        "chosen_logp": pairs.policy_chosen,
+        "margin": pairs.margin,
+        "refinement": pairs.refinement,
+    }.items():
+        assert [row[name] for row in rows] == pytest.approx(values.tolist(), rel=1e-4, abs=1e-4), name
+
+
+def test_a_picture_that_is_not_there_is_a_row_at_which_the_training_stops(family, models, data, tmp_path):
+    rows = (data / "pictures.jsonl").read_text(encoding="utf-8").splitlines()
+    (tmp_path / "pictures.jsonl").write_text(f"{rows[1]}\n{rows[0].replace('.png', '.gone')}\n", encoding="utf-8")
+    (tmp_path / "dataset_info.json").write_bytes((data / "dataset_info.json").read_bytes())
+    settings = recipe(models[0], family, tmp_path, tmp_path / "out")
+    report = check_pairs(settings)
+    assert report.problems["rows at which the training stops"] == 1
+    assert "row 2: " in report.stop
+    with pytest.raises(UserError, match="a training would stop at row 2, too: "):
+        list(score_pairs(settings | {"ref_model": str(models[1])}, tmp_path / "scores.jsonl"))
 
 
 def test_pictures_show_in_the_answers(family, models, data):

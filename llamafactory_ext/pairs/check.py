@@ -8,9 +8,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UserError
-from ..recipe import UNCUT, Settings, data_sets, parse_recipe
-from .contamination import TestSet
+from ..errors import UserError, in_a_line
+from ..recipe import UNCUT, Settings, parse_recipe
+from .contamination import CHARACTERS, NGRAM, TestSet
+from .loading import Tokenization, load_pairs, load_tokenization
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,7 +20,9 @@ PERCENTILES = (0, 5, 25, 50, 75, 95, 99, 100)
 
 # What is measured of each pair.
 FLAGS = ("empty", "identical", "identical_cut", "truncated", "same_question", "similar_question")
-COUNTS = ("prompt", "chosen", "rejected", "longer", "stock", "common")
+COUNTS = ("prompt", "chosen", "rejected", "longer", "augmented", "stock", "common")
+SIMILAR = f"{NGRAM} words or {CHARACTERS} characters in common with a test question"
+NOT_MEASURED = {**dict.fromkeys(FLAGS, False), **dict.fromkeys(COUNTS, 0), "pair": "", "question": ""}
 
 
 @dataclass(frozen=True)
@@ -28,14 +31,17 @@ class Report:
 
     Args:
         pairs: how many pairs the recipe's data sets hold.
-        problems: what spoils a training, as name -> number of pairs.
+        problems: what spoils or stops a training, as name -> number of pairs.
         notes: what is worth knowing, as name -> number of pairs.
-        tokens: of the prompt, each answer and the longer sequence, before truncation: name -> percentiles.
-        stock_tokens: tokens per pair as LLaMA-Factory lays them out, after truncation (mean).
+        tokens: of the prompt, each answer and the longer sequence, before truncation: name -> percentiles; of a loss
+            with a refinement term also those of the longer augmented sequence, as trained.
+        stock_tokens: tokens per pair as LLaMA-Factory lays them out, after truncation (mean), the augmented pair's
+            included.
         shared_tokens: the same with the common prefix of prompt and answers only once (mean).
         cutoff_len: where sequences are cut.
         template: how the training's prompts differ from those of the tokenizer's own chat template; empty if they
             are the same.
+        stop: the first row at which a training would stop, and why; empty if there is none.
     """
 
     pairs: int
@@ -46,6 +52,7 @@ class Report:
     shared_tokens: float
     cutoff_len: int
     template: str
+    stop: str
 
     @property
     def found_problems(self) -> bool:
@@ -66,18 +73,21 @@ def check_pairs(settings: Settings, test_set: TestSet | None = None) -> Report:
 
     if settings.get("stage", "dpo") not in ("dpo", "rm"):
         raise UserError(f"stage {settings['stage']!r} does not train on pairs: check a recipe with `stage: dpo`.")
-    model_args, data_args, _ = parse_recipe({"stage": "dpo", **settings})
+    model_args, data_args, finetuning_args = parse_recipe({"stage": "dpo", **settings})
     if data_args.dataset is None:
         raise UserError("the recipe names no data set: write `dataset:` and `dataset_dir:`.")
     data_args.streaming = False
 
-    tokenizer, template, own_template = tokenizer_and_template(model_args, data_args)
+    tools = load_tokenization(model_args, data_args)
     pairs = load_pairs(model_args, data_args)
-    difference = _template_difference(pairs, template, tokenizer, own_template)
+    difference = _template_difference(pairs, tools)
+    sr_prompt = finetuning_args.refinement_prompt if settings.get("stage", "dpo") == "dpo" else None
+    context = _context(model_args) if sr_prompt is not None else None
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     measures = pairs.map(
-        _Measure(template, tokenizer, data_args, test_set),
+        _Measure(tools, data_args, test_set, sr_prompt, context),
+        with_indices=True,
         remove_columns=pairs.column_names,
         num_proc=data_args.preprocessing_num_workers,
         load_from_cache_file=False,
@@ -86,66 +96,51 @@ def check_pairs(settings: Settings, test_set: TestSet | None = None) -> Report:
     return _report(measures, data_args.cutoff_len, difference)
 
 
-# --- loading, by LLaMA-Factory's own functions -----------------------------------------------------------------------
-
-
-def tokenizer_and_template(model_args: Any, data_args: Any) -> tuple[Any, Any, str | None]:
-    """The tokenizer, LLaMA-Factory's template, and the chat template that the tokenizer came with.
-
-    Raises:
-        UserError: if the tokenizer cannot be loaded, or there is no such template.
-    """
-    from llamafactory.data import get_template_and_fix_tokenizer
-    from llamafactory.model import load_tokenizer
+def _context(model_args: Any) -> int | None:
+    from ..refinement import model_context
 
     try:
-        tokenizer = load_tokenizer(model_args)["tokenizer"]
-        own_template = tokenizer.chat_template
-        template = get_template_and_fix_tokenizer(tokenizer, data_args)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"the tokenizer of {model_args.model_name_or_path!r} cannot be used: {str(error).splitlines()[0]}"
-        ) from error
-    return tokenizer, template, own_template
+        return model_context(model_args)
+    except Exception as error:  # whatever transformers raises
+        name = model_args.model_name_or_path
+        raise UserError(f"the configuration of {name!r} cannot be read: {in_a_line(error)}") from error
 
 
-def load_pairs(model_args: Any, data_args: Any) -> Any:
-    """The pairs of the recipe's data sets in LLaMA-Factory's standard format, none skipped yet.
+# --- looking at templates --------------------------------------------------------------------------------------------
 
-    Raises:
-        UserError: if they cannot be loaded.
-    """
-    from llamafactory.data.loader import _get_merged_dataset
-    from transformers import TrainingArguments
-
-    data_sets(data_args.dataset, data_args.dataset_dir)
-    training_args = TrainingArguments(output_dir="unused", report_to="none", use_cpu=True)
-    try:
-        return _get_merged_dataset(data_args.dataset, model_args, data_args, training_args, stage="rm")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"the data sets {data_args.dataset} cannot be loaded: {error}") from error
+MEDIA = ("_images", "_videos", "_audios")
 
 
-def _template_difference(pairs: Any, template: Any, tokenizer: Any, own_template: str | None) -> str:
+def _template_difference(pairs: Any, tools: Tokenization) -> str:
     """Where the first prompts part from what the tokenizer's own chat template makes of them, or an empty text."""
-    if own_template is None:
+    if tools.chat_template is None:
         return ""  # LLaMA-Factory saves its own with the model then
     for row in pairs.select(range(min(8, len(pairs)))):
-        if len(row["_prompt"]) % 2 == 0 or not row["_response"]:  # LLaMA-Factory skips it
+        if len(row["_prompt"]) % 2 == 0 or not row["_response"] or any(row[name] for name in MEDIA):
+            continue  # LLaMA-Factory skips it, or there is more than text
+        try:
+            messages = row["_prompt"] + row["_response"][:1]
+            ours, _ = tools.template.encode_oneturn(tools.tokenizer, messages, row["_system"], "")
+        except Exception:  # the training stops at this row, which is found below
             continue
         system = [{"role": "system", "content": row["_system"]}] if row["_system"] else []
-        own = tokenizer.apply_chat_template(
-            system + row["_prompt"], chat_template=own_template, add_generation_prompt=True, return_dict=False
-        )
-        ours, _ = template.encode_oneturn(tokenizer, row["_prompt"] + row["_response"][:1], row["_system"], "")
+        try:
+            own = tools.tokenizer.apply_chat_template(
+                system + row["_prompt"],
+                chat_template=tools.chat_template,
+                add_generation_prompt=True,
+                return_dict=False,
+            )
+        except Exception as error:  # whatever a template raises: Gemma's, that there is no system message
+            return f"training: {_excerpt(tools, ours, 0)} chat template: refuses the messages ({in_a_line(error)})"
         if ours != own:
             at = common_prefix(ours, own)
-            start = max(0, at - 8)
-            return (
-                f"training: …{tokenizer.decode(ours[start : at + 12])!r}… "
-                f"chat template: …{tokenizer.decode(own[start : at + 12])!r}…"
-            )
+            return f"training: {_excerpt(tools, ours, at)} chat template: {_excerpt(tools, own, at)}"
     return ""
+
+
+def _excerpt(tools: Tokenization, ids: Sequence[int], at: int) -> str:
+    return f"…{tools.tokenizer.decode(ids[max(0, at - 8) : at + 12])!r}…"
 
 
 # --- looking at pairs ------------------------------------------------------------------------------------------------
@@ -160,34 +155,50 @@ def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
 class _Measure:
     """Maps a pair in LLaMA-Factory's standard format to what `_report` counts; picklable, for several processes."""
 
-    def __init__(self, template: Any, tokenizer: Any, data_args: Any, test_set: TestSet | None) -> None:
+    def __init__(
+        self, tools: Tokenization, data_args: Any, test_set: TestSet | None, sr_prompt: str | None, context: int | None
+    ) -> None:
         from llamafactory.data.processor import PairwiseDatasetProcessor
 
-        def processor(data_args: Any) -> Any:
-            return PairwiseDatasetProcessor(template, tokenizer, processor=None, data_args=data_args)
+        from ..refinement import AugmentingProcessor
 
-        self.cut, self.whole = processor(data_args), processor(replace(data_args, cutoff_len=UNCUT))
+        about = (tools.template, tools.tokenizer, tools.processor)
+        self.whole = PairwiseDatasetProcessor(*about, replace(data_args, cutoff_len=UNCUT))
+        self.augments = sr_prompt is not None
+        if sr_prompt is None:
+            self.cut = PairwiseDatasetProcessor(*about, data_args)
+        else:
+            self.cut = AugmentingProcessor(*about, data_args, sr_prompt=sr_prompt, context=context)
         self.test_set = test_set
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+    def __call__(self, row: dict[str, Any], index: int) -> dict[str, Any]:
+        try:
+            measured = self._measure(row)
+        except Exception as error:  # whatever the tokenizer, the template or a picture's file raises
+            return {**NOT_MEASURED, "kind": "stops", "stop": f"row {index + 1}: {in_a_line(error)}"}
+        return {**NOT_MEASURED, **measured, "kind": "valid" if measured else "skipped", "stop": ""}
+
+    def _measure(self, row: dict[str, Any]) -> dict[str, Any]:
+        """What is known of a pair; nothing where LLaMA-Factory skips it."""
         batch = {name: [value] for name, value in row.items()}
         encoded = self.whole.preprocess_dataset(batch)
         if not encoded:
-            return dict.fromkeys(FLAGS, False) | dict.fromkeys(COUNTS, 0) | {"valid": False, "pair": "", "question": ""}
+            return {}
 
         prompt = _count_prompt(encoded["chosen_labels"][0])
         chosen, rejected = encoded["chosen_input_ids"][0], encoded["rejected_input_ids"][0]
         longer = max(len(chosen), len(rejected))
         # What fits is not cut, and most pairs fit: tokenizing them again would double the time.
-        cut = self.cut.preprocess_dataset(batch) if longer > self.cut.data_args.cutoff_len else encoded
+        is_cut = longer > self.cut.data_args.cutoff_len
+        cut = self.cut.preprocess_dataset(batch) if is_cut or self.augments else encoded
         cut_chosen, cut_rejected = cut["chosen_input_ids"][0], cut["rejected_input_ids"][0]
         said = [response["content"] for response in row["_response"]]
         question = "\n".join(turn["content"] for turn in row["_prompt"] if turn["role"] == "user")
         overlap = self.test_set.overlap(question) if self.test_set else ""
-        return {
-            "valid": True,
-            "pair": _digest(str(row["_prompt"]), row["_system"], *said),
-            "question": _digest(str(row["_prompt"]), row["_system"]),
+        asked = (str(row["_prompt"]), row["_system"] or "", str([row[name] for name in ("_tools", *MEDIA)]))
+        measured = {
+            "pair": _digest(*asked, *said),
+            "question": _digest(*asked),
             "empty": not all(text.strip() for text in said),
             "identical": said[0] == said[1],
             "identical_cut": said[0] != said[1] and cut_chosen == cut_rejected,
@@ -200,6 +211,19 @@ class _Measure:
             "common": common_prefix(cut_chosen, cut_rejected),
             "same_question": overlap == "same",
             "similar_question": overlap == "similar",
+        }
+        return measured | self._augmented(cut, measured) if self.augments else measured
+
+    @staticmethod
+    def _augmented(cut: dict[str, Any], measured: dict[str, Any]) -> dict[str, int]:
+        """The counts with the augmented pair: the same answers behind another prompt."""
+        from ..refinement import PROMPT_IDS
+
+        further = len(cut[PROMPT_IDS][0]) - _count_prompt(cut["chosen_labels"][0])
+        return {
+            "augmented": max(len(cut[f"{side}_input_ids"][0]) for side in ("chosen", "rejected")) + further,
+            "stock": 2 * measured["stock"] + 2 * further,
+            "common": 2 * measured["common"] + further,
         }
 
 
@@ -216,7 +240,8 @@ def _digest(*texts: str) -> str:
 def _report(measures: Any, cutoff_len: int, template: str) -> Report:
     import numpy as np
 
-    valid = np.array(measures["valid"], dtype=bool)
+    kinds = np.array(measures["kind"])
+    valid = kinds == "valid"
     columns = {name: np.array(measures[name])[valid] for name in (*FLAGS, *COUNTS)}
     pairs, questions = (np.array(measures[name])[valid] for name in ("pair", "question"))
     copies = len(pairs) - len(set(pairs.tolist()))
@@ -224,7 +249,8 @@ def _report(measures: Any, cutoff_len: int, template: str) -> Report:
     return Report(
         pairs=int(valid.sum()),
         problems={
-            "rows that LLaMA-Factory skips": int((~valid).sum()),
+            "rows that LLaMA-Factory skips": int((kinds == "skipped").sum()),
+            "rows at which the training stops": int((kinds == "stops").sum()),
             "an empty side": int(columns["empty"].sum()),
             "identical sides": int(columns["identical"].sum()),
             f"identical after truncation at cutoff_len {cutoff_len}": int(columns["identical_cut"].sum()),
@@ -234,13 +260,18 @@ def _report(measures: Any, cutoff_len: int, template: str) -> Report:
             "copies of another pair": copies,
             "further pairs for a question": len(questions) - len(set(questions.tolist())) - copies,
             f"truncated at cutoff_len {cutoff_len}": int(columns["truncated"].sum()),
-            "13 words in common with a test question": int(columns["similar_question"].sum()),
+            SIMILAR: int(columns["similar_question"].sum()),
         },
-        tokens={name: _percentiles(columns[name]) for name in ("prompt", "chosen", "rejected", "longer")},
+        tokens={
+            name: _percentiles(columns[name])
+            for name in ("prompt", "chosen", "rejected", "longer", "augmented")
+            if name != "augmented" or columns[name].any()
+        },
         stock_tokens=float(stock.mean()) if len(stock) else 0.0,
         shared_tokens=float((stock - common).mean()) if len(stock) else 0.0,
         cutoff_len=cutoff_len,
         template=template,
+        stop=next(filter(None, measures["stop"]), ""),
     )
 
 
@@ -271,15 +302,17 @@ def render(report: Report) -> Iterable[Any]:
         tokens = Table(title="tokens before truncation, percentiles", title_justify="left")
         for heading in ("", *(f"{p}%" for p in PERCENTILES)):
             tokens.add_column(heading, justify="right" if heading else "left")
-        names = {"longer": "prompt and longer answer"}
+        names = {"longer": "prompt and longer answer", "augmented": "the same, augmented and cut"}
         for name, values in report.tokens.items():
             tokens.add_row(names.get(name, name), *(f"{value:,}" for value in values))
         yield tokens
-        saved = 1 - report.shared_tokens / report.stock_tokens
+        saved = 1 - report.shared_tokens / report.stock_tokens if report.stock_tokens else 0
         yield (
             f"{report.stock_tokens:,.0f} tokens a pair, {report.shared_tokens:,.0f} without the common prefix twice "
             f"({saved:.0%} less)"
         )
+    if report.stop:
+        yield f"[red]The training stops at {escape(report.stop)}"
     if report.template:
         yield "[yellow]The prompts are not those of the tokenizer's chat template, which evaluations use:"
         yield escape(report.template)

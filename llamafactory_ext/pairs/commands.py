@@ -19,8 +19,9 @@ from ..recipe import read_recipe
 from ..whole_files import write_whole
 from .corruption import PROMPT, corrupt_row
 from .dialogues import hh_rlhf_pair, ultrafeedback_pair
-from .files import Fields, Row, Tally, check_output, read_rows, register, write_pairs
+from .files import Tally, check_output, register, write_pairs
 from .metamath import Template, index_queries, learn_template, zero_shot_pair
+from .rows import Fields, Row, read_rows
 
 app = typer.Typer(help="Make preference pairs, and check a recipe's before training on them.", no_args_is_help=True)
 console = Console()

@@ -1,24 +1,39 @@
-"""Whether a training question is in a test set: word for word, or by thirteen words in a row."""
+"""Whether a training question is in a test set: word for word, or by thirteen words in a row.
+
+Chinese, Japanese and Thai have no spaces between words: there, characters count, twenty of which say about as much.
+"""
 
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterable
 
+import regex
+
 from ..errors import UserError
-from .files import BadRow, Row, text
+from .rows import BadRow, Row, text
 
 QUESTION_COLUMNS = ("question", "query", "problem", "instruction", "prompt")
 
-# The length of the word n-grams by which GPT-3's authors compared (arXiv 2005.14165, appendix C).
+# The length of the word n-grams by which GPT-3's authors compared (arXiv 2005.14165, appendix C), and of the character
+# n-grams: a Chinese word has one and a half characters.
 NGRAM = 13
+CHARACTERS = 20
 
-_WORD = re.compile(r"\w+")
+_SPACELESS = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
+_CHARACTER = regex.compile(rf"[{_SPACELESS}]\p{{M}}*")
+_WORD = regex.compile(rf"{_CHARACTER.pattern}|(?:(?![{_SPACELESS}])[\w\p{{M}}])+")
+_ASCII_WORD = re.compile(r"\w+")
+_INVISIBLE = regex.compile(r"\p{Cf}+")  # soft hyphens, zero-width spaces
 
 
 def words(question: str) -> tuple[str, ...]:
-    """The words in lower case, without punctuation."""
-    return tuple(_WORD.findall(question.lower()))
+    """The words without case and punctuation; where a script has no spaces, the characters."""
+    if question.isascii():  # most are, and this is several times as fast
+        return tuple(_ASCII_WORD.findall(question.lower()))
+    plain = unicodedata.normalize("NFKC", _INVISIBLE.sub("", question)).casefold()
+    return tuple(_WORD.findall(plain))
 
 
 class TestSet:
@@ -30,7 +45,7 @@ class TestSet:
         self._questions = [words(question) for question in questions]
         self._by_ngram: dict[tuple[str, ...], set[int]] = {}
         for index, question in enumerate(self._questions):
-            for ngram in _ngrams(question, min(NGRAM, len(question))):
+            for ngram in _ngrams(question, min(_size(question), len(question))):
                 self._by_ngram.setdefault(ngram, set()).add(index)
         self._lengths = sorted({len(ngram) for ngram in self._by_ngram})
 
@@ -68,6 +83,12 @@ def read_test_set(rows: Iterable[Row]) -> TestSet:
                 f"{', '.join(QUESTION_COLUMNS[:-1])} or {QUESTION_COLUMNS[-1]}."
             ) from reason
     return TestSet(questions)
+
+
+def _size(question: tuple[str, ...]) -> int:
+    """The length of the n-grams that a question is recognised by: of the unit that most of it is made of."""
+    characters = sum(_CHARACTER.fullmatch(word) is not None for word in question)
+    return CHARACTERS if 2 * characters > len(question) else NGRAM
 
 
 def _ngrams(question: tuple[str, ...], length: int) -> Iterable[tuple[str, ...]]:

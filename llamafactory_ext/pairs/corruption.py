@@ -1,7 +1,8 @@
 """Pairs from worked solutions: the rejected answer is the chosen one with one intermediate result corrupted.
 
 The manner of MetaMath's DPO pairs (arXiv 2402.13228): the chosen answer is a correct solution, the rejected one is the
-same text with one intermediate result changed, and everything after it, the final answer included, as it was.
+same text with one intermediate result changed, and everything after it, the final answer included, as it was. What
+the final answer is, the evaluation's reader says (extraction.py): the two must not differ.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ from __future__ import annotations
 import random
 import re
 from dataclasses import dataclass
-from decimal import Decimal
+from decimal import MAX_PREC, Context, Decimal, localcontext
 
-from .files import BadRow, Fields, text
+from .extraction import extract_answer
+from .rows import BadRow, Fields, text
 
 # The evaluation prompt of arXiv 2408.09834; a question follows on the next line.
 PROMPT = (
@@ -23,13 +25,14 @@ ANSWER_MARKER = "So the answer is: "
 # The columns of a question and its worked solution: GSM8K, MetaMathQA, MATH, alpaca.
 COLUMNS = (("question", "answer"), ("query", "response"), ("problem", "solution"), ("instruction", "output"))
 
-_ENDING = re.compile(r"####|\b[Tt]he (?:final )?answer is:?")
+_ENDING = re.compile(r"####|(?:\bso[ ,]{1,2})?\bthe (?:final )?answer is\b:?", re.IGNORECASE)
 _ANNOTATION = re.compile(r"<<[^<>]*=[^<>]*>>")
+_NUMBER = re.compile(r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?")
 # A number behind an annotation of GSM8K's (`<<6/2=3>>3`), which is always a result; or one behind a `=` that does not
-# go on as a part of the next sum, and is not itself inside an annotation.
+# go on as a part of the next sum.
 _RESULT = re.compile(
-    r"(?:>>|(?P<equals>=)\s*)[$€£]?(?P<number>(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?)"
-    r"(?!\d)(?(equals)(?![\d,.]*(?:\s*[-+*/x×÷=]|>>)))"
+    rf"(?:>>|(?P<equals>=)\s*)\\?[$€£]?(?P<number>{_NUMBER.pattern})"
+    r"(?!\d)(?(equals)(?![\d,.]*\s*(?:[-+*/x×÷=^]|\\(?:times|cdot|div)\b)))"
 )
 
 
@@ -75,20 +78,34 @@ def corrupt_steps(steps: str, answer: str, rng: random.Random) -> str | None:
 
     Args:
         steps: a worked solution without its answer line.
-        answer: the final answer; where it is no number, every result counts as intermediate.
+        answer: the final answer; where it is not one number (`4:53`, `(3, 5)`), all numbers in it are left alone, and
+            where it has none (`yes`), the last result.
         rng: decides which result is changed, and to what: the same state gives the same text.
 
     Returns:
-        The corrupted steps, never equal to `steps`, or None if they hold no intermediate result.
+        The corrupted steps, which differ from `steps` outside of annotations, or None if they hold no intermediate
+        result.
     """
-    final = _decimal(answer)
-    results = [match for match in _RESULT.finditer(steps) if _decimal(match["number"]) != final]
-    if not results:
+    annotated = [match.span() for match in _ANNOTATION.finditer(steps)]
+    results = [
+        match
+        for match in _RESULT.finditer(steps)
+        if not any(start <= match.start("number") < end for start, end in annotated)
+    ]
+    final = _final_results(answer) or {_decimal(match["number"]) for match in results[-1:]}
+    intermediate = [match for match in results if _decimal(match["number"]) not in final]
+    if not intermediate:
         return None
 
-    result = rng.choice(results)
+    result = rng.choice(intermediate)
     start, end = result.span("number")
     return steps[:start] + _other_number(result["number"], final, rng) + steps[end:]
+
+
+def _final_results(answer: str) -> set[Decimal]:
+    """The number that the evaluation reads in an answer, or all numbers of one that it does not read."""
+    read = extract_answer(ANSWER_MARKER + answer)
+    return {read} if read is not None else {_decimal(number) for number in _NUMBER.findall(answer)}
 
 
 def make_pair(problem: Problem, rng: random.Random, prompt: str = PROMPT) -> dict[str, str] | None:
@@ -121,19 +138,17 @@ def corrupt_row(fields: Fields, seed: int, prompt: str = PROMPT) -> dict[str, st
     return pair
 
 
-def _other_number(number: str, final: Decimal | None, rng: random.Random) -> str:
+def _other_number(number: str, final: set[Decimal], rng: random.Random) -> str:
     """A wrong number that looks as plausible: off by up to a tenth (at least 9), same decimals, not the answer."""
-    value = Decimal(number.replace(",", ""))
-    unit = Decimal(1).scaleb(min(int(value.as_tuple().exponent), 0))
-    reach = max(9, int(abs(value) / unit / 10))
-    while True:
-        wrong = value + unit * rng.randint(1, reach) * rng.choice((-1, 1))
-        if wrong > 0 and wrong != final:
-            return f"{wrong:,}" if "," in number else str(wrong)
+    with localcontext(Context(prec=MAX_PREC)):  # a number of any length keeps its digits
+        value = _decimal(number)
+        unit = Decimal(1).scaleb(min(int(value.as_tuple().exponent), 0))
+        reach = max(9, int(abs(value) / unit // 10))
+        while True:
+            wrong = value + unit * rng.randint(1, reach) * rng.choice((-1, 1))
+            if wrong > 0 and wrong not in final:
+                return f"{wrong:,f}" if "," in number else f"{wrong:f}"
 
 
-def _decimal(number: str) -> Decimal | None:
-    try:
-        return Decimal(number.replace(",", "").strip().lstrip("$€£"))
-    except ArithmeticError:
-        return None
+def _decimal(number: str) -> Decimal:
+    return Decimal(number.replace(",", ""))

@@ -105,4 +105,4 @@ def rounded_weights(training: Training) -> dict[str, float]:
     if not training.autocast or stored != FLOAT32:
         return {"layers": 0.0, "head": 0.0}
     quantized = training.linear_bytes is not None
-    return {"layers": 0.0 if quantized else FLOAT16 * model.linear_parameters, "head": float(FLOAT16 * model.head)}
+    return {"layers": 0.0 if quantized else FLOAT16 * model.matrix_parameters, "head": float(FLOAT16 * model.head)}

@@ -70,14 +70,17 @@ def _deepspeed_config(source: str | dict[str, Any]) -> dict[str, Any]:
     if isinstance(source, dict):
         return source
     try:
-        return json.loads(Path(source).read_text(encoding="utf-8"))
-    except OSError as error:
+        config = json.loads(Path(source).read_text(encoding="utf-8"))
+    except (OSError, TypeError) as error:
         raise UserError(
             f"the deepspeed file {source!r} cannot be read: write the path of a JSON file, such as "
             "examples/deepspeed/zero3.json."
         ) from error
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # of JSON or of UTF-8
         raise UserError(f"the deepspeed file {source!r} is not JSON ({error}): correct it.") from error
+    if not isinstance(config, dict) or not isinstance(config.get("zero_optimization", {}), dict):
+        raise UserError(f"the deepspeed file {source!r} holds no settings: write such as in examples/deepspeed.")
+    return config
 
 
 def _deepspeed_engine(config: dict[str, Any], training_args: Any, model: ModelShape, gpus: int) -> Engine:

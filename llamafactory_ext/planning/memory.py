@@ -6,6 +6,8 @@ The parts were compared with the tensors that real runs hold (tests/planning). E
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import replace
 
 from .activations import (
     activation_bytes,
@@ -26,6 +28,8 @@ GIB = 1024**3
 # What no formula gives: the CUDA context with the libraries' workspaces, and blocks that the allocator cannot join.
 CONTEXT = GIB
 FRAGMENTATION = 0.05
+
+NOTHING_ROUNDED = {"layers": 0.0, "head": 0.0}
 
 
 def memory_parts(training: Training) -> dict[str, float]:
@@ -79,7 +83,7 @@ def states_on_gpu(training: Training) -> dict[str, float]:
 
 
 def _frozen_weights(model: ModelShape, element: int, linear: float | None) -> float:
-    quantized = model.linear_parameters if linear is not None else 0
+    quantized = model.matrix_parameters if linear is not None else 0
     return (model.parameters - quantized) * element + quantized * (linear or 0)
 
 
@@ -134,6 +138,13 @@ def other_moments(training: Training) -> dict[str, float]:
         moments["backward pass of a layer"] = activations + recomputed_layer_bytes(training)
     if training.reference_sequences:
         moments["reference before the first step"] = reference_pass_bytes(training)
+    if training.augmented_sequences:
+        longer = replace(training, length=training.augmented_length)
+        rounded_here = rounded if training.adapter is None else NOTHING_ROUNDED
+        scoring = _scoring_bytes(longer, training.augmented_sequences, rounded_here)
+        # The gradients of the step before are gone then; those of DeepSpeed may still be there.
+        gone = states_on_gpu(training)["gradients"] if training.engine.zero_stage is None else 0.0
+        moments["augmented pairs before a step"] = scoring - gone
     return moments
 
 
@@ -179,23 +190,27 @@ def recomputed_layer_bytes(training: Training) -> float:
 
 
 def reference_pass_bytes(training: Training) -> float:
-    """Bytes beside the model states while the reference's log-probabilities are computed before the first step.
-
-    A pass without gradient: one layer at a time, then logits and log-softmax of a chunk.
-    """
-    model, rounded = training.model, rounded_weights(training)
-    residual, _, _ = activation_dtypes(training)
-    positions = training.reference_sequences * training.length
-    stream = positions * model.hidden * residual
+    """Bytes beside the model states while the reference's log-probabilities are computed before the first step."""
+    rounded = rounded_weights(training)
     if training.reference is not None or training.adapter is not None:
-        rounded = {"layers": 0.0, "head": 0.0}  # autocast keeps those of trained weights only
+        rounded = NOTHING_ROUNDED  # autocast keeps those of trained weights only
+    longest = replace(training, length=max(training.length, training.augmented_length))
+    loaded = 0.0 if training.engine.offload_parameters else reference_bytes(training)
+    return loaded + _scoring_bytes(longest, training.reference_sequences, rounded) - _later_states(training)
+
+
+def _scoring_bytes(training: Training, sequences: int, rounded: Mapping[str, float]) -> float:
+    """Bytes of a pass without gradient: one layer at a time, then logits and log-softmax of a chunk."""
+    model = training.model
+    residual, _, _ = activation_dtypes(training)
+    positions = sequences * training.length
+    stream = positions * model.hidden * residual
     scores = FLOAT32 * model.heads * training.length if training.attention == "eager" else 0  # before their softmax
     widest = max(attention_activations(training) + scores, mlp_activations(training))
     # Beside the embeddings: the layer's input, the residual and the norm's output, then only the last norm's output.
     layer = 4 * stream + positions * widest
-    logits = 2 * stream + 2 * FLOAT32 * logits_at_once(training, training.reference_sequences) + rounded["head"]
-    loaded = 0.0 if training.engine.offload_parameters else reference_bytes(training)
-    return loaded + max(layer, logits) + rounded["layers"] - _later_states(training)
+    logits = 2 * stream + 2 * FLOAT32 * logits_at_once(training, sequences) + rounded["head"]
+    return max(layer, logits) + rounded["layers"]
 
 
 def _later_states(training: Training) -> float:
@@ -230,5 +245,5 @@ def buffer_bytes(training: Training) -> float:
         total += training.reference.largest_layer * training.frozen_bytes
     total += engine.reduce_buckets * min(engine.reduce_bucket, training.trained) * training.gradient_bytes
     if training.linear_bytes is not None:
-        total += max(math.prod(model.shapes[f"{name}.weight"]) for name in model.linear) * FLOAT16
+        total += max(map(math.prod, model.matrices.values())) * FLOAT16
     return total

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from ..errors import UserError
+from ..errors import UserError, in_a_line
+
+NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
 
 @dataclass(frozen=True)
@@ -17,8 +20,9 @@ class ModelShape:
     Args:
         family: transformers' `model_type`.
         shapes: the shape of every parameter by name, tied ones once.
-        linear: the names of the linear layers except the head: what LLaMA-Factory's `lora_target: all` and
-            bitsandbytes take.
+        matrices: (in, out) of what LoRA adapts by name and bitsandbytes quantizes, except the head: linear layers, and
+            GPT-2's transposed ones.
+        linear: the names of the linear layers among them: what LLaMA-Factory's `lora_target: all` takes.
         head, embedding: elements of the output and of the input embedding.
         tied: whether these are the same parameter.
         dtype_bytes: bytes per element of the checkpoint.
@@ -27,6 +31,7 @@ class ModelShape:
 
     family: str
     shapes: Mapping[str, tuple[int, ...]]
+    matrices: Mapping[str, tuple[int, int]]
     linear: frozenset[str]
     head: int
     embedding: int
@@ -46,9 +51,14 @@ class ModelShape:
         return sum(math.prod(shape) for shape in self.shapes.values())
 
     @functools.cached_property
+    def matrix_parameters(self) -> int:
+        """Elements of the weights of `matrices`; one that several of them share counts once."""
+        return sum(math.prod(self.shapes.get(f"{name}.weight", (0,))) for name in self.matrices)
+
+    @functools.cached_property
     def linear_parameters(self) -> int:
-        """Elements of the weights of `linear`."""
-        return sum(math.prod(self.shapes[f"{name}.weight"]) for name in self.linear)
+        """The same of `linear`."""
+        return sum(math.prod(self.shapes.get(f"{name}.weight", (0,))) for name in self.linear)
 
     @functools.cached_property
     def largest_layer(self) -> int:
@@ -73,37 +83,50 @@ def read_model(path: str, trust_remote_code: bool = False) -> ModelShape:
         path: a folder with config.json, or a name on the hub.
 
     Raises:
-        UserError: if the configuration cannot be had, or is not that of a causal language model.
+        UserError: if the configuration cannot be had, or is not that of a causal language model with attention.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.pytorch_utils import Conv1D
 
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # whatever transformers raises
         raise UserError(
-            f"the configuration of {path!r} cannot be read: download its config.json and write the folder "
-            "as model_name_or_path."
+            f"the configuration of {path!r} cannot be read ({in_a_line(error)}): download its config.json and write "
+            "the folder as model_name_or_path."
         ) from error
+    text = config.get_text_config()
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except ValueError as error:
-        raise UserError(f"{path!r} is no causal language model, and only those are planned: name another.") from error
+        head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    except Exception as error:  # whatever the model's code raises
+        raise UserError(
+            f"{path!r} makes no causal language model ({in_a_line(error)}), and only those are planned: name another."
+        ) from error
+    missing = [key for key in NEEDED if not isinstance(getattr(text, key, None), int)]
+    if missing or not all(isinstance(getattr(m, "weight", None), torch.Tensor) for m in (head, embedding)):
+        raise UserError(
+            f"the memory of a {config.model_type!r} model is not known, only that of layers with attention "
+            f"({'its configuration has no ' + missing[0] if missing else 'it has no head of one matrix'}): name "
+            "another, or train two steps of it (max_steps=2) and look at the memory that they take."
+        )
 
-    text = config.get_text_config()
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    linears = (name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head)
+    modules = {
+        name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear | Conv1D) and m is not head
+    }
     return ModelShape(
         family=config.model_type,
         shapes={name: tuple(parameter.shape) for name, parameter in model.named_parameters()},
-        linear=frozenset(linears),
+        matrices={name: _in_and_out(module) for name, module in modules.items()},
+        linear=frozenset(name for name, module in modules.items() if isinstance(module, torch.nn.Linear)),
         head=head.weight.numel(),
         embedding=embedding.weight.numel(),
         tied=head.weight is embedding.weight,
         dtype_bytes=(config.dtype or torch.float32).itemsize,
         hidden=text.hidden_size,
-        intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+        intermediate=_widest(getattr(text, "intermediate_size", None)) or 4 * text.hidden_size,
         layers=text.num_hidden_layers,
         heads=text.num_attention_heads,
         kv_heads=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
@@ -111,6 +134,16 @@ def read_model(path: str, trust_remote_code: bool = False) -> ModelShape:
         vocabulary=text.vocab_size,
         dense=not any(getattr(text, key, None) for key in ("num_experts", "num_local_experts", "n_routed_experts")),
     )
+
+
+def _in_and_out(module: Any) -> tuple[int, int]:
+    rows, columns = module.weight.shape
+    return (rows, columns) if type(module).__name__ == "Conv1D" else (columns, rows)
+
+
+def _widest(size: int | Sequence[int] | None) -> int | None:
+    """Some models have layers of several widths."""
+    return max(size) if isinstance(size, Sequence) else size
 
 
 @dataclass(frozen=True)
@@ -133,17 +166,22 @@ class Adapter:
 
 
 def lora_adapter(model: ModelShape, targets: list[str], rank: int, dora: bool = False) -> Adapter:
-    """The adapter for `lora_target`: `["all"]`, or names that a linear layer's name must end with, as in PEFT.
+    """The adapter for `lora_target`: `["all"]`, or names that a layer's name must end with, as in PEFT.
 
     Raises:
-        UserError: if a name matches no layer.
+        UserError: if there is no layer of that kind or name.
     """
+    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+        raise UserError(f"lora_target is {targets!r}: write all, or names of layers.")
+    known = ", ".join(sorted({name.rpartition(".")[2] for name in model.matrices}))
+    if targets == ["all"] and not model.linear:
+        instead = f"name layers with lora_target, of {known}" if known else "write `finetuning_type: full`"
+        raise UserError(f"`lora_target: all` takes linear layers, and a {model.family!r} model has none: {instead}.")
     chosen = set(model.linear) if targets == ["all"] else set()
     for target in targets if not chosen else []:
-        matching = {name for name in model.linear if name == target or name.endswith(f".{target}")}
+        matching = {name for name in model.matrices if name == target or name.endswith(f".{target}")}
         if not matching:
-            known = ", ".join(sorted({name.rpartition(".")[2] for name in model.linear}))
-            raise UserError(f"lora_target {target!r} names no linear layer of the model: write all, or one of {known}.")
+            everything = "all, or " if model.linear else ""
+            raise UserError(f"lora_target {target!r} names no layer of the model: write {everything}one of {known}.")
         chosen |= matching
-    weights = (model.shapes[f"{name}.weight"] for name in sorted(chosen))
-    return Adapter(tuple((columns, rows) for rows, columns in weights), rank, dora)
+    return Adapter(tuple(model.matrices[name] for name in sorted(chosen)), rank, dora)

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import UserError
-from ..recipe import Settings, parse_recipe
+from ..recipe import Settings, check_sizes, parse_recipe
 from .engine import FLOAT16, FLOAT32, read_engine
 from .memory import GIB, memory_parts, model_states, reference_bytes
 from .model_shape import lora_adapter, read_model
 from .schedule import Schedule, count_pairs, make_schedule, padded, training_args_of
 from .training import ADAM, INT8, NF4, NF4_DOUBLE, OPTIMIZERS, Optimizer, Training
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
+BYTES_PER_TOKEN = 3  # fewer than English text has with any usual tokenizer
 OTHER_OPTIMIZERS = ("use_galore", "use_apollo", "use_badam", "use_adam_mini", "use_muon")
 
 
@@ -94,15 +93,20 @@ def make_plan(
         raise UserError(f"tokens is {tokens}: write the typical length of one sequence, at least 1.")
 
     model_args, data_args, finetuning_args = parse_recipe(settings)
+    check_sizes(data_args)
     training_args = training_args_of(settings)
     _check_supported(model_args, finetuning_args, training_args)
 
     notes: list[str] = []
     answer = min(answer_tokens or data_args.cutoff_len, data_args.cutoff_len)
     length = min(tokens or data_args.cutoff_len, data_args.cutoff_len)
-    schedule = make_schedule(training_args, count_pairs(data_args, notes), gpus, length)
+    further = _sr_tokens(model_args, finetuning_args, notes)
+    augmented = None if further is None else length + further
+    schedule = make_schedule(training_args, count_pairs(data_args, notes), gpus, length, augmented)
     beforehand = _asks_beforehand(model_args, data_args, finetuning_args, training_args, schedule)
-    training = _training(model_args, data_args, finetuning_args, training_args, gpus, answer, beforehand, notes)
+    training = _training(
+        model_args, data_args, finetuning_args, training_args, gpus, answer, beforehand, further, notes
+    )
     parts = memory_parts(training)
     nodes = math.ceil(gpus / gpus_per_node)
     return Plan(
@@ -145,6 +149,7 @@ def _training(
     gpus: int,
     answer: int,
     beforehand: bool,
+    further: int | None,
     notes: list[str],
 ) -> Training:
     from ..logps import CHUNK, FAMILIES, MICRO_BATCHES_AT_ONCE
@@ -163,11 +168,15 @@ def _training(
 
     targets, rank = finetuning_args.lora_target, finetuning_args.lora_rank
     sequences, in_chunks = 2 * training_args.per_device_train_batch_size, model.family in FAMILIES
+    at_once = MICRO_BATCHES_AT_ONCE if in_chunks else 1
+    accumulation = training_args.gradient_accumulation_steps
     half = bool(training_args.bf16 or training_args.fp16)
     return Training(
         model=model,
         reference=reference,
-        reference_sequences=sequences * (MICRO_BATCHES_AT_ONCE if in_chunks else 1) if beforehand else 0,
+        reference_sequences=sequences * at_once if beforehand else 0,
+        augmented_sequences=0 if further is None else sequences * min(at_once, accumulation),
+        augmented_length=0 if further is None else padded(data_args.cutoff_len + further),
         adapter=lora_adapter(model, targets, rank, finetuning_args.use_dora) if lora else None,
         engine=read_engine(training_args, model, gpus),
         optimizer=_optimizer(finetuning_args, training_args, notes),
@@ -183,6 +192,24 @@ def _training(
         answer=answer,
         chunk=CHUNK if in_chunks else math.inf,
     )
+
+
+def _sr_tokens(model_args: Any, finetuning_args: Any, notes: list[str]) -> int | None:
+    """Tokens of the text that a refinement term puts in front of prompts, None without such a term."""
+    from transformers import AutoTokenizer
+
+    text = finetuning_args.refinement_prompt
+    if text is None:
+        return None
+    with suppress(Exception):  # whatever transformers raises where only a configuration is there
+        tokenizer = AutoTokenizer.from_pretrained(
+            model_args.model_name_or_path, trust_remote_code=model_args.trust_remote_code
+        )
+        if len(tokenizer) > 100:  # transformers 5 makes an empty one of nothing
+            return len(tokenizer.encode(text, add_special_tokens=False))
+    tokens = math.ceil(len(text.encode()) / BYTES_PER_TOKEN)
+    notes.append(f"The tokenizer cannot be loaded: sr_prompt is counted as {tokens} tokens.")
+    return tokens
 
 
 def _asks_beforehand(
@@ -288,14 +315,17 @@ def alternatives(
             if any(changes == seen for seen, _ in found):
                 break
             changed = {key: value for key, value in {**settings, **changes}.items() if value is not None}
-            plan = make_plan(
-                changed,
-                gpus,
-                gpu_memory_gib,
-                gpus_per_node=gpus_per_node,
-                tokens=tokens,
-                answer_tokens=answer_tokens,
-            )
+            try:
+                plan = make_plan(
+                    changed,
+                    gpus,
+                    gpu_memory_gib,
+                    gpus_per_node=gpus_per_node,
+                    tokens=tokens,
+                    answer_tokens=answer_tokens,
+                )
+            except UserError:  # this model cannot be trained so: LoRA that would have to be told the layers' names
+                break
             if plan.fits:
                 found.append((changes, plan))
                 break
@@ -339,74 +369,3 @@ def _deepspeed_file(settings: Settings, name: str) -> str | None:
     folders = [Path(own).parent] if isinstance(own, str) else []
     folders += [Path("examples/deepspeed"), Path(__file__).parents[2] / "examples" / "deepspeed"]
     return next((str(folder / f"{name}.json") for folder in folders if (folder / f"{name}.json").is_file()), None)
-
-
-# --- for the reader ---------------------------------------------------------------------------------------------------
-
-
-def render(plan: Plan, console: Console, found: Sequence[tuple[Settings, Plan]] | None = None) -> None:
-    """Print a plan.
-
-    Args:
-        plan: of the recipe as it is.
-        console: where to.
-        found: what `alternatives` returned, or None if it was not asked.
-    """
-    import yaml
-
-    console.print(_schedule_table(plan))
-    console.print(_memory_table(plan))
-    for note in plan.notes:
-        console.print(f"Note: {note}", markup=False)
-    if found is None:
-        return
-    if not found:
-        console.print(
-            "No change of batch size, checkpointing, ZeRO, LoRA or QLoRA makes it fit: take more or larger GPUs."
-        )
-        return
-    console.print("Settings with the same global batch that fit, the gentlest change first:")
-    for changes, other in found:
-        host = f", and {other.host_memory / GIB:.0f} GiB of the host" if other.host_memory else ""
-        console.print(f"\n{other.total / GIB:.1f} GiB per GPU{host} ({other.engine}):", markup=False)
-        console.print(yaml.safe_dump(changes, sort_keys=False).rstrip(), markup=False)
-
-
-def _schedule_table(plan: Plan) -> Any:
-    from rich.table import Table
-
-    schedule = plan.schedule
-    table = Table(title="Steps", show_header=False)
-    rows = {
-        "GPUs": f"{plan.gpus} ({plan.engine})",
-        "parameters (trained)": f"{plan.parameters:,} ({plan.trained:,})",
-        "pairs": schedule.pairs,
-        "global batch, in pairs": schedule.global_batch,
-        "steps per epoch": schedule.steps_per_epoch,
-        "steps": schedule.steps,
-        "warm-up steps": schedule.warmup_steps,
-        "tokens per step": schedule.tokens_per_step,
-        "tokens": schedule.tokens,
-    }
-    for name, value in rows.items():
-        table.add_row(name, "not known" if value is None else value if isinstance(value, str) else f"{value:,}")
-    return table
-
-
-def _memory_table(plan: Plan) -> Any:
-    from rich.table import Table
-
-    table = Table("memory per GPU", "GiB", title=f"Memory for sequences of {plan.cutoff_len} tokens")
-    table.columns[1].justify = "right"
-    for name, size in plan.memory.items():
-        table.add_row(name, f"{size / GIB:.2f}")
-    table.add_section()
-    verdict = "[green]fits[/green]" if plan.fits else "[red]does not fit[/red]"
-    table.add_row(f"sum: {verdict} in {plan.gpu_memory / GIB:g} GiB", f"{plan.total / GIB:.2f}")
-    if plan.host_memory:
-        table.add_row("on the host, per node", f"{plan.host_memory / GIB:.2f}")
-    if plan.deepspeed_estimate is not None:
-        gpu, host = plan.deepspeed_estimate
-        table.add_row("DeepSpeed's estimate of weights, gradients, optimizer", f"{gpu / GIB:.2f}")
-        table.add_row("DeepSpeed's estimate for the host, per node", f"{host / GIB:.2f}")
-    return table

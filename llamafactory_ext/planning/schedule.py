@@ -12,8 +12,9 @@ from types import SimpleNamespace
 from typing import Any
 
 from ..errors import UserError
-from ..recipe import Settings, data_sets
+from ..recipe import Settings, check_numbers, data_sets
 
+WARMUP = ("warmup_steps", "warmup_ratio")
 PAD_TO = 8  # LLaMA-Factory's collator pads to a multiple of it
 
 
@@ -25,7 +26,8 @@ class Schedule:
         pairs: rows of the training set.
         global_batch: pairs per step on all GPUs.
         steps_per_epoch, steps, warmup_steps: optimizer steps.
-        tokens_per_step: token positions of one step, padding included: two sequences per pair, each with its prompt.
+        tokens_per_step: token positions of one step, padding included: two sequences per pair, each with its prompt,
+            and two more of the augmented pair of a refinement term.
     """
 
     pairs: int | None
@@ -54,6 +56,7 @@ def training_args_of(settings: Settings) -> SimpleNamespace:
     from llamafactory.hparams import TrainingArguments
 
     defaults = {field.name: field.default for field in fields(TrainingArguments) if field.default is not MISSING}
+    check_numbers(settings, {"max_steps": int, "num_train_epochs": float} | dict.fromkeys(WARMUP, float | None))
     args = SimpleNamespace(**{**defaults, **settings, "do_train": True})
     for key in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
         value = getattr(args, key)
@@ -62,7 +65,9 @@ def training_args_of(settings: Settings) -> SimpleNamespace:
     return args
 
 
-def make_schedule(training_args: Any, pairs: int | None, gpus: int, tokens: int) -> Schedule:
+def make_schedule(
+    training_args: Any, pairs: int | None, gpus: int, tokens: int, augmented: int | None = None
+) -> Schedule:
     """The schedule of a training.
 
     Args:
@@ -70,6 +75,7 @@ def make_schedule(training_args: Any, pairs: int | None, gpus: int, tokens: int)
         pairs: rows of the training set, None if unknown.
         gpus: of all nodes together.
         tokens: length of one sequence, prompt and answer.
+        augmented: of one with an augmented prompt, None without a refinement term.
     """
     micro, accumulation = training_args.per_device_train_batch_size, training_args.gradient_accumulation_steps
     per_epoch = None if pairs is None else steps_per_epoch(pairs, micro, accumulation, gpus)
@@ -85,7 +91,7 @@ def make_schedule(training_args: Any, pairs: int | None, gpus: int, tokens: int)
         steps_per_epoch=per_epoch,
         steps=steps,
         warmup_steps=None if steps is None else _warmup_steps(training_args, steps),
-        tokens_per_step=2 * global_batch * padded(tokens),
+        tokens_per_step=2 * global_batch * (padded(tokens) + (0 if augmented is None else padded(augmented))),
     )
 
 
@@ -139,10 +145,12 @@ def count_pairs(data_args: Any, notes: list[str]) -> int | None:
 def _rows_of(path: Path) -> int | None:
     """Rows of a file, or of all files of a folder; None where there is none yet, or no cheap way to count."""
     files = sorted(path.iterdir()) if path.is_dir() else [path]
-    if not all(file.is_file() for file in files):
+    if not all(file.is_file() and file.suffix in COUNTERS for file in files):
         return None
-    counts = [COUNTERS[file.suffix](file) for file in files if file.suffix in COUNTERS]
-    return sum(counts) if len(counts) == len(files) else None
+    try:
+        return sum(COUNTERS[file.suffix](file) for file in files)
+    except Exception:  # whatever a damaged file raises: `data check` says where
+        return None
 
 
 def _json_rows(file: Path) -> int:

@@ -74,6 +74,9 @@ class Training:
         reference: the reference model, or None where none is loaded.
         reference_sequences: in a batch of the pass that computes the reference's log-probabilities before the first
             step, after which a loaded reference is let go; 0 where there is no such pass.
+        augmented_sequences: in a batch of the pass without gradient that scores the augmented pairs of a refinement
+            term before each step; 0 without such a term.
+        augmented_length: tokens of such a sequence, padding included.
         adapter: LoRA's, or None for full fine-tuning.
         engine, optimizer: see there.
         half: whether training runs in bf16 or fp16.
@@ -90,6 +93,8 @@ class Training:
     model: ModelShape
     reference: ModelShape | None
     reference_sequences: int
+    augmented_sequences: int
+    augmented_length: int
     adapter: Adapter | None
     engine: Engine
     optimizer: Optimizer

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
+import shutil
 
 import pytest
 import tiny
+from llamafactory.data import get_template_and_fix_tokenizer
+from llamafactory.hparams import get_train_args
+from llamafactory.model import load_tokenizer
+from llamafactory.train.dpo import workflow
 from rich.console import Console
+from transformers import AutoTokenizer
 
+from llamafactory_ext import seam
 from llamafactory_ext.errors import UserError
 from llamafactory_ext.pairs.check import check_pairs, common_prefix, render
 from llamafactory_ext.pairs.contamination import TestSet
+from llamafactory_ext.refinement import augmented_pair
 
 # One token a byte, and ChatML around: <|im_start|>system\n … <|im_end|>\n and so on.
 PROMPT = "<s>system\nAdd.<e>\n<s>user\n{}<e>\n<s>assistant\n"
@@ -21,7 +31,7 @@ def tokens(question):
 
 
 def write(folder, rows):
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     columns = {"prompt": "instruction", "history": "history", "chosen": "chosen", "rejected": "rejected"}
     info = {"pairs": {"file_name": "pairs.jsonl", "ranking": True, "columns": columns}}
@@ -41,6 +51,19 @@ def settings(model, tmp_path):
     return make
 
 
+def training_data(recipe):
+    """The data set that a training of this recipe gets, by the workflow's own steps."""
+    model_args, data_args, training_args, finetuning_args, _ = get_train_args(dict(recipe))
+    tokenizer_module = load_tokenizer(model_args)
+    template = get_template_and_fix_tokenizer(tokenizer_module["tokenizer"], data_args)
+    sr_prompt = finetuning_args.refinement_prompt
+    with contextlib.ExitStack() as replaced:
+        for module, name, value in seam._augmenting(sr_prompt, model_args) if sr_prompt else []:
+            replaced.enter_context(seam._replaced(module, name, value))
+        made = workflow.get_dataset(template, model_args, data_args, training_args, stage="rm", **tokenizer_module)
+    return made["train_dataset"]
+
+
 def test_counts(settings):
     cut = 100
     shared = "Long. " * 30
@@ -58,6 +81,7 @@ def test_counts(settings):
     assert report.pairs == 8
     assert report.problems == {
         "rows that LLaMA-Factory skips": 0,
+        "rows at which the training stops": 0,
         "an empty side": 1,
         "identical sides": 1,
         f"identical after truncation at cutoff_len {cut}": 1,
@@ -67,7 +91,7 @@ def test_counts(settings):
         "copies of another pair": 1,
         "further pairs for a question": 1,
         f"truncated at cutoff_len {cut}": 1,
-        "13 words in common with a test question": 0,
+        "13 words or 20 characters in common with a test question": 0,
     }
     assert report.found_problems
 
@@ -97,16 +121,9 @@ def test_tokens_by_hand(settings):
 
 def test_tokens_are_what_training_gets(settings):
     """The lengths against the data set that LLaMA-Factory itself makes for the training."""
-    from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
-    from llamafactory.hparams import get_train_args
-    from llamafactory.model import load_tokenizer
-
     recipe = settings(*(row(f"Is it {n}?", "yes " * n, "no " * n) for n in range(1, 40)), cutoff_len=90)
     report = check_pairs(recipe)
-    model_args, data_args, training_args, *_ = get_train_args(dict(recipe))
-    tokenizer = load_tokenizer(model_args)["tokenizer"]
-    template = get_template_and_fix_tokenizer(tokenizer, data_args)
-    made = get_dataset(template, model_args, data_args, training_args, stage="rm", tokenizer=tokenizer)["train_dataset"]
+    made = training_data(recipe)
     totals = [len(c) + len(r) for c, r in zip(made["chosen_input_ids"], made["rejected_input_ids"], strict=True)]
     assert report.stock_tokens == pytest.approx(sum(totals) / len(totals))
     assert report.notes["truncated at cutoff_len 90"] > 10
@@ -128,12 +145,129 @@ def test_prompts_of_the_chat_template_are_recognised(settings):
     assert check_pairs(settings(*rows, default_system="")).template == ""
 
 
+def with_system_column(folder):
+    info = json.loads((folder / "dataset_info.json").read_text(encoding="utf-8"))
+    info["pairs"]["columns"]["system"] = "system"
+    (folder / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
+
+
+def test_a_system_message_may_be_null(settings, tmp_path):
+    """As training takes it, with the model's default in its place."""
+    recipe = settings(row("1 + 1?", "2", "3") | {"system": None}, row("2 + 2?", "4", "5") | {"system": "Be brief."})
+    with_system_column(tmp_path / "data")
+    report = check_pairs(recipe)
+    assert (report.pairs, report.found_problems) == (2, False)
+    assert report.tokens["prompt"][0] < report.tokens["prompt"][-1]
+
+
+# What Gemma's says, and other ways in which a template may end.
+REFUSALS = {
+    "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}": "System role",
+    "{{ messages[0]['content']['text']['x'] }}": "has no attribute 'text'",
+    "{% if %}": "Expected an expression",
+    "{{ 1 // 0 }}": "by zero",
+    "{{ tojson(messages) }}": "'tojson' is undefined",
+}
+
+
+def with_chat_template(model, folder, template):
+    """The tokenizer of a model with another chat template."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    shutil.copy(model / "config.json", folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("template", REFUSALS)
+def test_a_chat_template_that_refuses_the_messages_is_a_difference(template, model, settings, tmp_path):
+    other = with_chat_template(model, tmp_path / "other", template)
+    recipe = settings(row("1 + 1?", "2", "3") | {"system": "Add."}, model_name_or_path=other)
+    with_system_column(tmp_path / "data")
+    report = check_pairs(recipe)
+    assert not report.found_problems
+    assert re.search(rf"training: .*chat template: refuses the messages \(.*{REFUSALS[template]}", report.template)
+    # Without `template`, LLaMA-Factory makes one of it, and cannot.
+    with pytest.raises(UserError, match=r"the tokenizer of .* cannot be used: .*Write a `template`, as none is named"):
+        check_pairs({key: value for key, value in recipe.items() if key != "template"})
+
+
+GOOD = b'{"instruction": "a", "chosen": "b", "rejected": "c", "history": []}\n'
+NO_PAIR = "LLaMA-Factory makes no pair of it"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (GOOD + b'{"instruction": "a", "chosen": 3}', "line 2: 'chosen' holds a number there, and text in line 1"),
+        (GOOD + b'\n{"instruction": "a"\n', "line 3: not a line of JSON"),
+        (b'["a"]\n', "line 1: not a JSON object"),
+        (b'{"instruction": "\\ud83c", "chosen": "b"}', "line 1: 'instruction' holds half a character"),
+        (b'{"history": [["a", "b"], ["c", 3]]}', r"'history'\[\]\[\] holds a number there, and text in line 1"),
+        (b'{"history": [["a", "b", "c"]], "instruction": "a"}', f"line 1: {NO_PAIR} .too many values"),
+        (b'{"instruction": 3, "history": null, "chosen": "b"}', f"line 1: {NO_PAIR} .sequence item"),
+        (b'{"prompt": "a", "history": [], "chosen": "b", "rejected": "c"}', "line 1: it has no 'instruction', which"),
+        (b"", "holds no rows"),
+        (b"\n", "holds no rows"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 3\n", "a pointer of Git LFS"),
+    ],
+)
+def test_data_that_cannot_be_loaded(content, message, settings, tmp_path):
+    recipe = settings()
+    (tmp_path / "data" / "pairs.jsonl").write_bytes(content)
+    with pytest.raises(UserError, match=f"the data sets pairs cannot be loaded: .*{message}") as raised:
+        check_pairs(recipe)
+    assert ".." not in str(raised.value).replace("://", "")
+
+
+def test_a_row_at_which_the_training_stops(settings):
+    rows = [row("1 + 1?", "2", "3"), row("2 + 2?", "4", "5", [["Hi.", None]]), row("3?", "3", "4")]
+    for workers in (None, 2):
+        report = check_pairs(settings(*rows, preprocessing_num_workers=workers))
+        assert report.pairs == 2
+        assert report.problems["rows at which the training stops"] == 1
+        assert report.stop == "row 2: Expected a string, got None"
+        assert report.found_problems
+        assert "The training stops at row 2: Expected" in "".join(map(str, render(report)))
+
+
+def test_pairs_of_a_refinement_term_are_counted_as_trained(settings):
+    """With the augmented pair, which may exceed cutoff_len by the text in front, but not the model's context."""
+    prompt = "Rate 9 of 9: "
+    rows = [row("1 + 1?", "It is 2.", "It is 34."), row("Long. " * 20, "yes", "no")]
+    recipe = settings(*rows, cutoff_len=100, pref_loss="sr_dpo", sr_prompt=prompt)
+    plain = check_pairs({key: value for key, value in recipe.items() if not key.startswith(("sr_", "pref_"))})
+    report = check_pairs(recipe)
+    cut = tokens("1 + 1?") + len("It is 34.e\n")
+    assert report.tokens.pop("augmented") == [cut + len(prompt)] + [100 + len(prompt)] * 7
+    assert report.tokens == plain.tokens
+    assert report.problems == plain.problems
+    assert report.stock_tokens == 2 * plain.stock_tokens + 2 * len(prompt)
+    assert report.shared_tokens == 2 * plain.shared_tokens + len(prompt)
+
+    made = training_data(recipe)
+    ours = [len(pair["chosen_input_ids"]) + len(pair["rejected_input_ids"]) for pair in made]
+    theirs = [augmented_pair(pair) for pair in made]
+    theirs = [len(pair["chosen_input_ids"]) + len(pair["rejected_input_ids"]) for pair in theirs]
+    assert report.stock_tokens == (sum(ours) + sum(theirs)) / 2
+
+    longer = check_pairs(recipe | {"sr_prompt": "x" * 200})  # the tiny model takes 256 tokens
+    assert longer.problems["rows at which the training stops"] == 1
+    assert re.match(r"row 2: with `sr_prompt` in front, a pair has 300 tokens, more than the 256", longer.stop)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"max_samples": -1}, "max_samples is -1: write a whole number of at least 1"),
+        ({"max_samples": "all"}, "max_samples is 'all': write a whole number"),
+        ({"cutoff_len": 0}, "cutoff_len is 0: write"),
+        ({"preprocessing_num_workers": 0}, "preprocessing_num_workers is 0: write"),
+        ({"dataset": 3}, "dataset is 3: write names"),
+        ({"dataset": [3, "pairs"]}, "dataset is 3, 'pairs': write names"),
         ({"stage": "sft"}, "stage 'sft' does not train on pairs"),
         ({"dataset": None}, "names no data set"),
-        ({"dataset": "absent"}, r"\['absent'\] cannot be loaded"),
+        ({"dataset": "absent"}, "Undefined dataset absent"),
         ({"template": "no_such"}, "cannot be used"),
         ({"cutof_len": 5}, "'cutof_len' is not a key.* Did you mean 'cutoff_len'"),
         ({"pref_loss": "minor"}, "Did you mean 'minor_dpo'"),

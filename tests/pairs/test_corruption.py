@@ -13,14 +13,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llamafactory_ext.pairs import extraction
 from llamafactory_ext.pairs.corruption import PROMPT, Problem, corrupt_row, corrupt_steps, make_pair, parse_solution
-from llamafactory_ext.pairs.files import BadRow
+from llamafactory_ext.pairs.rows import BadRow
 
 GSM8K = Path(os.environ.get("GSM8K_DIR", Path(__file__).parents[3] / "shared" / "data" / "gsm8k"))
 
 
 def differing_words(a: str, b: str) -> list[tuple[str, str]]:
     return [(x, y) for x, y in zip(a.split(), b.split(), strict=True) if x != y]
+
+
+def common_start(a: str, b: str) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def test_one_intermediate_result_is_changed():
@@ -50,6 +55,83 @@ def test_number_formats(steps, answer, changed):
 @pytest.mark.parametrize("steps", ["", "No sums here.", "Only 3 + 4 = 7.", "7 = 7.0"])
 def test_nothing_to_corrupt(steps):
     assert corrupt_steps(steps, "7", random.Random(0)) is None
+
+
+@pytest.mark.parametrize("steps", ["It is <<2:15+2:38=4:53>>.", "a <<3+4=12:07 h>> b", "<<1=2>>"])
+def test_what_is_written_in_an_annotation_is_no_result(steps):
+    """A change there would be stripped from both sides, and leave them identical."""
+    assert corrupt_steps(steps, "7", random.Random(0)) is None
+    both = f"2 * 3 = 6, so {steps}"
+    assert {corrupt_steps(both, "7", random.Random(seed)).partition(", so ")[2] for seed in range(20)} == {steps}
+
+
+@pytest.mark.parametrize(
+    ("answer", "last"),
+    [
+        ("24 dollars", "24"),
+        (r"\$32", "$32"),
+        ("$7$", "7"),
+        (r"\boxed{7}", "7"),
+        ("$1,204.00.", "1,204"),
+        (r"\frac{3}{5}", "0.6"),
+        ("x = 5", "5"),
+        ("4:53", "4:53"),  # not one number: neither part of it is changed
+        ("(3, 8)", "3 and b = 8"),
+        ("yes", "9"),
+        ("9\nI hope this helps, 100%!", "9"),
+    ],
+)
+def test_the_final_result_stays_however_the_answer_is_written(answer, last):
+    solution = f"2 * 10 = 20.\nThen b = {last}.\nThe answer is: {answer}"
+    for seed in range(20):
+        pair = corrupt_row({"question": "Q", "answer": solution}, seed)
+        changed = differing_words(pair["chosen"], pair["rejected"])
+        assert [was for was, _ in changed] == ["20."], pair["rejected"]
+
+
+@pytest.mark.parametrize(
+    "steps", [r"a = 3 \cdot 4", r"a = 3 \times 4", "a = 3^2", "a = 3 x 4", "a = 3 = b", r"a = 12 \div 4 = x"]
+)
+def test_parts_of_the_next_sum_are_no_results(steps):
+    assert corrupt_steps(steps, "7", random.Random(0)) is None
+
+
+@pytest.mark.parametrize("number", ["1" * 40, "9" * 5000, "0.000000001", "1,234.50", "0", "0" * 30 + "1"])
+def test_numbers_of_any_length_stay_numbers(number):
+    corrupted = corrupt_steps(f"a = {number}", "7", random.Random(1)).removeprefix("a = ")
+    assert re.fullmatch(r"[\d,]+(\.\d+)?", corrupted)
+    assert corrupted != number
+    assert len(corrupted.partition(".")[2]) == len(number.partition(".")[2])
+
+
+TEXT = st.text(st.sampled_from("0123456789.,:/-+*x=<>$#\\ \nabc²٣\ud83c") | st.characters(), max_size=30)
+FRAGMENTS = st.sampled_from(
+    ["<<3*4=12>>12", "= 7", "\n#### 12", "The answer is: ", "= $1,200", "<<a=4:53>>", ">>5", "= 0.50"]
+)
+
+
+@given(solution=st.lists(TEXT | FRAGMENTS, max_size=8).map("".join), ending=TEXT, seed=st.integers(0, 9))
+@settings(max_examples=200, deadline=None)
+def test_any_solution_gives_a_pair_or_a_reason(solution, ending, seed):
+    """And where it gives a pair, one number of the steps differs, which the evaluation does not read as the answer."""
+    try:
+        pair = corrupt_row({"question": "Q", "answer": f"{solution}\n#### {ending}"}, seed)
+    except BadRow:
+        return
+    chosen, rejected = pair["chosen"], pair["rejected"]
+    assert chosen != rejected
+    start = common_start(chosen, rejected)
+    end = common_start(chosen[:start:-1], rejected[:start:-1])
+    assert re.fullmatch(r"[\d,.]*", rejected[start : len(rejected) - end]), (chosen, rejected)
+    if extraction.extract_answer(chosen.rpartition("\n")[2]) is not None:
+        assert extraction.extract_answer(chosen) == extraction.extract_answer(rejected)
+
+
+def test_answers_are_read_as_the_evaluation_reads_them():
+    """One reader in two places, as the evaluation runs without the package, and the package without the evaluation."""
+    assert (
+        Path(extraction.__file__).read_bytes() == (Path(__file__).parents[2] / "evaluation/extraction.py").read_bytes()
+    )
 
 
 @given(
@@ -104,6 +186,7 @@ def test_annotations_mark_results_that_no_equals_sign_does():
         # An ending that says something else belongs to the steps.
         ("First #### 3.\nThe answer is: 7", "First #### 3.", "7"),
         ("Guess: the answer is 3? No, a = 4. The answer is: 7", "Guess: the answer is 3? No, a = 4.", "7"),
+        ("a = 4. So the answer is: 7", "a = 4.", "7"),
     ],
 )
 def test_endings_of_solutions(solution, steps, answer):

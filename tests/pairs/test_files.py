@@ -8,17 +8,20 @@ import json
 import pyarrow
 import pyarrow.parquet
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from llamafactory_ext.errors import UserError
 from llamafactory_ext.pairs import commands
-from llamafactory_ext.pairs.files import BadRow, read_rows, register, text, whole_file, write_pairs
+from llamafactory_ext.pairs.files import register, whole_file, write_pairs
+from llamafactory_ext.pairs.rows import BadRow, read_rows, text
 
 ROWS = [{"chosen": "yes", "rejected": "no", "n": n} for n in range(5)]
 
 
 def lines(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def write(path, rows=ROWS):
@@ -132,6 +135,8 @@ def test_lines_keep_their_numbers(tmp_path):
         ("rows.json", b"{}", "holds no list of rows"),
         ("rows.parquet", b"no parquet", "cannot be read as parquet"),
         (".", None, "holds no parquet or jsonl file"),
+        ("x" * 300, None, "is not there: write the path"),
+        ("rows.json", b"[" * 100_000, "is not JSON"),
     ],
 )
 def test_wrong_sources(name, content, message, tmp_path):
@@ -139,6 +144,147 @@ def test_wrong_sources(name, content, message, tmp_path):
         (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
         list(read_rows(str(tmp_path / name)))
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22e\nsize 12345\n"
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz", "rows.json", "rows.parquet", "train/rows.jsonl.gz"])
+def test_a_pointer_of_git_lfs_is_no_data(name, tmp_path):
+    file = tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(POINTER)
+    with pytest.raises(UserError, match="is not the data but a pointer of Git LFS: write `git lfs pull`"):
+        list(read_rows(str(file if file.parent == tmp_path else tmp_path)))
+
+
+def test_a_damaged_archive_says_how_far_it_could_be_read(tmp_path):
+    whole = write(tmp_path / "whole.jsonl.gz", [{"text": "x" * n, "n": n} for n in range(2000)]).read_bytes()
+    broken = bytearray(whole)
+    broken[len(broken) // 2] ^= 0xFF
+    for name, content in {"cut": whole[:-9], "plain": b'{"n": 1}\n', "broken": bytes(broken)}.items():
+        file = tmp_path / f"{name}.jsonl.gz"
+        file.write_bytes(content)
+        rows = read_rows(str(file))
+        with pytest.raises(UserError, match=r"cannot be read beyond row \d+ \(.+\): download it again"):
+            list(rows)
+        words = ["ultrafeedback", str(file), "--output", str(tmp_path / "out.jsonl")]
+        with pytest.raises(UserError, match="cannot be read beyond row"):
+            CliRunner().invoke(commands.app, words, catch_exceptions=False)
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_json_lines_by_the_name_of_a_list(tmp_path):
+    """As many data sets of the hub have them, and as `datasets` reads them."""
+    (tmp_path / "rows.json").write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
+    assert [(row.number, row.fields) for row in read_rows(str(tmp_path / "rows.json"))] == list(enumerate(ROWS, 1))
+
+
+def test_rows_of_a_parquet_file_that_python_cannot_hold(tmp_path):
+    texts = pyarrow.array([b"a", b"\xff", b"c"]).cast(pyarrow.string(), safe=False)
+    times = pyarrow.array([0, 1, 2**62], pyarrow.timestamp("ms"))
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts, "time": times}), tmp_path / "rows.parquet")
+    first, second, third = read_rows(str(tmp_path / "rows.parquet"))
+    assert first.fields["text"] == "a"
+    assert "not UTF-8" in str(second.fields)
+    assert "out of range" in str(third.fields)
+
+
+HALF = "\ud83c"  # half of an emoji, as a text that was cut in the middle of one ends
+
+
+@pytest.mark.parametrize("command", ["ultrafeedback", "hh-rlhf", "corrupt"])
+def test_half_a_character_drops_its_row_and_no_other(command, tmp_path):
+    def fields(end):
+        if command == "corrupt":
+            return {"question": f"Q{end}", "answer": "2 + 2 = 4, then 4 + 1 = 5.\n#### 5"}
+        said = [("user", "Hi."), ("assistant", f"Hello{end}")]
+        other = [said[0], ("assistant", "No.")]
+        if command == "hh-rlhf":
+            names = {"user": "Human", "assistant": "Assistant"}
+            return {
+                side: "".join(f"\n\n{names[role]}: {words}" for role, words in turns)
+                for side, turns in (("chosen", said), ("rejected", other))
+            }
+        return {
+            side: [{"role": role, "content": words} for role, words in turns]
+            for side, turns in (("chosen", said), ("rejected", other))
+        }
+
+    unused = fields("") | {"id": HALF}
+    source = write(tmp_path / "rows.jsonl", [fields("."), fields(HALF), unused, fields("!")])
+    output = tmp_path / "out.jsonl"
+    result = CliRunner().invoke(commands.app, [command, str(source), "--output", str(output)])
+    assert result.exit_code == 0, result.output
+    assert len(lines(output)) == 3
+    (dropped,) = lines(tmp_path / "out.dropped.jsonl")
+    assert (dropped["line"], dropped["row"]) == (2, fields(HALF))
+    assert "half a character" in dropped["reason"]
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.just(HALF),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=6,
+)
+MESSAGES = st.lists(
+    st.fixed_dictionaries(
+        {"role": st.sampled_from(["system", "user", "assistant"]), "content": st.sampled_from(["a", "b", HALF, " "])}
+    ),
+    max_size=4,
+)
+SPOKEN = st.lists(st.sampled_from(["\n\nHuman: a", "\n\nAssistant: b", "\n\nAssistant:", HALF])).map("".join)
+SIDE = JSON | MESSAGES | SPOKEN
+FIELDS = st.fixed_dictionaries(
+    {}, optional={"chosen": SIDE, "rejected": SIDE, "score_chosen": JSON, "question": JSON, "answer": JSON}
+)
+LINES = st.lists(
+    FIELDS.map(json.dumps).map(str.encode) | JSON.map(json.dumps).map(str.encode) | st.binary(max_size=20), max_size=6
+)
+GOOD = {
+    "ultrafeedback": [{"role": "user", "content": "Q?"}, {"role": "assistant", "content": "A"}],
+    "hh-rlhf": "\n\nHuman: Q?\n\nAssistant: A",
+}
+GOOD_ROWS = {
+    command: {"chosen": chosen, "rejected": json.loads(json.dumps(chosen).replace("A", "B").replace("Bss", "Ass"))}
+    for command, chosen in GOOD.items()
+} | {"corrupt": {"question": "Q", "answer": "2 + 2 = 4\n#### 5"}}
+
+
+@pytest.mark.parametrize("command", GOOD_ROWS)
+@given(content=LINES)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_every_line_is_written_or_reported(command, content, tmp_path):
+    """Whatever the lines hold; and what is written is read by the library that a training reads it with."""
+    from pyarrow import json as arrow
+
+    source, output = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+    source.write_bytes(b"\n".join([json.dumps(GOOD_ROWS[command]).encode(), *content]))
+    result = CliRunner().invoke(commands.app, [command, str(source), "--output", str(output), "--overwrite"])
+    assert result.exit_code == 0, result.exception
+    dropped = tmp_path / "out.dropped.jsonl"
+    reported = [row["line"] for row in lines(dropped)] if dropped.exists() else []
+    numbers = [number for number, line in enumerate(source.read_bytes().split(b"\n"), 1) if line.strip()]
+    assert arrow.read_json(output).num_rows == len(lines(output)) == len(numbers) - len(reported)
+    assert set(reported) < set(numbers)
+    assert len(set(reported)) == len(reported)
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz", "rows.json", "rows.parquet"])
+@given(cut=st.integers(0, 400), at=st.integers(0, 400), byte=st.integers(1, 255), content=st.binary(max_size=30))
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_file_gives_rows_or_a_sentence(name, cut, at, byte, content, tmp_path):
+    """Bytes of any kind; a good file cut short; and a good file with one byte changed."""
+    whole = write(tmp_path / name).read_bytes()
+    changed = bytearray(whole)
+    changed[at % len(whole)] ^= byte
+    for data in (content, whole[: cut % len(whole)], bytes(changed)):
+        (tmp_path / name).write_bytes(data)
+        try:
+            rows = list(read_rows(str(tmp_path / name)))
+        except UserError:
+            continue
+        assert all(isinstance(row.fields, dict | BadRow) for row in rows)
 
 
 def test_a_hub_that_cannot_be_reached_is_one_sentence():

@@ -9,8 +9,8 @@ import few_shot_data
 import pytest
 
 from llamafactory_ext.errors import UserError
-from llamafactory_ext.pairs.files import BadRow, Row
 from llamafactory_ext.pairs.metamath import Template, index_queries, learn_template, zero_shot_pair
+from llamafactory_ext.pairs.rows import BadRow, Row
 
 TEMPLATE = Template("Q: ", "\nA:")
 

@@ -72,6 +72,13 @@ class CountingTrainer(PreferenceTrainer):
             self.counts["early optimizer states"] = storage_bytes(float32_copies(zero)) + state_bytes(zero.optimizer)
         _, self.counts["reference pass"] = peak_of(super().compute_reference_logps)
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        if self.finetuning_args.refinement_prompt is None:
+            return super().get_batch_samples(*args, **kwargs)
+        result, peak = peak_of(lambda: super(CountingTrainer, self).get_batch_samples(*args, **kwargs))
+        self.counts["augmented pass"] = max(peak, self.counts.get("augmented pass", 0))
+        return result
+
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         if "weights" not in self.counts:
             self.counts["weights"] = held(self.model.parameters())

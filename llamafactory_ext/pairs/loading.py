@@ -1,0 +1,173 @@
+"""A recipe's tokenizer and pairs, by LLaMA-Factory's own functions; where those stop, a sentence says at which line."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError, in_a_line
+from ..recipe import check_sizes, data_sets
+from .rows import SUFFIXES, BadRow, Fields, is_utf8, read_rows
+
+
+@dataclass(frozen=True)
+class Tokenization:
+    """What makes tokens of a conversation.
+
+    Args:
+        tokenizer: as LLaMA-Factory prepares it.
+        processor: of pictures and sounds; None where the model has none.
+        template: LLaMA-Factory's.
+        chat_template: the one that the tokenizer came with.
+    """
+
+    tokenizer: Any
+    processor: Any
+    template: Any
+    chat_template: str | None
+
+
+def load_tokenization(model_args: Any, data_args: Any) -> Tokenization:
+    """The tokenization of a recipe.
+
+    Raises:
+        UserError: if the tokenizer cannot be loaded, there is no such template, or none can be read off its own.
+    """
+    from llamafactory.data import get_template_and_fix_tokenizer
+    from llamafactory.model import load_tokenizer
+
+    try:
+        tools = load_tokenizer(model_args)
+        tokenizer = tools["tokenizer"]
+        own_template = tokenizer.chat_template
+        template = get_template_and_fix_tokenizer(tokenizer, data_args)
+    except Exception as error:  # whatever transformers, and a chat template that is tried out, raise
+        name = model_args.model_name_or_path
+        hint = "" if data_args.template else " Write a `template`, as none is named."
+        raise UserError(f"the tokenizer of {name!r} cannot be used: {in_a_line(error)}.{hint}") from error
+    return Tokenization(tokenizer, tools["processor"], template, own_template)
+
+
+def load_pairs(model_args: Any, data_args: Any) -> Any:
+    """The pairs of the recipe's data sets in LLaMA-Factory's standard format, none skipped yet.
+
+    Raises:
+        UserError: if they cannot be loaded: as the training would stop, but with the file and the line.
+    """
+    from llamafactory.data.loader import _get_merged_dataset
+    from transformers import TrainingArguments
+
+    descriptions = data_sets(data_args.dataset, data_args.dataset_dir)
+    check_sizes(data_args)
+    training_args = TrainingArguments(output_dir="unused", report_to="none", use_cpu=True)
+    try:
+        return _get_merged_dataset(data_args.dataset, model_args, data_args, training_args, stage="rm")
+    except Exception as error:  # whatever datasets, pyarrow and LLaMA-Factory raise
+        reason = next(_faults(descriptions, data_args), None) or _in_words(error)
+        names = ", ".join(data_args.dataset)
+        raise UserError(f"the data sets {names} cannot be loaded: {reason.rstrip('.!')}.") from error
+
+
+def source_files(description: Any, dataset_dir: str) -> list[Path]:
+    """The files that LLaMA-Factory reads of a data set in a folder, in its order; none where it reads others too."""
+    if description.load_from != "file":
+        return []
+    path = Path(dataset_dir, description.dataset_name)
+    files = [path / name for name in os.listdir(path)] if path.is_dir() else [path]  # of every split, as they come
+    return [] if any(file.suffix not in SUFFIXES for file in files) else files
+
+
+# --- what is wrong ---------------------------------------------------------------------------------------------------
+
+
+def _in_words(error: Exception) -> str:
+    if isinstance(error, StopIteration):  # LLaMA-Factory asks for a first row
+        return "they hold no rows: write at least one"
+    return in_a_line(error)
+
+
+def _faults(descriptions: Iterable[Any], data_args: Any) -> Iterator[str]:
+    """What keeps local files from being loaded, each with the file and the line."""
+    for description in descriptions:
+        wanted = description.num_samples
+        if wanted is not None and (type(wanted) is not int or wanted < 1):
+            yield f"num_samples is {wanted!r} in dataset_info.json: write a whole number of at least 1"
+        for file in source_files(description, data_args.dataset_dir):
+            try:
+                fault = _first_fault(file, description, data_args)
+            except UserError as error:  # that the file cannot be read at all
+                fault = str(error)
+            if fault is not None:
+                yield fault
+
+
+def _first_fault(file: Path, description: Any, data_args: Any) -> str | None:
+    """The first row of a file that does not go with those before, or that LLaMA-Factory cannot make a pair of."""
+    seen: dict[str, tuple[str, str]] = {}
+    columns: Fields = {}
+    number = 0
+    for number, fields in _numbered(file):
+        where = f"{str(file)!r}, {_place(file, number)}"
+        if isinstance(fields, BadRow):
+            return f"{where}: {fields}: repair or remove it"
+        columns |= dict.fromkeys(fields)
+        for place, kind in _kinds(fields):
+            before, first = seen.setdefault(place, (kind, _place(file, number)))
+            if kind != before:
+                return f"{where}: {place} holds {kind} there, and {before} in {first}: write one kind in all rows"
+            if kind == HALF:
+                return f"{where}: {place} holds {HALF}, which no tokenizer takes"
+    return _first_refused(file, columns, description, data_args) if number else f"{str(file)!r} holds no rows"
+
+
+def _first_refused(file: Path, columns: Fields, description: Any, data_args: Any) -> str | None:
+    from llamafactory.data.converter import get_dataset_converter
+
+    try:
+        converter = get_dataset_converter(description.formatting, description, data_args)
+    except ValueError:  # there is none, which LLaMA-Factory says itself
+        return None
+    for number, fields in _numbered(file):
+        where = f"{str(file)!r}, {_place(file, number)}"
+        try:
+            converter({**columns, **fields})
+        except KeyError as error:
+            what = f"it has no {error}, which dataset_info.json names"
+            if error.args == (None,):
+                what = f"dataset_info.json names no column for what formatting {description.formatting!r} needs"
+            return f"{where}: {what}"
+        except Exception as error:  # whatever the converter does not expect
+            return f"{where}: LLaMA-Factory makes no pair of it ({in_a_line(error)})"
+    return None
+
+
+def _numbered(file: Path) -> Iterator[tuple[int, Any]]:
+    return ((row.number, row.fields) for row in read_rows(str(file)))
+
+
+def _place(file: Path, number: int) -> str:
+    return f"{'row' if file.suffix in ('.json', '.parquet') else 'line'} {number}"
+
+
+HALF = "half a character (a lone surrogate)"
+_KINDS: dict[type, str] = {str: "text", bool: "true or false", int: "a number", float: "a number"}
+
+
+def _kinds(value: Any, place: str = "") -> Iterator[tuple[str, str]]:
+    """Every place in a row, such as `'history'[]`, with the kind of what is there; a null is of any kind."""
+    if isinstance(value, dict):
+        if place:
+            yield place, "an object"
+        for key, part in value.items():
+            yield from _kinds(part, f"{place}.{key}" if place else repr(key))
+    elif isinstance(value, list):
+        yield place, "a list"
+        for part in value:
+            yield from _kinds(part, f"{place}[]")
+    elif isinstance(value, str) and not is_utf8(value):
+        yield place, HALF
+    elif value is not None:
+        yield place, _KINDS.get(type(value), type(value).__name__)
