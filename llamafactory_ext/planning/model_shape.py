@@ -105,6 +105,8 @@ def read_model(path: str, trust_remote_code: bool = False) -> ModelShape:
         raise UserError(
             f"{path!r} makes no causal language model ({in_a_line(error)}), and only those are planned: name another."
         ) from error
+    if any(isinstance(size := getattr(text, key, None), int) and size < 1 for key in NEEDED):
+        raise UserError(f"the configuration of {path!r} has a size below 1, which is no model's: name another.")
     missing = [key for key in NEEDED if not isinstance(getattr(text, key, None), int)]
     if missing or not all(isinstance(getattr(m, "weight", None), torch.Tensor) for m in (head, embedding)):
         raise UserError(
