@@ -631,7 +631,6 @@ RUNS = {
     "refined, chunks": BF16 | SR,
     "refined, float32, many micro-batches": SR | {"gradient_accumulation_steps": 4},
     "refined, lora": LORA | SR,
-    "refined, lora, in every step, chunks": LORA | SR | IN_EVERY_STEP,
     "lora": LORA | KEEP_ALL,
     "lora, checkpointing, chunks": LORA,
     "lora, checkpointing": LORA,
