@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -39,7 +38,10 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command(help=__doc__.replace("\n    python", "\n\n    python"), no_args_is_help=True)
 def main(
     data: Annotated[Path, Opt(help="A jsonl or parquet file with question, instruction, prompt or turns (the first).")],
-    output: Annotated[Path, Opt(help="A folder for the answers; one sub-folder per model or adapter.")],
+    output: Annotated[
+        Path,
+        Opt(help="A folder for the answers; one sub-folder per model or adapter.", parser=options.path, metavar="PATH"),
+    ],
     model: options.Model = "",
     engine: options.Engine = EngineName.vllm,
     adapter: options.Adapter = None,
@@ -80,11 +82,11 @@ def main(
             "system": system,
         }
         answers = _generate(engine, settings, names, queries, about, output)
-    except UserError as error:
-        print(f"answers.py: {error}", file=sys.stderr)
-        raise typer.Exit(2) from None
+        for name, generations in answers.items():
+            write_answers(output / name, queries, generations)
+    except (UserError, OSError) as error:
+        raise options.refusal("answers.py", error) from None
     for name, generations in answers.items():
-        write_answers(output / name, queries, generations)
         cut_off = sum(generation.finish_reason == "length" for generation in generations.values())
         print(f"{output / name / ANSWERS}: {len(queries)} answers, {cut_off} cut off at {max_tokens} tokens")
         print_refused(output / name)

@@ -11,13 +11,13 @@ of them were asked. A problem that a run has not answered counts as wrong there.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any
 
+import options
 import typer
 from extraction import TIERS, Tier
 from questions import UserError
@@ -52,7 +52,10 @@ def main(
     ],
     tier: Annotated[str, typer.Option(help="strict_prompt, strict or flexible.")] = "strict",
     shared: Annotated[bool, typer.Option("--shared", help="Only the problems that all runs were asked.")] = False,
-    output: Annotated[Path | None, typer.Option(help="Also write the comparison to this json file.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Also write the comparison to this json file.", parser=options.path, metavar="PATH"),
+    ] = None,
 ) -> None:
     try:
         if len(runs) < 2:
@@ -63,12 +66,11 @@ def main(
         if len({folder.resolve() for folder in runs}) < len(runs):
             raise UserError("A run is named twice: name each once.")
         comparisons = compare(loaded, shared)
-    except UserError as error:
-        print(f"compare.py: {error}", file=sys.stderr)
-        raise typer.Exit(2) from None
+        if output:
+            write_whole(output, json.dumps(comparisons, indent=2))
+    except (UserError, OSError) as error:
+        raise options.refusal("compare.py", error) from None
     _print(comparisons, loaded, tier)
-    if output:
-        write_whole(output, json.dumps(comparisons, indent=2))
 
 
 def load_scored(folder: Path, tier: Tier | str) -> Scored:

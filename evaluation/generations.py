@@ -62,6 +62,8 @@ class Run:
             raise UserError(
                 f"Another process writes to {self.folder}: wait for it, or name another --output."
             ) from None
+        except NotImplementedError:
+            raise UserError(f"{self.folder} is on a file system without locks: name an --output on another.") from None
         file = self.folder / MANIFEST
         if file.is_file():
             self._refuse_another(self.manifest(), manifest)

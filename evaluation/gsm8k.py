@@ -12,7 +12,6 @@ nor llamafactory_ext: vLLM lives in an environment of its own (`make eval-env`).
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
@@ -24,7 +23,7 @@ from asking import ask_missing, print_refused
 from degeneration import is_degenerate
 from engines import Sampling, Settings, make_engine
 from extraction import VERSION, extract_answer, read_answer
-from generations import MANIFEST, Generation, Run
+from generations import GENERATIONS, MANIFEST, Generation, Run
 from models import BASE, EngineName, folder_hashes, local_model, parse_adapters
 from questions import Question, UserError, load_prompt, load_questions, messages
 from scoring import score_run
@@ -46,7 +45,14 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command(help=__doc__.replace("\n    python", "\n\n    python"), no_args_is_help=True)
 def main(
     data: Annotated[str, Opt(help="A jsonl or parquet file with question and answer (`#### N`), or openai/gsm8k.")],
-    output: Annotated[Path, Opt(help="A folder for the answers and scores; one sub-folder per model or adapter.")],
+    output: Annotated[
+        Path,
+        Opt(
+            help="A folder for the answers and scores; one sub-folder per model or adapter.",
+            parser=options.path,
+            metavar="PATH",
+        ),
+    ],
     model: options.Model = "",
     engine: options.Engine = EngineName.vllm,
     adapter: options.Adapter = None,
@@ -96,9 +102,8 @@ def main(
             }
             runs = _generate(engine, settings, names, questions, about, output)
         _score(runs, questions, output)
-    except UserError as error:
-        print(f"gsm8k.py: {error}", file=sys.stderr)
-        raise typer.Exit(2) from None
+    except (UserError, OSError) as error:
+        raise options.refusal("gsm8k.py", error) from None
 
 
 # --- generating ------------------------------------------------------------------------------------------------------
@@ -157,7 +162,9 @@ def _recorded_runs(output: Path, data: str, data_hash: str, count: int) -> list[
     if not runs:
         raise UserError(f"{output} holds no runs: name the --output of an earlier run.")
     for folder in runs:
-        asked = Run(folder).manifest().get("data", {})
+        asked = Run(folder).manifest().get("data")
+        if not isinstance(asked, dict):
+            raise UserError(f"{folder / MANIFEST} does not say what was asked: score another --output.")
         if asked.get("sha256") != data_hash:
             raise UserError(
                 f"{folder} answers {asked.get('problems')} problems of {asked.get('source')}, which are not the "
@@ -170,7 +177,12 @@ def _score(runs: list[Path], questions: list[Question], output: Path) -> None:
     """Score each run into its folder, and print one table over all."""
     summaries = {}
     for folder in runs:
-        result = score_run(questions, Run(folder).read())
+        answers = Run(folder).read()
+        if unknown := sorted(answers.keys() - {question.index for question in questions}):
+            raise UserError(
+                f"{folder / GENERATIONS} answers a problem {unknown[0]}, which there is not: remove that line."
+            )
+        result = score_run(questions, answers)
         write_whole(folder / "results.json", json.dumps(result, indent=1))
         summaries[folder.name] = result["summary"]
     write_whole(output / "results.json", json.dumps(summaries, indent=2))

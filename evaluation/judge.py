@@ -21,11 +21,11 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import options
 import typer
 from answers import Pair, content_hash, load_pairs
 from asking import ask_missing
@@ -77,7 +77,10 @@ def main(
     a: Annotated[Path, Opt(help="Model A: a jsonl or parquet file of its answers, or a folder of answers.py.")],
     b: Annotated[Path, Opt(help="Model B: its answers to the same questions.")],
     judge: Annotated[str, Opt(help="The name that the judge is served by.")] = "",
-    output: Annotated[Path | None, Opt(help="A folder for the replies and results of this comparison.")] = None,
+    output: Annotated[
+        Path | None,
+        Opt(help="A folder for the replies and results of this comparison.", parser=options.path, metavar="PATH"),
+    ] = None,
     base_url: Annotated[str, Opt(help="The judge's server; the key in OPENAI_API_KEY.")] = "http://127.0.0.1:8000/v1",
     prompt: Annotated[Path | None, Opt(help="A file that holds {question}, {first} and {second}.")] = None,
     names: Annotated[str | None, Opt(help="What to call A and B: dpo,sr_dpo. Default: their paths.")] = None,
@@ -104,10 +107,9 @@ def main(
         rows = judge_rows(pairs, replies)
         left_out = sorted({field for reply in replies.values() for field in reply.left_out})
         summary = {"a": called[0], "b": called[1], "judge": judge, "left_out": left_out, **summarize(rows)}
-    except UserError as error:
-        print(f"judge.py: {error}", file=sys.stderr)
-        raise typer.Exit(2) from None
-    write_whole(output / "results.json", json.dumps({"summary": summary, "rows": rows}, indent=1))
+        write_whole(output / "results.json", json.dumps({"summary": summary, "rows": rows}, indent=1))
+    except (UserError, OSError) as error:
+        raise options.refusal("judge.py", error) from None
     _print_summary(summary)
     print(f"\nAll of it, with every reply: {output / 'results.json'}")
 

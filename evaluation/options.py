@@ -1,11 +1,13 @@
-"""Command-line options that several scripts take: how models are loaded, and how they are asked."""
+"""What the scripts' command lines share: how models are loaded, how they are asked, and how a refusal reads."""
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Annotated
 
 from models import EngineName
-from typer import Option
+from typer import BadParameter, Exit, Option
 
 Model = Annotated[str, Option(help="A model folder or hub name; with --engine openai, the name it is served by.")]
 Engine = Annotated[EngineName, Option(help="What generates.")]
@@ -22,3 +24,26 @@ MaxModelLen = Annotated[int | None, Option(min=1, help="vllm: context length.")]
 BatchSize = Annotated[int, Option(min=1, help="hf: problems at a time.")]
 BaseUrl = Annotated[str, Option(help="openai: the server.")]
 Concurrency = Annotated[int, Option(min=1, help="openai: requests at a time.")]
+
+
+def path(value: str | Path) -> Path:
+    """What is to be written, with its `~` resolved: shells leave that of `--output=~/x`.
+
+    Raises:
+        typer.BadParameter: if it is empty, as after a variable that is not set, or names an unknown user.
+    """
+    if not str(value):
+        raise BadParameter("it is empty: write a path.")
+    try:
+        return Path(value).expanduser()
+    except RuntimeError as error:
+        raise BadParameter(f"{value}: {error}") from error
+
+
+def refusal(script: str, error: Exception) -> Exit:
+    """Say in a sentence what is wrong with the input, or what the system has refused; returns the exit, of status 2."""
+    if isinstance(error, OSError) and error.strerror is not None:
+        place = "" if error.filename is None else f"{error.filename}: "
+        error = Exception(f"{place}{error.strerror}. Mend that and run the same command again, which goes on.")
+    print(f"{script}: {error}", file=sys.stderr)
+    return Exit(2)

@@ -12,8 +12,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from . import __version__
-from .errors import UserError
+from .errors import UserError, of_system
 from .pairs.commands import app as data
+from .paths import output_path
 from .sweep.commands import sweep
 
 if TYPE_CHECKING:
@@ -127,7 +128,9 @@ def plan(
 @app.command()
 def report(
     folder: Annotated[Path, typer.Argument(help="The `output` of a sweep, finished or not.")],
-    output: Annotated[Path | None, typer.Option(help="A folder (default: FOLDER/report).")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="A folder (default: FOLDER/report).", parser=output_path, metavar="PATH")
+    ] = None,
 ) -> None:
     """One page of a sweep: figures, tests against DPO, every cell, and all that is needed to repeat it.
 
@@ -143,7 +146,12 @@ def report(
 @app.command()
 def score(
     recipe: Annotated[list[str], typer.Argument(help="A recipe and key=value words, as for llamafactory-cli train.")],
-    output: Annotated[Path, typer.Option(help="A .jsonl or .parquet file; appears when all pairs are scored.")],
+    output: Annotated[
+        Path,
+        typer.Option(
+            help="A .jsonl or .parquet file; appears when all pairs are scored.", parser=output_path, metavar="PATH"
+        ),
+    ],
     batch_size: Annotated[int, typer.Option(min=1, help="Pairs at a time.")] = 4,
 ) -> None:
     """Score pairs offline: logratios, margins and what the recipe's loss makes of them, pair by pair.
@@ -185,11 +193,12 @@ def _show(summary: Summary, output: Path) -> None:
 
 
 def main() -> None:
-    """The console script: a wrong input is one sentence and exit status 2."""
+    """The console script: a wrong input, or what the system refuses, is one sentence and exit status 2."""
     try:
         app()
-    except UserError as error:
-        print(f"llamafactory-ext: {error}", file=sys.stderr)
+    except (UserError, OSError) as error:
+        said = of_system(error) if isinstance(error, OSError) else error
+        print(f"llamafactory-ext: {said}", file=sys.stderr)
         sys.exit(2)
 
 

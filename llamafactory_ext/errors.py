@@ -18,6 +18,14 @@ def not_possible(key: str, reason: str) -> ValueError:
     return ValueError(f"`{key}: true` is not possible here: {reason}. Remove it.")
 
 
+def of_system(error: OSError) -> str:
+    """A sentence about what the operating system has refused: a full disk, a folder that may not be written."""
+    if error.strerror is None:  # a library's own, such as transformers' for a model that is not there
+        return in_a_line(error)
+    place = "" if error.filename is None else f"{error.filename}: "
+    return f"{place}{error.strerror}. Mend that and run the same command again, which goes on with what is there."
+
+
 def in_a_line(error: BaseException) -> str:
     """What a library says is wrong, as part of a sentence: the first line of the error that began it, or its name."""
     while error.__cause__ is not None and type(error.__cause__).__name__ != "RemoteTraceback":  # multiprocess's text

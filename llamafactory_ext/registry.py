@@ -150,7 +150,8 @@ class Loss:
     @property
     def description(self) -> str:
         """What the function's docstring says, a line per paragraph: the equation first, then remarks and the source."""
-        paragraphs = (inspect.getdoc(self.function) or "(no docstring)").split("\n\n")
+        text = (inspect.getdoc(self.function) or "(no docstring)").encode(errors="replace").decode()  # half characters
+        paragraphs = text.split("\n\n")
         return "\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
 
     def defaults(self) -> dict[str, Any]:
@@ -175,9 +176,12 @@ def register_loss(
             depend on the hyper-parameters but not on the batch: every rank must log the same ones.
 
     Raises:
-        ValueError: if another file has registered the name.
-        TypeError: if the function does not take the pairs first and hyper-parameters by keyword after it.
+        ValueError: if another file has registered the name, or it cannot be one.
+        TypeError: if the function does not take the pairs first and hyper-parameters by keyword after it, or there is
+            no name.
     """
+
+    _check_name(name)
 
     def register(function: LossFunction) -> LossFunction:
         _check_signature(name, function)
@@ -193,6 +197,13 @@ def register_loss(
     return register
 
 
+def _check_name(name: Any) -> None:
+    if not isinstance(name, str):
+        raise TypeError(f'register_loss needs a name, not {name!r}: write @register_loss("my_loss").')
+    if not name or name != name.strip() or not name.isprintable():
+        raise ValueError(f"a loss cannot be called {name!r}: write letters, digits and underscores, like 'my_loss'.")
+
+
 def _check_signature(name: str, function: LossFunction) -> None:
     parameters = list(inspect.signature(function).parameters.values())
     by_keyword = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
@@ -204,7 +215,10 @@ def _check_signature(name: str, function: LossFunction) -> None:
 
 
 def _file(function: LossFunction) -> str:
-    return str(Path(inspect.getfile(inspect.unwrap(function))).resolve())
+    try:
+        return str(Path(inspect.getfile(inspect.unwrap(function))).resolve())
+    except TypeError:  # functools.partial and other objects that can be called
+        return str(getattr(function, "__module__", type(function).__name__))
 
 
 def loss_names() -> list[str]:

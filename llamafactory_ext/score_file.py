@@ -82,6 +82,10 @@ class ScoreFile:
             raise UserError(
                 f"another process scores into {str(self.output)!r}: wait for it, or give another --output."
             ) from None
+        except NotImplementedError:
+            raise UserError(
+                f"{str(self.output.parent)!r} is on a file system without locks: give an --output on another."
+            ) from None
         try:
             whole = self.check()  # again: the other process may have ended since
             if not whole:

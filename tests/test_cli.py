@@ -103,6 +103,23 @@ def test_wrong_input_is_one_sentence(words, message, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("output", "words"),
+    [
+        ("", "it is empty: write a path."),
+        ("~nosuch/x.jsonl", "cannot be a path"),
+        ("file/x.jsonl", "file: File exists. Mend that and run the same command again"),
+    ],
+)
+def test_what_cannot_be_written_is_a_sentence(output, words, tmp_path):
+    (tmp_path / "file").touch()
+    done = run(tmp_path, "data", "corrupt", str(DATA / "gsm8k_sample.jsonl"), "--output", output)
+    assert done.returncode == 2
+    assert words in " ".join(done.stderr.replace("│", "").split())
+    assert "Traceback" not in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_kill_leaves_no_half_file(tmp_path):
     pairs, questions = few_shot_data.write(tmp_path, 20000)
     words = ["data", "metamath", pairs, "--questions", questions, "--output", tmp_path / "out.jsonl"]

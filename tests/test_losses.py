@@ -187,7 +187,7 @@ def test_parity_with_plain_formula(name, dtype, tolerance, batch, lengths):
 )
 @settings(max_examples=50, deadline=None)
 def test_reference_free_losses_are_those_of_llamafactory(chosen, rejected, length):
-    """SimPO's bit for bit. ORPO's is compared with LLaMA-Factory's in float64: in float32, its log1p(-e^l) loses digits."""
+    """SimPO's bit for bit, ORPO's compared in float64: in float32, LLaMA-Factory's log1p(-e^l) loses digits."""
     from llamafactory.train.dpo.trainer import CustomDPOTrainer
 
     stock = SimpleNamespace(beta=0.3, simpo_gamma=0.7)

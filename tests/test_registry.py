@@ -64,6 +64,23 @@ def test_loss_file_is_loaded_and_loaded_again(tmp_path):
     assert registry.get_loss("mine").defaults() == {"tau": 1.0}
 
 
+def test_any_callable_is_loaded_again(tmp_path):
+    body = """
+        import functools
+        def scaled(pairs, *, scale: float): return scale * pairs.margin
+        register_loss("twice")(functools.partial(scaled, scale=2.0))
+    """
+    path = str(write_loss(tmp_path, body))
+    assert registry.load_loss_file(path) == registry.load_loss_file(path) == ["twice"]
+    assert registry.get_loss("twice").defaults() == {"scale": 2.0}
+
+
+def test_half_characters_of_a_docstring_are_replaced(tmp_path):
+    path = write_loss(tmp_path, '@register_loss("f")\ndef f(pairs): "\\ud83c of beta"')
+    registry.load_loss_file(str(path))
+    assert registry.get_loss("f").description == "? of beta"
+
+
 def test_loss_file_path_is_relative_to_the_working_directory(tmp_path, monkeypatch):
     write_loss(tmp_path, '@register_loss("mine")\ndef mine(pairs, *, beta): return pairs.margin')
     monkeypatch.chdir(tmp_path)
@@ -78,6 +95,9 @@ def test_loss_file_path_is_relative_to_the_working_directory(tmp_path, monkeypat
         ('@register_loss("dpop")\ndef f(pairs, *, beta): return pairs.margin', "'dpop' is taken"),
         ('@register_loss("f")\ndef f(pairs, **settings): return pairs.margin', "named keyword"),
         ('@register_loss("f")\ndef f(): return 0', "take the pairs first"),
+        ("@register_loss\ndef f(pairs): return pairs.margin", 'write @register_loss\\("my_loss"\\)'),
+        ("register_loss(5)", "register_loss needs a name, not 5"),
+        *((f"register_loss({name!r})", "a loss cannot be called") for name in ("", " f", "a\nb", "\ud83c", "\x1b[31m")),
     ],
 )
 def test_bad_loss_file_is_refused(tmp_path, body, message):

@@ -196,6 +196,13 @@ def test_what_is_known_of_a_loss_of_a_file(tmp_path, loss_files):
         loss(None)
 
 
+ODD = """
+from llamafactory_ext import register_loss
+class Odd:
+    def __repr__(self): raise RuntimeError("odd")
+"""
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
@@ -203,6 +210,7 @@ def test_what_is_known_of_a_loss_of_a_file(tmp_path, loss_files):
         ("import os\nos._exit(0)\n", "ended the process that imported it"),
         ("x = 1\n", "registers no loss"),
         ("from llamafactory_ext import register_loss\nregister_loss('dpop')(lambda pairs, *, beta: 0)\n", "is taken"),
+        (ODD + "register_loss('odd')(lambda pairs, *, beta=Odd(): 0)\n", "cannot be shown: RuntimeError: odd"),
         ("import mine_too\n", "No module named 'mine_too'"),  # in the working directory, as in trainings
     ],
 )
@@ -219,6 +227,15 @@ def test_a_loss_file_that_is_none_ends_nothing_but_itself(tmp_path, loss_files, 
     assert "press Enter" in losses_of("DPO", str(path))[1], "what was known is not so any more"
     loss_files.read(str(path))
     assert losses_of("DPO", str(path))[1] is None
+
+
+def test_a_file_that_forks_answers_once(tmp_path, loss_files):
+    path = tmp_path / "forks.py"
+    path.write_text(f"{MINE}\nimport os\nos.fork()\n")
+    loss_files.read(str(path))
+    names, error = losses_of("DPO", str(path))
+    assert error is None
+    assert "mine" in names
 
 
 def test_an_import_without_end_is_ended(tmp_path, loss_files, monkeypatch):

@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..errors import UserError
+from ..paths import output_path
 from ..recipe import read_recipe
 from ..whole_files import write_whole
 from .corruption import PROMPT, corrupt_row
@@ -40,9 +41,9 @@ def metamath(
         "abacusai/MetaMath_DPO_FewShot"
     ),
     questions: Annotated[str, Opt(help="MetaMathQA: a file, or owner/name of the hub.")] = "meta-math/MetaMathQA",
-    output: Annotated[Path, Opt(help="The pairs; their stem becomes a data set's name.")] = Path(
-        "data/metamath_zero_shot.jsonl"
-    ),
+    output: Annotated[
+        Path, Opt(help="The pairs; their stem becomes a data set's name.", parser=output_path, metavar="PATH")
+    ] = Path("data/metamath_zero_shot.jsonl"),
     prompt: Annotated[str, Opt(help="Put in front of each question.")] = "",
     lead: Annotated[str | None, Opt(help="Text before the last question (default: learned from the pairs).")] = None,
     suffix: Annotated[str | None, Opt(help="Text behind the last question (default: learned from the pairs).")] = None,
@@ -80,9 +81,9 @@ def metamath(
 @app.command()
 def corrupt(
     solutions: Annotated[str, Source(help="GSM8K, MetaMathQA or the like: a file, or owner/name of the hub.")],
-    output: Annotated[Path, Opt(help="The pairs; their stem becomes a data set's name.")] = Path(
-        "data/corrupted_pairs.jsonl"
-    ),
+    output: Annotated[
+        Path, Opt(help="The pairs; their stem becomes a data set's name.", parser=output_path, metavar="PATH")
+    ] = Path("data/corrupted_pairs.jsonl"),
     seed: Annotated[int, Opt(help="Decides which result is changed, and to what.")] = 0,
     prompt: Annotated[str, Opt(help="Put in front of each question.", show_default="the MinorDPO paper's")] = PROMPT,
     limit: Annotated[int | None, Opt(min=1, help="Only the first solutions.")] = None,
@@ -105,7 +106,9 @@ def hh_rlhf(
     dialogues: Annotated[str, Source(help="A .jsonl.gz of the data set, or owner/name of the hub.")] = (
         "Anthropic/hh-rlhf"
     ),
-    output: Annotated[Path, Opt(help="The pairs; their stem becomes a data set's name.")] = Path("data/hh_rlhf.jsonl"),
+    output: Annotated[
+        Path, Opt(help="The pairs; their stem becomes a data set's name.", parser=output_path, metavar="PATH")
+    ] = Path("data/hh_rlhf.jsonl"),
     split: Split = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -124,9 +127,9 @@ def ultrafeedback(
     dialogues: Annotated[str, Source(help="Rows with lists of messages: a file, or owner/name of the hub.")] = (
         "HuggingFaceH4/ultrafeedback_binarized"
     ),
-    output: Annotated[Path, Opt(help="The pairs; their stem becomes a data set's name.")] = Path(
-        "data/ultrafeedback.jsonl"
-    ),
+    output: Annotated[
+        Path, Opt(help="The pairs; their stem becomes a data set's name.", parser=output_path, metavar="PATH")
+    ] = Path("data/ultrafeedback.jsonl"),
     split: Annotated[str | None, Opt(help="As of a hub data set or a folder (default: train_prefs).")] = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -146,7 +149,9 @@ def check(
     test_set: Annotated[str | None, Opt(help="Questions that training must not see: a file or owner/name.")] = None,
     test_split: Annotated[str | None, Opt(help="Split of a --test-set that is no file (default: test).")] = None,
     strict: Annotated[bool, Opt("--strict", help="Count the notes as problems.")] = False,
-    json_file: Annotated[Path | None, Opt("--json", help="Also write what was found to this file.")] = None,
+    json_file: Annotated[
+        Path | None, Opt("--json", help="Also write what was found to this file.", parser=output_path, metavar="PATH")
+    ] = None,
 ) -> None:
     """A recipe's pairs, tokenized and cut as its training will: empty, identical, too long, or in the test set.
 

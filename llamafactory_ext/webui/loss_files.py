@@ -155,7 +155,8 @@ def _contents(file: Path) -> tuple[tuple[Loss, ...], str | None]:
             described, _ = process.communicate(timeout=SECONDS)
         except subprocess.TimeoutExpired:
             _end(process.pid)
-            return (), f"pref_loss_file {str(file)!r} was not imported in {SECONDS} s: remove what it waits for."
+            remedy = "remove what it waits for, and processes that it leaves running"
+            return (), f"pref_loss_file {str(file)!r} was not imported in {SECONDS} s: {remedy}."
     try:
         found = json.loads(described)
         return tuple(map(_stand_in, found.get("losses", ()))), found.get("error")
@@ -174,13 +175,17 @@ def _end(pid: int) -> None:
 
 def describe() -> None:
     """Run the file that the command line names, and print what it registers as JSON, apart from what it prints."""
-    answer = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    answer, process = os.fdopen(os.dup(1), "w", encoding="utf-8"), os.getpid()
     os.dup2(2, 1)
     try:
         names = registry.load_loss_file(sys.argv[1])
         found: dict[str, Any] = {"losses": [_description(registry.get_loss(name)) for name in names]}
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         found = {"error": str(error)}
+    except Exception as error:  # a default may be anything, and fail when it is shown
+        found = {"error": f"pref_loss_file {sys.argv[1]!r} cannot be shown: {type(error).__name__}: {error}"}
+    if os.getpid() != process:  # the file has forked: one process answers
+        os._exit(0)
     with answer:
         json.dump(found, answer)
 

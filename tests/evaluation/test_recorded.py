@@ -149,3 +149,51 @@ def test_a_gold_answer_is_a_number(gold, tmp_path):
     result = invoke(gsm8k.app, "--score-only", "--data", file, "--output", tmp_path / "runs")
     assert result.exit_code == 2
     assert "must end in a line `#### N` with a number N" in on_one_line(result.output)
+
+
+# --- what the system refuses ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("output", "words"),
+    [
+        ("/dev/full", "No space left on device. Mend that and run the same command again"),
+        (".", ": Is a directory. Mend that"),
+        ("test.jsonl/x.json", "test.jsonl: File exists. Mend that"),
+        ("", "it is empty: write a path."),
+        ("~nosuch/x", "~nosuch/x: Could not determine home directory."),
+    ],
+)
+def test_what_cannot_be_written_is_a_sentence(output, words, data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        record_run(tmp_path / name / "base", data, {0: "#### 0"})
+        assert invoke(gsm8k.app, "--score-only", "--data", data, "--output", tmp_path / name).exit_code == 0
+    refused = invoke(compare.app, "a/base", "b/base", "--output", output)
+    assert (refused.exit_code, type(refused.exception)) == (2, SystemExit)
+    assert words in on_one_line(refused.output.replace("│", ""))
+
+
+def test_a_home_folder_is_meant_where_a_shell_has_left_its_sign(data, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    record_run(tmp_path / "runs" / "base", data, {0: "#### 0"})
+    assert invoke(gsm8k.app, "--score-only", "--data", data, "--output=~/runs").exit_code == 0
+    assert (tmp_path / "runs" / "results.json").is_file()
+
+
+def test_records_that_do_not_belong_together_are_refused(data, tmp_path):
+    folder = tmp_path / "runs" / "base"
+    record_run(folder, data, {0: "#### 0"})
+    score_it = ("--score-only", "--data", data, "--output", tmp_path / "runs")
+    answers = folder / "generations.jsonl"
+    written = answers.read_text()
+    answers.write_text(written + written.replace('"index": 0', '"index": 99'))
+    refused = invoke(gsm8k.app, *score_it)
+    assert refused.exit_code == 2
+    assert f"{answers} answers a problem 99, which there is not" in on_one_line(refused.output)
+    answers.write_text(written)
+    manifest = folder / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "data": None}))
+    refused = invoke(gsm8k.app, *score_it)
+    assert refused.exit_code == 2
+    assert f"{manifest} does not say what was asked" in on_one_line(refused.output)
