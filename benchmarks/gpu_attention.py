@@ -18,8 +18,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.profiler import ProfilerActivity, profile
 from training_worker import now
 
-from llamafactory_ext import attention
-from llamafactory_ext.attention import attend, trie_lengths
+from llamafactory_ext.training import attention
+from llamafactory_ext.training.attention import attend, trie_lengths
 
 TRIES = 4
 HEADS, HEAD_SIZE = 32, 128  # Qwen1.5-7B's

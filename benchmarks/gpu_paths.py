@@ -12,7 +12,7 @@ from gpu_runs import DEVICE, SHORT, TINY, Trainings, difference, losses, make_mo
 from torch.profiler import ProfilerActivity, profile
 from transformers import TrainerCallback
 
-from llamafactory_ext import logps
+from llamafactory_ext.training import logps
 
 SGD = {"optim": "sgd", "learning_rate": 0.5, "max_steps": 4, "per_device_train_batch_size": 2}
 LORA = {"finetuning_type": "lora", "lora_rank": 4}

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from gpu_runs import DEVICE, Trainings, losses, make_model, make_tokenizer
 
-from llamafactory_ext.monitors import DEGENERATING
-from llamafactory_ext.pairs.corruption import make_pair
+from llamafactory_ext.data.corruption import make_pair
+from llamafactory_ext.training.monitors import DEGENERATING
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "demo"))
 from problems import generate

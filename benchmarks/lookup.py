@@ -20,8 +20,8 @@ import datasets
 import numpy as np
 import typer
 
-from llamafactory_ext.reference_cache import TOKENS, pair_key
-from llamafactory_ext.reference_logps import ReferenceLogps
+from llamafactory_ext.training.reference.cache import TOKENS, pair_key
+from llamafactory_ext.training.reference.logps import ReferenceLogps
 
 PROMPT, ANSWER, VOCABULARY = (60, 200), (80, 300), 151_936  # tokens, from and to
 YARDSTICK_PAIRS = 10_000

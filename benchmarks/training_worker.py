@@ -24,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 from training_report import common_prefix
 from transformers import TrainerCallback
 
-from llamafactory_ext.refinement import AugmentingCollator, AugmentingProcessor, split_batch
+from llamafactory_ext.training.refinement import AugmentingCollator, AugmentingProcessor, split_batch
 from llamafactory_ext.whole_files import write_whole
 
 SR_LAMBDA = 0.3

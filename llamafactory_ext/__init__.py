@@ -10,7 +10,7 @@ __all__ = ["PairLogps", "__version__", "get_loss", "register_loss"]
 
 def __getattr__(name: str) -> object:
     if name in __all__:
-        from . import registry
+        from .losses import registry
 
         return getattr(registry, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

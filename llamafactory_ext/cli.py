@@ -12,13 +12,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from . import __version__
+from .data.commands import app as data
 from .errors import UserError, of_system
-from .pairs.commands import app as data
 from .paths import output_path
 from .sweep.commands import sweep
 
 if TYPE_CHECKING:
-    from .correlation import Summary
+    from .scoring.summary import Summary
 
 app = typer.Typer(
     help="Preference data, plans and checks for trainings with `llamafactory-cli train`.",
@@ -66,8 +66,8 @@ def losses(
     pref_loss_file: Annotated[str | None, typer.Option(help="Also a file of yours, as in the recipe.")] = None,
 ) -> None:
     """Every `pref_loss`: its equation, source, and YAML keys with their defaults."""
-    from .arguments import keys_of
-    from .registry import get_loss, load_loss_file, loss_names
+    from .losses.lookup import get_loss, load_loss_file, loss_names
+    from .recipe.arguments import keys_of
 
     if pref_loss_file is not None:
         try:
@@ -113,7 +113,7 @@ def plan(
     """
     from .planning.display import render
     from .planning.plan import alternatives, make_plan
-    from .recipe import read_recipe
+    from .recipe.reading import read_recipe
 
     settings = read_recipe(recipe)
     asked: dict[str, Any] = {"gpus_per_node": gpus_per_node, "tokens": tokens, "answer_tokens": answer_tokens}
@@ -165,10 +165,10 @@ def score(
     """
     from tqdm import tqdm
 
-    from .correlation import summarize
-    from .recipe import read_recipe
-    from .score import score_pairs
-    from .score_file import read_scores
+    from .recipe.reading import read_recipe
+    from .scoring.file import read_scores
+    from .scoring.scorer import score_pairs
+    from .scoring.summary import summarize
 
     with tqdm(desc="scoring", unit=" pairs", disable=None) as bar:
         for done, total in score_pairs(read_recipe(recipe), output, batch_size):

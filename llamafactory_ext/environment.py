@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from . import __version__
-from .arguments import STOCK_LOSSES
 from .distributions import distribution, requires, unreadable, version
+from .recipe.arguments import STOCK_LOSSES
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement

@@ -93,7 +93,7 @@ def _misfit(what: str) -> ImportError:
 
 
 def _extend_arguments(module: ModuleType) -> None:
-    from .arguments import extend
+    from .recipe.arguments import extend
 
     module.FinetuningArguments = extend(module.FinetuningArguments)  # type: ignore[attr-defined]
 
@@ -107,9 +107,9 @@ def _run_dpo(stock: Callable[..., None], instance: Any, args: tuple[Any, ...], k
     from llamafactory.train.dpo import trainer as upstream
     from llamafactory.train.dpo import workflow
 
-    from .pitfalls import check_recipe
-    from .reference import PendingReference
-    from .trainer import PreferenceTrainer, TrainerCheck
+    from .training.pitfalls import check_recipe
+    from .training.reference.model import PendingReference
+    from .training.trainer import PreferenceTrainer, TrainerCheck
 
     arguments = inspect.signature(stock).bind(*args, **kwargs).arguments
     check_recipe(*(arguments[name] for name in ("model_args", "data_args", "training_args", "finetuning_args")))
@@ -134,7 +134,7 @@ def _augmenting(sr_prompt: str, model_args: Any) -> list[tuple[ModuleType, str, 
     from llamafactory.data import loader
     from llamafactory.train.dpo import workflow
 
-    from .refinement import AugmentingCollator, AugmentingProcessor, check_augmented, model_context
+    from .training.refinement import AugmentingCollator, AugmentingProcessor, check_augmented, model_context
 
     @functools.wraps(workflow.get_dataset)
     def get_dataset(*args: Any, **kwargs: Any) -> Any:

@@ -8,8 +8,8 @@ import pytest
 from llamafactory.hparams import FinetuningArguments
 from transformers import HfArgumentParser
 
-from llamafactory_ext import registry
-from llamafactory_ext.arguments import SR_PROMPT
+from llamafactory_ext.losses import registry
+from llamafactory_ext.recipe.arguments import SR_PROMPT
 
 MINE = """
 from __future__ import annotations

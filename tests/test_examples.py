@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from transformers import AutoTokenizer, HfArgumentParser, Qwen2Config
 
 from llamafactory_ext.planning.plan import make_plan
-from llamafactory_ext.recipe import parse_recipe, read_recipe
+from llamafactory_ext.recipe.reading import parse_recipe, read_recipe
 from llamafactory_ext.sweep.spec import Sweep
 
 ROOT = Path(__file__).parents[1]
@@ -214,7 +214,7 @@ def test_the_shipped_sample_is_what_the_demo_makes():
     sys.path.insert(0, str(ROOT / "examples" / "demo"))
     from problems import generate
 
-    from llamafactory_ext.pairs.corruption import make_pair
+    from llamafactory_ext.data.corruption import make_pair
 
     rng = random.Random(0)
     made = [make_pair(problem, rng) for problem in itertools.islice(generate(seed=0), 64)]

@@ -15,9 +15,9 @@ from llamafactory.train.trainer_utils import get_batch_logps
 from peft import LoraConfig, get_peft_model
 from planning.count_bytes import peak_of
 
-from llamafactory_ext import logps
-from llamafactory_ext.layout import padded, shared_prefix
-from llamafactory_ext.logps import response_logps
+from llamafactory_ext.training import logps
+from llamafactory_ext.training.layout import padded, shared_prefix
+from llamafactory_ext.training.logps import response_logps
 
 SHAPE = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
 FAMILIES = {

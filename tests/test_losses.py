@@ -10,10 +10,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from llamafactory_ext.losses.unpaired import bco
 from plain import plain_loss
 
 from llamafactory_ext import PairLogps, get_loss
-from llamafactory_ext.losses import bco, coefficient, dpo_argument, minor_dpo_argument
+from llamafactory_ext.losses.logistic import coefficient, dpo_argument, minor_dpo_argument
 
 HYPER = {
     "sigmoid": {"beta": 0.5, "label_smoothing": 0.2},

@@ -12,7 +12,8 @@ from llamafactory.train import tuner
 from tiny import recipe
 from transformers import TrainerControl
 
-from llamafactory_ext.monitors import (
+from llamafactory_ext.plots import reward_figure
+from llamafactory_ext.training.monitors import (
     DEGENERATING,
     FALL,
     IN_A_ROW,
@@ -24,7 +25,6 @@ from llamafactory_ext.monitors import (
     read_trainer_log,
     stopped_at,
 )
-from llamafactory_ext.plots import reward_figure
 
 
 def log(chosen: float, rejected: float, **others: float) -> dict[str, float]:

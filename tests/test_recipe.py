@@ -7,7 +7,7 @@ import json
 import pytest
 
 from llamafactory_ext.errors import UserError
-from llamafactory_ext.recipe import data_sets
+from llamafactory_ext.recipe.reading import data_sets
 
 
 @pytest.mark.parametrize("entry", [None, 3, [], {}, "pairs.jsonl", {"file_name": "a", "columns": 3}])

@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from tiny import make_adapter, make_data, make_model, recipe
 from transformers import AutoModelForCausalLM, LlamaConfig, TrainerCallback
 
-from llamafactory_ext import reference_logps
-from llamafactory_ext.layout import depends_on_batch
-from llamafactory_ext.reference import PendingReference, describe, folder_name
+from llamafactory_ext.training.layout import depends_on_batch
+from llamafactory_ext.training.reference import logps as reference_logps
+from llamafactory_ext.training.reference.model import PendingReference, describe, folder_name
 
 SR_PROMPT = "Rate 9 of 9: "
 EVALUATION = {"eval_dataset": "pairs_eval", "eval_strategy": "steps", "eval_steps": 2}
@@ -249,7 +249,7 @@ def test_a_complete_folder_is_only_read(train, monkeypatch):
     """So it may lie on a read-only mount."""
     known = train()
     for name in ("append", "merge", "lock"):
-        monkeypatch.delattr(f"llamafactory_ext.reference_cache.{name}")
+        monkeypatch.delattr(f"llamafactory_ext.training.reference.cache.{name}")
     assert_same(train(), known)
 
 
@@ -343,7 +343,7 @@ def test_the_reference_model_is_let_go_of(tuning, train, other, monkeypatch):
         def on_step_end(self, *args, **kwargs):
             alive.append(loaded[0]() is not None)
 
-    monkeypatch.setattr("llamafactory_ext.trainer.RewardPlot", AtTheFirstStep)
+    monkeypatch.setattr("llamafactory_ext.training.trainer.RewardPlot", AtTheFirstStep)
     changes = {"bf16": True, "use_cpu": True, "plot_loss": True, "finetuning_type": tuning}
     train(ref_model=str(other), **changes)
     assert alive == [False] * 4

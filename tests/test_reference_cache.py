@@ -14,7 +14,7 @@ from crashes import kill_at_random, walk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llamafactory_ext import reference_cache as cache
+from llamafactory_ext.training.reference import cache as cache
 
 # The values are log-probabilities in float32, -0.0 and the smallest of them included.
 logp = st.floats(max_value=0, allow_nan=False, width=32)

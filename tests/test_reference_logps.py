@@ -8,10 +8,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llamafactory_ext import reference_cache as cache
-from llamafactory_ext import reference_logps
-from llamafactory_ext.reference_logps import ReferenceLogps, _batches
-from llamafactory_ext.refinement import PROMPT_IDS, augmented_pair
+from llamafactory_ext.training.reference import cache as cache
+from llamafactory_ext.training.reference import logps as reference_logps
+from llamafactory_ext.training.reference.logps import ReferenceLogps, _batches
+from llamafactory_ext.training.refinement import PROMPT_IDS, augmented_pair
 
 
 def rows(count):

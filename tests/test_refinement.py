@@ -15,10 +15,10 @@ from llamafactory.train import tuner
 from tiny import recipe
 from transformers import AutoTokenizer
 
-from llamafactory_ext import trainer
-from llamafactory_ext.layout import padded
-from llamafactory_ext.logps import response_logps
-from llamafactory_ext.refinement import (
+from llamafactory_ext.training import trainer
+from llamafactory_ext.training.layout import padded
+from llamafactory_ext.training.logps import response_logps
+from llamafactory_ext.training.refinement import (
     MADE_WITH,
     PROMPT_IDS,
     AugmentingCollator,
@@ -228,7 +228,7 @@ def test_tokenized_path_made_with_another_prompt_is_refused(model, data, tmp_pat
 
 
 def test_no_augmented_forward_without_lambda(model, data, monkeypatch, train):
-    from llamafactory_ext import trainer
+    from llamafactory_ext.training import trainer
 
     def refused(*args):
         raise AssertionError("an augmented forward was run")

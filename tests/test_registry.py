@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import llamafactory_ext
-from llamafactory_ext import registry
+from llamafactory_ext.losses import registry
 
 
 @pytest.fixture(autouse=True)

@@ -17,10 +17,10 @@ from llamafactory.train import tuner
 from rich.console import Console
 
 from llamafactory_ext import cli
-from llamafactory_ext.correlation import correlate, summarize
 from llamafactory_ext.errors import UserError
-from llamafactory_ext.score import reference_of, score_pairs
-from llamafactory_ext.score_file import check_output, read_scores
+from llamafactory_ext.scoring.file import check_output, read_scores
+from llamafactory_ext.scoring.scorer import reference_of, score_pairs
+from llamafactory_ext.scoring.summary import correlate, summarize
 
 SCRIPT = Path(sys.executable).with_name("llamafactory-ext")
 

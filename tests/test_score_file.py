@@ -8,7 +8,7 @@ import pytest
 from crashes import kill_at_random, walk
 
 from llamafactory_ext.errors import UserError
-from llamafactory_ext.score_file import ScoreFile, read_scores, unfinished_path
+from llamafactory_ext.scoring.file import ScoreFile, read_scores, unfinished_path
 
 MANIFEST = {"settings": 1}
 

@@ -13,7 +13,7 @@ from llamafactory.extras.env import VERSION
 from packaging.version import Version
 
 from llamafactory_ext import __version__, seam
-from llamafactory_ext.arguments import STOCK_LOSSES
+from llamafactory_ext.recipe.arguments import STOCK_LOSSES
 
 
 @pytest.mark.parametrize("patch", seam.PATCHES, ids=lambda patch: patch.module)
@@ -65,14 +65,14 @@ def test_the_stock_trainer_is_put_back_after_a_run():
 
 
 def test_a_trainer_that_is_not_ours_is_refused():
-    from llamafactory_ext.trainer import TrainerCheck
+    from llamafactory_ext.training.trainer import TrainerCheck
 
     with pytest.raises(RuntimeError, match="not llamafactory_ext's"):
         TrainerCheck().on_init_end(None, None, None)
 
 
 def test_a_reference_that_is_not_loaded_can_be_looked_at_and_not_be_used():
-    from llamafactory_ext.reference import PendingReference
+    from llamafactory_ext.training.reference.model import PendingReference
 
     pending = PendingReference(print, None, None)
     assert not hasattr(pending, "eval")

@@ -25,7 +25,7 @@ ALLOWED = {
     ("evaluation/judge.py", "openai"): "the error of that server's client, which names a field that it refuses",
     ("evaluation/models.py", "huggingface_hub"): "a model that --model names as one of the hub",
     ("evaluation/questions.py", "load_dataset"): "a data set that --data names as one of the hub",
-    ("llamafactory_ext/pairs/rows.py", "datasets.load_dataset"): "a data set that the command names as one of the hub",
+    ("llamafactory_ext/rows.py", "datasets.load_dataset"): "a data set that the command names as one of the hub",
     ("llamafactory_ext/registry.py", "exec_module"): "the loss file that pref_loss_file names",
     ("llamafactory_ext/_startup.py", "exec_module"): "LLaMA-Factory's own modules, as Python imports them",
 }

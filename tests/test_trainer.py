@@ -217,7 +217,7 @@ def test_a_prefix_that_cannot_be_shared_is_said_or_refused(train, caplog, tmp_pa
 def test_a_foreign_trainer_is_refused(train, monkeypatch):
     from llamafactory.train.dpo.trainer import CustomDPOTrainer
 
-    monkeypatch.setattr("llamafactory_ext.trainer.PreferenceTrainer", CustomDPOTrainer)
+    monkeypatch.setattr("llamafactory_ext.training.trainer.PreferenceTrainer", CustomDPOTrainer)
     with pytest.raises(AttributeError, match="not llamafactory_ext's"):
         train(pref_loss="minor_dpo")
 
@@ -237,7 +237,7 @@ def test_logratios_start_at_zero_under_autocast(finetuning_type, train):
 
 
 def test_fsdp_gets_a_reference_of_one_dtype(monkeypatch):
-    from llamafactory_ext.reference import autocast_dtype
+    from llamafactory_ext.training.reference.model import autocast_dtype
 
     half = SimpleNamespace(bf16=True, fp16=False)
     assert autocast_dtype(half) == torch.bfloat16
@@ -248,7 +248,7 @@ def test_fsdp_gets_a_reference_of_one_dtype(monkeypatch):
 
 
 def test_match_precision_keeps_what_autocast_rounds_anyway():
-    from llamafactory_ext.reference import match_precision
+    from llamafactory_ext.training.reference.model import match_precision
 
     def toy():
         return torch.nn.Sequential(torch.nn.Embedding(3, 4), torch.nn.LayerNorm(4), torch.nn.Linear(4, 3)).bfloat16()

@@ -17,11 +17,11 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import is_torchvision_available
 
 from llamafactory_ext import PairLogps
+from llamafactory_ext.data.check import check_pairs
 from llamafactory_ext.errors import UserError
-from llamafactory_ext.pairs.check import check_pairs
-from llamafactory_ext.refinement import is_joinable
-from llamafactory_ext.score import score_pairs
-from llamafactory_ext.score_file import read_scores
+from llamafactory_ext.scoring.file import read_scores
+from llamafactory_ext.scoring.scorer import score_pairs
+from llamafactory_ext.training.refinement import is_joinable
 
 SR_PROMPT = "Rate 9 of 9: "
 # As the templates of LLaMA-Factory write a system message and one turn.

@@ -8,16 +8,16 @@ from unittest import mock
 
 import pytest
 import torch
+from llamafactory_ext.losses.pairs import PairLogps
 from test_layout import collate, model_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llamafactory_ext import attention
-from llamafactory_ext.attention import trie_lengths
-from llamafactory_ext.layout import Layout, shared_prefix
-from llamafactory_ext.logps import response_logps
-from llamafactory_ext.losses import minor_dpo, minor_dpo_metrics
-from llamafactory_ext.registry import PairLogps
-from llamafactory_ext.trainer import PreferenceTrainer
+from llamafactory_ext.losses.logistic import minor_dpo, minor_dpo_metrics
+from llamafactory_ext.training import attention
+from llamafactory_ext.training.attention import trie_lengths
+from llamafactory_ext.training.layout import Layout, shared_prefix
+from llamafactory_ext.training.logps import response_logps
+from llamafactory_ext.training.trainer import PreferenceTrainer
 
 BATCH = collate([([1, 2, 3], [4, 5, 6], [4, 7]), ([8], [9], [10, 11])])
 
@@ -49,7 +49,7 @@ def test_from_layout_to_metrics(chunk, monkeypatch):
     layout = shared_prefix(BATCH)
     tries = attention._tries(layout.inputs["attention_mask"])
     monkeypatch.setattr(attention, "_tries", lambda lengths: tries)  # which stay on the CPU
-    monkeypatch.setattr("llamafactory_ext.logps.CHUNK", chunk)
+    monkeypatch.setattr("llamafactory_ext.training.logps.CHUNK", chunk)
     model = copy.deepcopy(model_of("Llama, tied head", dtype=torch.float32)).to("meta")
     layout = without_values(layout)
     trainer = mock.Mock(_metric_sums={"train": {}})

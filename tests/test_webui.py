@@ -21,8 +21,8 @@ from llamafactory.webui.engine import Engine
 from llamafactory.webui.interface import create_ui
 from llamafactory.webui.locales import LOCALES
 
-from llamafactory_ext import registry
-from llamafactory_ext.arguments import OTHER_OWN_KEYS, OWN_KEYS, STOCK_LOSSES, PreferenceArguments
+from llamafactory_ext.losses import registry
+from llamafactory_ext.recipe.arguments import OTHER_OWN_KEYS, OWN_KEYS, STOCK_LOSSES, PreferenceArguments
 from llamafactory_ext.webui import fields, texts
 from llamafactory_ext.webui.fields import FIELDS, gathered, is_shown, losses_of, set_twice, spread
 from llamafactory_ext.webui.loss_files import FOLDERS, HOW_TO, LossFiles

@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from llamafactory_ext.pairs.corruption import Problem, make_pair, parse_solution
+from llamafactory_ext.data.corruption import Problem, make_pair, parse_solution
 from llamafactory_ext.plots import plot_runs
 from llamafactory_ext.whole_files import write_whole
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from stories import stories
 
-from llamafactory_ext.pairs.corruption import Problem, make_pair
+from llamafactory_ext.data.corruption import Problem, make_pair
 from llamafactory_ext.whole_files import write_whole
 
 # Problems are dealt from one stream, so that none is in two sets.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 
-from llamafactory_ext.pairs.corruption import Problem
+from llamafactory_ext.data.corruption import Problem
 
 NAMES = [
     "Ana",

@@ -8,7 +8,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from ..recipe import Settings
+from ..recipe.reading import Settings
 from .memory import GIB
 from .plan import Plan
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..recipe import Settings, check_sizes, parse_recipe
+from ..recipe.reading import Settings, check_sizes, parse_recipe
 from .engine import FLOAT16, FLOAT32, read_engine
 from .memory import GIB, memory_parts, model_states, reference_bytes
 from .model_shape import lora_adapter, read_model
@@ -152,7 +152,7 @@ def _training(
     further: int | None,
     notes: list[str],
 ) -> Training:
-    from ..logps import CHUNK, FAMILIES, MICRO_BATCHES_AT_ONCE
+    from ..training.logps import CHUNK, FAMILIES, MICRO_BATCHES_AT_ONCE
 
     trust = bool(getattr(model_args, "trust_remote_code", False))
     model = read_model(model_args.model_name_or_path, trust)
@@ -216,7 +216,7 @@ def _asks_beforehand(
     model_args: Any, data_args: Any, finetuning_args: Any, training_args: Any, schedule: Schedule
 ) -> bool:
     """Whether the reference's log-probabilities are computed before the first step."""
-    from ..reference import obstacle
+    from ..training.reference.model import obstacle
 
     wanted = finetuning_args.precompute_ref_log_probs
     pending = _pending(model_args, finetuning_args)
@@ -237,7 +237,7 @@ def _loads_reference(model_args: Any, finetuning_args: Any, training_args: Any, 
 def _pending(model_args: Any, finetuning_args: Any) -> Any:
     from llamafactory.train.trainer_utils import create_ref_model
 
-    from ..reference import PendingReference
+    from ..training.reference.model import PendingReference
 
     return PendingReference(create_ref_model, model_args, finetuning_args)
 

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from ..errors import UserError
-from ..recipe import Settings, check_numbers, data_sets
+from ..recipe.reading import Settings, check_numbers, data_sets
 
 WARMUP = ("warmup_steps", "warmup_ratio")
 PAD_TO = 8  # LLaMA-Factory's collator pads to a multiple of it

@@ -53,7 +53,8 @@ def rejected_gradient(loss: str, nats: np.ndarray, beta: float) -> np.ndarray:
     """d loss / d log pi(rejected) at a chosen log-ratio of 0 and each of these rejected log-ratios, by autograd."""
     import torch
 
-    from ..registry import PairLogps, get_loss
+    from ..losses.lookup import get_loss
+    from ..losses.pairs import PairLogps
 
     rejected = torch.tensor(nats, dtype=torch.float64, requires_grad=True)
     zeros, ones = torch.zeros_like(rejected), torch.ones_like(rejected)

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from ..monitors import PER_TOKEN, stopped_at
 from ..plots import CURVES, save
 from ..sweep.results import Result, SweepResults, read_results
+from ..training.monitors import PER_TOKEN, stopped_at
 from ..whole_files import write_whole
 from .figures import (
     UNREFINED,

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..arguments import LOSS_KEYS, PREF_BETA
-from ..correlation import Summary
 from ..errors import UserError
-from ..monitors import DEGENERATING
+from ..recipe.arguments import LOSS_KEYS, PREF_BETA
+from ..scoring.summary import Summary
 from ..sweep.results import Result
 from ..sweep.spec import written
+from ..training.monitors import DEGENERATING
 
 NAMES = {
     "sigmoid": "DPO",

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..planning.schedule import count_pairs, make_schedule, training_args_of
-from ..recipe import parse_recipe
+from ..recipe.reading import parse_recipe
 from .spec import Cell, Sweep
 
 # What counting the pairs depends on.

@@ -7,9 +7,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..correlation import Summary, summarize
 from ..errors import UserError
-from ..score_file import read_scores
+from ..scoring.file import read_scores
+from ..scoring.summary import Summary, summarize
 from .records import Record, Step, read_object, read_record
 from .spec import ADAPTERS
 from .tasks import MODEL_ITSELF, PAIRS, SCORES, SWEEP_FILE, read_yaml

@@ -12,10 +12,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ..arguments import keys_not_taken
 from ..errors import UserError
-from ..recipe import Settings, read_recipe
-from ..registry import get_loss
+from ..losses.lookup import get_loss
+from ..recipe.arguments import keys_not_taken
+from ..recipe.reading import Settings, read_recipe
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 SHORT = {"pref_loss": "", "learning_rate": "lr", "pref_beta": "beta", "num_train_epochs": "epochs"}

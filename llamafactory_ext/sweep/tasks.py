@@ -13,10 +13,10 @@ from typing import Any
 import yaml
 
 from .. import hashes
+from ..data.files import file_of, registered
 from ..environment import PACKAGES, version
 from ..errors import UserError
-from ..pairs.files import file_of, registered
-from ..score_file import unfinished_path
+from ..scoring.file import unfinished_path
 from ..whole_files import write_whole
 from .records import read_object, read_record
 from .spec import ADAPTERS, BASE, Cell, Sweep

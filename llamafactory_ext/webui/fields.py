@@ -16,8 +16,9 @@ import gradio as gr
 from gradio.components import Component
 from llamafactory.extras.constants import TRAINING_STAGES
 
-from ..arguments import SR_PROMPT, STOCK_LOSSES
-from ..registry import Loss, forgotten_afterwards, get_loss, load_loss_file, loss_names
+from ..losses.lookup import forgotten_afterwards, get_loss, load_loss_file, loss_names
+from ..losses.registry import Loss
+from ..recipe.arguments import SR_PROMPT, STOCK_LOSSES
 from . import texts
 
 TRI_STATE = {"auto": None, "true": True, "false": False}

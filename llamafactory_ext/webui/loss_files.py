@@ -22,8 +22,8 @@ from typing import Any
 
 import psutil
 
-from .. import registry
-from ..registry import Loss
+from ..losses import registry
+from ..losses.registry import Loss
 
 FOLDERS = "LLAMAFACTORY_EXT_LOSS_FOLDERS"  # as PATH is written
 SECONDS = 60  # to import torch takes a third of it on a busy machine

@@ -15,8 +15,9 @@ from llamafactory.webui.common import get_save_dir
 from llamafactory.webui.locales import ALERTS
 from llamafactory.webui.runner import Runner
 
-from ..monitors import read_trainer_log, stopped_at
-from ..registry import Loss, forgotten_afterwards, load_files_by
+from ..losses.lookup import forgotten_afterwards, load_files_by
+from ..losses.registry import Loss
+from ..training.monitors import read_trainer_log, stopped_at
 from . import texts
 from .fields import FIELDS, gathered, losses_of, set_twice, spread
 from .loss_files import LossFiles

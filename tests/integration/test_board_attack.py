@@ -12,7 +12,7 @@ import psutil
 import pytest
 from llamafactory.webui.interface import create_ui
 
-from llamafactory_ext import registry
+from llamafactory_ext.losses import registry
 from llamafactory_ext.webui.fields import FIELDS
 from llamafactory_ext.webui.loss_files import FOLDERS
 

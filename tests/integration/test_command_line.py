@@ -12,7 +12,7 @@ import pytest
 import yaml
 from tiny import recipe
 
-from llamafactory_ext import registry
+from llamafactory_ext.losses import registry
 
 pytestmark = [pytest.mark.slow, pytest.mark.command_line]
 

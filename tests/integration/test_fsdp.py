@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from two_ranks import torchrun
 
-from llamafactory_ext import logps
-from llamafactory_ext.layout import padded
-from llamafactory_ext.logps import ResponseLogps, response_logps
+from llamafactory_ext.training import logps
+from llamafactory_ext.training.layout import padded
+from llamafactory_ext.training.logps import ResponseLogps, response_logps
 
 pytestmark = pytest.mark.slow
 

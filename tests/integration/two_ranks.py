@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from llamafactory_ext.arguments import STOCK_LOSSES
+from llamafactory_ext.recipe.arguments import STOCK_LOSSES
 
 LOSSES = [*STOCK_LOSSES, "minor_dpo", "dpop", "sr_dpo", "sr_ipo"]
 # Console scripts of this environment (torchrun, ninja), whether it is activated or not.
@@ -72,7 +72,7 @@ def train(recipes: list[dict[str, Any]]) -> None:
     from llamafactory.train.tuner import run_exp
     from transformers import training_args
 
-    from llamafactory_ext import logps, trainer
+    from llamafactory_ext.training import logps, trainer
 
     logps.CHUNK = 4096  # a handful of tokens at a time, which one process takes all at once
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from test_check import training_data
 from transformers import AutoTokenizer
 
+from llamafactory_ext.data.check import check_pairs
 from llamafactory_ext.errors import UserError
-from llamafactory_ext.pairs.check import check_pairs
 
 COLUMNS = ("instruction", "input", "history", "system", "tools", "chosen", "rejected")
 NAMES = {column: column for column in COLUMNS[2:]} | {"prompt": "instruction", "query": "input"}

@@ -17,10 +17,10 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 from llamafactory_ext import seam
+from llamafactory_ext.data.check import check_pairs, common_prefix, render
+from llamafactory_ext.data.contamination import TestSet
 from llamafactory_ext.errors import UserError
-from llamafactory_ext.pairs.check import check_pairs, common_prefix, render
-from llamafactory_ext.pairs.contamination import TestSet
-from llamafactory_ext.refinement import augmented_pair
+from llamafactory_ext.training.refinement import augmented_pair
 
 # One token a byte, and ChatML around: <|im_start|>system\n … <|im_end|>\n and so on.
 PROMPT = "<s>system\nAdd.<e>\n<s>user\n{}<e>\n<s>assistant\n"

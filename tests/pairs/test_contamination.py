@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llamafactory_ext.data.contamination import CHARACTERS, NGRAM, TestSet, read_test_set, words
 from llamafactory_ext.errors import UserError
-from llamafactory_ext.pairs.contamination import CHARACTERS, NGRAM, TestSet, read_test_set, words
-from llamafactory_ext.pairs.rows import BadRow, Row
+from llamafactory_ext.rows import BadRow, Row
 
 WORDS = [f"w{i}" for i in range(40)]
 LONG = " ".join(WORDS[:20])

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llamafactory_ext.pairs import extraction
-from llamafactory_ext.pairs.corruption import PROMPT, Problem, corrupt_row, corrupt_steps, make_pair, parse_solution
-from llamafactory_ext.pairs.rows import BadRow
+from llamafactory_ext.data import extraction
+from llamafactory_ext.data.corruption import PROMPT, Problem, corrupt_row, corrupt_steps, make_pair, parse_solution
+from llamafactory_ext.rows import BadRow
 
 GSM8K = Path(os.environ.get("GSM8K_DIR", Path(__file__).parents[3] / "shared" / "data" / "gsm8k"))
 

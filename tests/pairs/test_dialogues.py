@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from llamafactory_ext.pairs.dialogues import hh_rlhf_pair, ultrafeedback_pair
-from llamafactory_ext.pairs.rows import BadRow
+from llamafactory_ext.data.dialogues import hh_rlhf_pair, ultrafeedback_pair
+from llamafactory_ext.rows import BadRow
 
 HEAD = "\n\nHuman: Hi\n\nAssistant: Hello.\nHow are you?\n\nHuman: Well: a question.\n\nMore?\n\nAssistant:"
 

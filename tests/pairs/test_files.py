@@ -12,10 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+from llamafactory_ext.data import commands
+from llamafactory_ext.data.files import register, whole_file, write_pairs
 from llamafactory_ext.errors import UserError
-from llamafactory_ext.pairs import commands
-from llamafactory_ext.pairs.files import register, whole_file, write_pairs
-from llamafactory_ext.pairs.rows import BadRow, read_rows, text
+from llamafactory_ext.rows import BadRow, read_rows, text
 
 ROWS = [{"chosen": "yes", "rejected": "no", "n": n} for n in range(5)]
 

@@ -8,9 +8,9 @@ from collections import Counter
 import few_shot_data
 import pytest
 
+from llamafactory_ext.data.metamath import Template, index_queries, learn_template, zero_shot_pair
 from llamafactory_ext.errors import UserError
-from llamafactory_ext.pairs.metamath import Template, index_queries, learn_template, zero_shot_pair
-from llamafactory_ext.pairs.rows import BadRow, Row
+from llamafactory_ext.rows import BadRow, Row
 
 TEMPLATE = Template("Q: ", "\nA:")
 

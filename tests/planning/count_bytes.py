@@ -17,7 +17,7 @@ from llamafactory.train.tuner import run_exp
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 
-from llamafactory_ext import trainer
+from llamafactory_ext.training import trainer
 
 PreferenceTrainer = trainer.PreferenceTrainer
 T = TypeVar("T")

@@ -25,13 +25,13 @@ from rich.console import Console
 from tiny import make_model, recipe
 
 from llamafactory_ext.errors import UserError
-from llamafactory_ext.logps import CHUNK
 from llamafactory_ext.planning.display import render
 from llamafactory_ext.planning.memory import GIB
 from llamafactory_ext.planning.model_shape import read_model
 from llamafactory_ext.planning.plan import alternatives, make_plan
 from llamafactory_ext.planning.schedule import steps_per_epoch
 from llamafactory_ext.planning.training import INT8, NF4, NF4_DOUBLE, OPTIMIZERS
+from llamafactory_ext.training.logps import CHUNK
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "deepspeed"
 COLUMNS = {"prompt": "instruction", "query": "input", "chosen": "chosen", "rejected": "rejected"}
@@ -656,9 +656,9 @@ def test_the_parts_are_what_a_training_holds(name, larger_model, untied_model, l
     if "qlora" in name:
         pytest.importorskip("bitsandbytes")
     if "chunks" in name:
-        monkeypatch.setattr("llamafactory_ext.logps.CHUNK", 64 * SHAPE["vocab_size"])
+        monkeypatch.setattr("llamafactory_ext.training.logps.CHUNK", 64 * SHAPE["vocab_size"])
     if "another family" in name:
-        monkeypatch.setattr("llamafactory_ext.logps.FAMILIES", ())
+        monkeypatch.setattr("llamafactory_ext.training.logps.FAMILIES", ())
     model = untied_model if "untied" in name else larger_model
     keys = {
         "max_steps": 2,
@@ -670,7 +670,7 @@ def test_the_parts_are_what_a_training_holds(name, larger_model, untied_model, l
     if "named reference" in name:
         settings["ref_model"] = str(model)
     settings["share_prefix"] = False  # which is planned: the most that it may take
-    monkeypatch.setattr("llamafactory_ext.trainer.PreferenceTrainer", count_bytes.CountingTrainer)
+    monkeypatch.setattr("llamafactory_ext.training.trainer.PreferenceTrainer", count_bytes.CountingTrainer)
     run_exp(settings)
     real = count_bytes.counts(tmp_path)
     plan = make_plan(settings, 1, 1, answer_tokens=real["answer tokens"])

@@ -14,13 +14,13 @@ from recorded import record_run, write_problems
 from typer.testing import CliRunner
 
 from llamafactory_ext.errors import UserError
-from llamafactory_ext.monitors import STOPPED
 from llamafactory_ext.report.page import write_report
 from llamafactory_ext.report.table import groups
 from llamafactory_ext.sweep.records import Record
 from llamafactory_ext.sweep.results import read_results
 from llamafactory_ext.sweep.spec import Sweep
 from llamafactory_ext.sweep.tasks import Agenda, write_recipes, write_sweep
+from llamafactory_ext.training.monitors import STOPPED
 
 RECIPE = {"stage": "dpo", "model_name_or_path": "model", "finetuning_type": "full", "dataset": "pairs"}
 AXES = {"pref_loss": ["sigmoid", "minor_dpo"], "learning_rate": [1e-5], "pref_beta": [0.02, 0.2]}

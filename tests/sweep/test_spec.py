@@ -7,9 +7,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llamafactory_ext.arguments import keys_not_taken
 from llamafactory_ext.errors import UserError
-from llamafactory_ext.recipe import parse_recipe
+from llamafactory_ext.recipe.arguments import keys_not_taken
+from llamafactory_ext.recipe.reading import parse_recipe
 from llamafactory_ext.sweep.spec import Sweep, read_sweep
 
 BASE = {"stage": "dpo", "model_name_or_path": "model", "dataset": "pairs", "finetuning_type": "full"}

@@ -6,7 +6,7 @@ import math
 import re
 from typing import Any
 
-from .rows import BadRow, Fields, text
+from ..rows import BadRow, Fields, text
 
 Turn = tuple[str, str]  # role and text
 

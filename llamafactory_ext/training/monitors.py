@@ -12,7 +12,7 @@ from typing import Any, Literal
 from llamafactory.extras import logging
 from transformers import TrainerCallback
 
-from .plots import LogHistory, plot_normalized_rewards
+from ..plots import LogHistory, plot_normalized_rewards
 
 logger = logging.get_logger()  # LLaMA-Factory's own, whose lines reach the console and the web UI
 

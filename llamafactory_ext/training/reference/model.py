@@ -19,8 +19,8 @@ from llamafactory.extras.env import VERSION as LLAMAFACTORY_VERSION
 from llamafactory.extras.misc import use_modelscope, use_openmind
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from . import __version__, hashes
-from .errors import NOT_OUR_TRAINER
+from ... import __version__, hashes
+from ...errors import NOT_OUR_TRAINER
 
 STREAMED = "the data set is streamed"
 INSISTED = "`precompute_ref_log_probs: false`"

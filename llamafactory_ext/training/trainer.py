@@ -18,15 +18,15 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.utils import RunningMoments
 
-from .errors import NOT_OUR_TRAINER, not_possible
+from ..errors import NOT_OUR_TRAINER, not_possible
+from ..losses.pairs import PairLogps
+from ..losses.unpaired import bco
 from .layout import SHARED_NOISE, Batch, Layout, depends_on_batch, is_text, obstacle, padded, shared_prefix
 from .logps import MICRO_BATCHES_AT_ONCE, ResponseLogps, response_logps, scores_in_chunks
-from .losses import bco
 from .monitors import DEGENERATING, STOPPED, DegenerationMonitor, RewardPlot, problem
-from .reference import PendingReference, autocast_dtype, match_precision
-from .reference_logps import COLUMN, Pair, ReferenceCollator, ReferenceLogps, from_column, known_beforehand
+from .reference.logps import COLUMN, Pair, ReferenceCollator, ReferenceLogps, from_column, known_beforehand
+from .reference.model import PendingReference, autocast_dtype, match_precision
 from .refinement import AUGMENTED, is_joinable, joined, refinement, split_batch, without_dropout
-from .registry import PairLogps
 
 if TYPE_CHECKING:
     from torch import Tensor

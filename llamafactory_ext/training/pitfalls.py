@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from .errors import not_possible
+from ..errors import not_possible
+from ..recipe.reading import data_sets
 from .layout import COUNTED_PADDING, SHARED_NOISE
-from .recipe import data_sets
-from .reference import INSISTED, STREAMED, PendingReference, drawn_weights, not_the_same_weights
+from .reference.model import INSISTED, STREAMED, PendingReference, drawn_weights, not_the_same_weights
 
 
 def check_recipe(model_args: Any, data_args: Any, training_args: Any, finetuning_args: Any) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
-from .errors import UserError
+from ..errors import UserError
 
 Settings = dict[str, Any]
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import regex
 
 from ..errors import UserError
-from .rows import BadRow, Row, text
+from ..rows import BadRow, Row, text
 
 QUESTION_COLUMNS = ("question", "query", "problem", "instruction", "prompt")
 

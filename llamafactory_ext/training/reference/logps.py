@@ -23,13 +23,13 @@ from llamafactory.extras import logging
 from tqdm import tqdm
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from . import reference_cache as cache
-from .errors import not_possible
-from .layout import depends_on_batch
-from .paths import named_path
-from .reference import INSISTED, PendingReference, describe, drawn_weights, folder_name, not_the_same_weights, obstacle
-from .reference_cache import Logps
-from .refinement import BATCH_PREFIX, PROMPT_IDS, augmented_pair
+from ...errors import not_possible
+from ...paths import named_path
+from ..layout import depends_on_batch
+from ..refinement import BATCH_PREFIX, PROMPT_IDS, augmented_pair
+from . import cache as cache
+from .cache import Logps
+from .model import INSISTED, PendingReference, describe, drawn_weights, folder_name, not_the_same_weights, obstacle
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-from .registry import PairLogps, register_loss
+from .pairs import PairLogps
+from .registry import register_loss
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -21,12 +21,12 @@ from llamafactory.data import PairwiseDataCollatorWithPadding
 from llamafactory.data.processor import PairwiseDatasetProcessor
 from llamafactory.extras.constants import IGNORE_INDEX
 
-from .recipe import UNCUT
+from ..recipe.reading import UNCUT
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .registry import PairLogps
+    from ..losses.pairs import PairLogps
 
 PROMPT_IDS = "augmented_prompt_ids"  # column: the augmented prompt, without response
 MADE_WITH = "augmented_with"  # column: which text it was augmented with

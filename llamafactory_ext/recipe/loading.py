@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError, in_a_line
-from ..recipe import check_sizes, data_sets
-from .rows import SUFFIXES, BadRow, Fields, is_utf8, read_rows
+from ..rows import SUFFIXES, BadRow, Fields, is_utf8, read_rows
+from .reading import check_sizes, data_sets
 
 
 @dataclass(frozen=True)

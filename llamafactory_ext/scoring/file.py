@@ -14,8 +14,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from .errors import UserError
-from .whole_files import whole_file, whole_path, write_whole
+from ..errors import UserError
+from ..whole_files import whole_file, whole_path, write_whole
 
 Row = dict[str, Any]
 

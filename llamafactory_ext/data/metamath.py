@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ..errors import UserError
-from .rows import BadRow, Fields, Row, text
+from ..rows import BadRow, Fields, Row, text
 
 QueryIndex = dict[str, list[str]]
 

@@ -19,7 +19,7 @@ import safetensors.numpy
 from filelock import FileLock, Timeout
 from llamafactory.extras import logging
 
-from .whole_files import write_whole
+from ...whole_files import write_whole
 
 logger = logging.get_logger()  # LLaMA-Factory's own, whose lines reach the console and the web UI
 

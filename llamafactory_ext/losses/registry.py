@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .paths import named_path
+from ..paths import named_path
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -223,7 +223,7 @@ def _file(function: LossFunction) -> str:
 
 def loss_names() -> list[str]:
     """Every name that `pref_loss` can take now, sorted: the package's own and those of loaded loss files."""
-    from . import losses  # noqa: F401  (registers the package's own)
+    from . import logistic as losses  # noqa: F401  (registers the package's own)
 
     return sorted(_losses)
 
@@ -254,7 +254,7 @@ def load_loss_file(path: str) -> list[str]:
     Raises:
         ValueError: if there is no such file, it registers nothing, or it fails; the message says which.
     """
-    from . import losses  # noqa: F401  (so that a name of the package's own cannot be taken)
+    from . import logistic as losses  # noqa: F401  (so that a name of the package's own cannot be taken)
 
     before = dict(_losses)
     _load(path)
@@ -299,7 +299,7 @@ def forgotten_afterwards() -> Iterator[None]:
 
     One thread at a time, so that none sees another's losses.
     """
-    from . import losses  # noqa: F401  (these are to stay)
+    from . import logistic as losses  # noqa: F401  (these are to stay)
 
     with _lock:
         before = dict(_losses)

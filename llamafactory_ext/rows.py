@@ -15,7 +15,7 @@ from typing import IO, Any
 
 from tqdm import tqdm
 
-from ..errors import UserError, in_a_line
+from .errors import UserError, in_a_line
 
 Fields = dict[str, Any]
 

@@ -11,8 +11,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
-from .paths import named_path
-from .registry import Loss, get_loss, load_loss_file
+from ..losses.lookup import get_loss, load_loss_file
+from ..losses.registry import Loss
+from ..paths import named_path
 
 if TYPE_CHECKING:
     from llamafactory.hparams.finetuning_args import FinetuningArguments

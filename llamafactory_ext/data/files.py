@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..rows import BadRow, Fields, Row, check_characters, is_utf8, parse
 from ..whole_files import whole_file, write_whole
-from .rows import BadRow, Fields, Row, check_characters, is_utf8, parse
 
 # --- writing ---------------------------------------------------------------------------------------------------------
 

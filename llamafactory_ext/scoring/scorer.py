@@ -14,16 +14,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import hashes
-from .errors import UserError, in_a_line
-from .pairs.dialogues import SCORES
-from .recipe import Settings, data_sets, parse_recipe
-from .score_file import Row, ScoreFile, check_output
+from .. import hashes
+from ..data.dialogues import SCORES
+from ..errors import UserError, in_a_line
+from ..recipe.reading import Settings, data_sets, parse_recipe
+from .file import Row, ScoreFile, check_output
 
 if TYPE_CHECKING:
     import torch
 
-    from .registry import Loss, PairLogps
+    from ..losses.pairs import PairLogps
+    from ..losses.registry import Loss
 
 
 @dataclass(frozen=True)
@@ -109,9 +110,9 @@ def load_scorer(settings: Settings, reference_settings: Settings) -> Scorer:
     from llamafactory.data import PairwiseDataCollatorWithPadding
     from llamafactory.data.processor import PairwiseDatasetProcessor
 
-    from .pairs.loading import load_pairs, load_tokenization
-    from .reference import match_precision
-    from .refinement import AugmentingCollator, AugmentingProcessor
+    from ..recipe.loading import load_pairs, load_tokenization
+    from ..training.reference.model import match_precision
+    from ..training.refinement import AugmentingCollator, AugmentingProcessor
 
     model_args, data_args, finetuning_args = parse_recipe({"stage": "dpo", **settings})
     if len(data_args.dataset or []) != 1:
@@ -159,7 +160,7 @@ def _load_model(settings: Settings, tokenizer: Any) -> torch.nn.Module:
 
 def _data_scores(data_args: Any, count: int) -> list[Row]:
     """What the data says of its answers; LLaMA-Factory drops the columns that it does not know, but keeps the order."""
-    from .pairs.rows import BadRow
+    from ..rows import BadRow
 
     (about,) = data_sets(data_args.dataset, data_args.dataset_dir)
     if about.num_samples is not None:
@@ -174,8 +175,8 @@ def _data_scores(data_args: Any, count: int) -> list[Row]:
 
 def _source_rows(about: Any, dataset_dir: str) -> Iterator[Any]:
     """The rows that LLaMA-Factory reads of a data set, in its order; none where they cannot be read like that."""
-    from .pairs.loading import source_files
-    from .pairs.rows import read_rows
+    from ..recipe.loading import source_files
+    from ..rows import read_rows
 
     if about.load_from == "hf_hub":
         return read_rows(f"{about.dataset_name}:{about.subset}" if about.subset else about.dataset_name, about.split)
@@ -217,7 +218,7 @@ def _encode(scorer: Scorer, index: int) -> dict[str, list[Any]]:
 def _columns(scorer: Scorer, batch: Any) -> dict[str, list[Any]]:
     import torch
 
-    from .refinement import refinement, split_batch
+    from ..training.refinement import refinement, split_batch
 
     base, augmented_batch = split_batch(dict(batch))
     with torch.inference_mode():
@@ -243,9 +244,9 @@ def _columns(scorer: Scorer, batch: Any) -> dict[str, list[Any]]:
 
 
 def _pair_logps(scorer: Scorer, batch: Any) -> PairLogps:
-    from .layout import padded
-    from .logps import response_logps
-    from .registry import PairLogps
+    from ..losses.pairs import PairLogps
+    from ..training.layout import padded
+    from ..training.logps import response_logps
 
     policy, reference = (
         response_logps(model, padded({name: values.to(_device(model)) for name, values in batch.items()}))

@@ -16,13 +16,13 @@ from rich.table import Table
 
 from ..errors import UserError
 from ..paths import output_path
-from ..recipe import read_recipe
+from ..recipe.reading import read_recipe
+from ..rows import Fields, Row, read_rows
 from ..whole_files import write_whole
 from .corruption import PROMPT, corrupt_row
 from .dialogues import hh_rlhf_pair, ultrafeedback_pair
 from .files import Tally, check_output, register, write_pairs
 from .metamath import Template, index_queries, learn_template, zero_shot_pair
-from .rows import Fields, Row, read_rows
 
 app = typer.Typer(help="Make preference pairs, and check a recipe's before training on them.", no_args_is_help=True)
 console = Console()

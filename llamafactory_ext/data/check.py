@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError, in_a_line
-from ..recipe import UNCUT, Settings, parse_recipe
+from ..recipe.loading import Tokenization, load_pairs, load_tokenization
+from ..recipe.reading import UNCUT, Settings, parse_recipe
 from .contamination import CHARACTERS, NGRAM, TestSet
-from .loading import Tokenization, load_pairs, load_tokenization
 
 if TYPE_CHECKING:
     import numpy as np
@@ -97,7 +97,7 @@ def check_pairs(settings: Settings, test_set: TestSet | None = None) -> Report:
 
 
 def _context(model_args: Any) -> int | None:
-    from ..refinement import model_context
+    from ..training.refinement import model_context
 
     try:
         return model_context(model_args)
@@ -160,7 +160,7 @@ class _Measure:
     ) -> None:
         from llamafactory.data.processor import PairwiseDatasetProcessor
 
-        from ..refinement import AugmentingProcessor
+        from ..training.refinement import AugmentingProcessor
 
         about = (tools.template, tools.tokenizer, tools.processor)
         self.whole = PairwiseDatasetProcessor(*about, replace(data_args, cutoff_len=UNCUT))
@@ -217,7 +217,7 @@ class _Measure:
     @staticmethod
     def _augmented(cut: dict[str, Any], measured: dict[str, Any]) -> dict[str, int]:
         """The counts with the augmented pair: the same answers behind another prompt."""
-        from ..refinement import PROMPT_IDS
+        from ..training.refinement import PROMPT_IDS
 
         further = len(cut[PROMPT_IDS][0]) - _count_prompt(cut["chosen_labels"][0])
         return {

@@ -12,8 +12,8 @@ import re
 from dataclasses import dataclass
 from decimal import MAX_PREC, Context, Decimal, localcontext
 
+from ..rows import BadRow, Fields, text
 from .extraction import extract_answer
-from .rows import BadRow, Fields, text
 
 # The evaluation prompt of arXiv 2408.09834; a question follows on the next line.
 PROMPT = (

@@ -1,0 +1,2 @@
+"""Preference losses: what they receive (pairs), how they are registered (registry) and found (lookup), and the losses
+themselves, a module per family: logistic, margin, unpaired, reference_free."""

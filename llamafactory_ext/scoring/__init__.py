@@ -1,0 +1,1 @@
+"""Pairs scored offline, by any model against any reference."""
