@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from llamafactory_ext.losses.lookup import get_loss
 from rich.console import Console
 from training_report import Case, Report, Result, build, plot, show, timing
 from training_runs import FULL, Runner, head_only, is_refined, machine, qwen_7b
 
 from llamafactory_ext.errors import UserError
+from llamafactory_ext.losses.lookup import get_loss
 from llamafactory_ext.whole_files import write_whole
 
 MODEL, DATA, OUTPUT = Path("outputs/SmolLM2-135M-Instruct"), Path("data/gsm8k_pairs.jsonl"), Path("outputs/bench")

@@ -16,12 +16,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from llamafactory_ext.losses.lookup import get_loss
 from training_report import Case, Result
 
 import llamafactory_ext
 from llamafactory_ext.distributions import version
 from llamafactory_ext.errors import UserError
+from llamafactory_ext.losses.lookup import get_loss
 from llamafactory_ext.recipe.arguments import SR_PROMPT
 
 WORKER = Path(__file__).with_name("training_worker.py")

@@ -10,7 +10,8 @@ __all__ = ["PairLogps", "__version__", "get_loss", "register_loss"]
 
 def __getattr__(name: str) -> object:
     if name in __all__:
-        from .losses import registry
+        from .losses import lookup, pairs, registry
 
-        return getattr(registry, name)
+        public = {"PairLogps": pairs.PairLogps, "get_loss": lookup.get_loss, "register_loss": registry.register_loss}
+        return public[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from . import __version__
 from .distributions import distribution, requires, unreadable, version
-from .recipe.arguments import STOCK_LOSSES
+from .losses import STOCK_LOSSES
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement

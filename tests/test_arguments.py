@@ -8,7 +8,7 @@ import pytest
 from llamafactory.hparams import FinetuningArguments
 from transformers import HfArgumentParser
 
-from llamafactory_ext.losses import registry
+from llamafactory_ext.losses import lookup
 from llamafactory_ext.recipe.arguments import SR_PROMPT
 
 MINE = """
@@ -26,12 +26,11 @@ def alone(pairs):
 
 
 @pytest.fixture
-def loss_file(tmp_path, monkeypatch):
-    registry.loss_names()
-    monkeypatch.setattr(registry, "_losses", dict(registry._losses))
+def loss_file(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text(MINE, encoding="utf-8")
-    return str(path)
+    with lookup.forgotten_afterwards():
+        yield str(path)
 
 
 def parse(**settings):

@@ -12,11 +12,12 @@ import llamafactory
 import pytest
 import torch
 from llamafactory.hparams import FinetuningArguments
-from llamafactory_ext.losses.lookup import get_loss
 
 from llamafactory_ext import distributions, environment
 from llamafactory_ext.environment import findings
-from llamafactory_ext.recipe.arguments import PREF_BETA, STOCK_LOSSES, keys_of
+from llamafactory_ext.losses import STOCK_LOSSES
+from llamafactory_ext.losses.lookup import get_loss
+from llamafactory_ext.recipe.arguments import PREF_BETA, keys_of
 
 LLAMAFACTORY = llamafactory.__version__
 OLD = LLAMAFACTORY < "0.9.5"

@@ -10,11 +10,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from llamafactory_ext.losses.unpaired import bco
 from plain import plain_loss
 
 from llamafactory_ext import PairLogps, get_loss
-from llamafactory_ext.losses.logistic import coefficient, dpo_argument, minor_dpo_argument
+from llamafactory_ext.losses.unpaired import bco
 
 HYPER = {
     "sigmoid": {"beta": 0.5, "label_smoothing": 0.2},
@@ -107,8 +106,7 @@ def test_golden_bco():
 def test_golden_coefficients():
     """arXiv 2408.09834, Figure 1: DPO's coefficient grows as D_l does, MinorDPO's is flat below the reference."""
     pairs = pairs_of([0.0, 0.0, 0.0], [-4.0, 0.0, 4.0])
-    dpo = coefficient(dpo_argument(pairs, beta=0.5), beta=0.5)
-    minor = coefficient(minor_dpo_argument(pairs, beta=0.5), beta=0.5)
+    dpo, minor = (get_loss(name).measure(pairs, beta=0.5)["dpo/coefficient"] for name in ("sigmoid", "minor_dpo"))
     assert dpo.tolist() == pytest.approx([0.5 / (1 + math.exp(2)), 0.25, 0.5 / (1 + math.exp(-2))])
     assert minor.tolist() == pytest.approx([0.25, 0.25, 0.5 / (1 + math.exp(-2))])
 

@@ -12,13 +12,14 @@ import pytest
 import torch
 
 import llamafactory_ext
-from llamafactory_ext.losses import registry
+from llamafactory_ext.losses import lookup
+from llamafactory_ext.losses.pairs import PairLogps
 
 
 @pytest.fixture(autouse=True)
-def restored_registry(monkeypatch):
-    registry.loss_names()  # the package's own are in
-    monkeypatch.setattr(registry, "_losses", dict(registry._losses))
+def restored_registry():
+    with lookup.forgotten_afterwards():
+        yield
 
 
 def write_loss(folder: Path, body: str, file: str = "my_loss.py") -> Path:
@@ -40,15 +41,16 @@ def test_public_names():
 
 def test_own_losses():
     expected = {"sigmoid", "hinge", "ipo", "kto_pair", "orpo", "simpo", "minor_dpo", "dpop", "sr_dpo", "sr_ipo"}
-    own = {name for name in registry.loss_names() if registry.get_loss(name).function.__module__.endswith("ext.losses")}
+    modules = {name: lookup.get_loss(name).function.__module__ for name in lookup.loss_names()}
+    own = {name for name, module in modules.items() if module.startswith("llamafactory_ext.losses.")}
     assert own == expected
-    assert {name for name in expected if not registry.get_loss(name).needs_reference} == {"orpo", "simpo"}
+    assert {name for name in expected if not lookup.get_loss(name).needs_reference} == {"orpo", "simpo"}
 
 
 @pytest.mark.parametrize(("wrong", "nearest"), [("minordpo", "minor_dpo"), ("dpo_p", "dpop"), ("sigmod", "sigmoid")])
 def test_unknown_loss_names_the_known_ones_and_the_nearest(wrong, nearest):
     with pytest.raises(ValueError, match=f"one of dpop, hinge.*Did you mean '{nearest}'"):
-        registry.get_loss(wrong)
+        lookup.get_loss(wrong)
 
 
 def test_loss_file_is_loaded_and_loaded_again(tmp_path):
@@ -58,10 +60,10 @@ def test_loss_file_is_loaded_and_loaded_again(tmp_path):
             return tau * pairs.policy_chosen
     """
     path = write_loss(tmp_path, body)
-    assert registry.load_loss_file(str(path)) == ["mine"]
-    assert registry.load_loss_file(str(path)) == ["mine"]  # as a web UI does that stays open
-    assert registry.get_loss("mine").needs_reference is False
-    assert registry.get_loss("mine").defaults() == {"tau": 1.0}
+    assert lookup.load_loss_file(str(path)) == ["mine"]
+    assert lookup.load_loss_file(str(path)) == ["mine"]  # as a web UI does that stays open
+    assert lookup.get_loss("mine").needs_reference is False
+    assert lookup.get_loss("mine").defaults() == {"tau": 1.0}
 
 
 def test_any_callable_is_loaded_again(tmp_path):
@@ -71,20 +73,20 @@ def test_any_callable_is_loaded_again(tmp_path):
         register_loss("twice")(functools.partial(scaled, scale=2.0))
     """
     path = str(write_loss(tmp_path, body))
-    assert registry.load_loss_file(path) == registry.load_loss_file(path) == ["twice"]
-    assert registry.get_loss("twice").defaults() == {"scale": 2.0}
+    assert lookup.load_loss_file(path) == lookup.load_loss_file(path) == ["twice"]
+    assert lookup.get_loss("twice").defaults() == {"scale": 2.0}
 
 
 def test_half_characters_of_a_docstring_are_replaced(tmp_path):
     path = write_loss(tmp_path, '@register_loss("f")\ndef f(pairs): "\\ud83c of beta"')
-    registry.load_loss_file(str(path))
-    assert registry.get_loss("f").description == "? of beta"
+    lookup.load_loss_file(str(path))
+    assert lookup.get_loss("f").description == "? of beta"
 
 
 def test_loss_file_path_is_relative_to_the_working_directory(tmp_path, monkeypatch):
     write_loss(tmp_path, '@register_loss("mine")\ndef mine(pairs, *, beta): return pairs.margin')
     monkeypatch.chdir(tmp_path)
-    assert registry.load_loss_file("my_loss.py") == ["mine"]
+    assert lookup.load_loss_file("my_loss.py") == ["mine"]
 
 
 @pytest.mark.parametrize(
@@ -102,7 +104,7 @@ def test_loss_file_path_is_relative_to_the_working_directory(tmp_path, monkeypat
 )
 def test_bad_loss_file_is_refused(tmp_path, body, message):
     with pytest.raises(ValueError, match=message):
-        registry.load_loss_file(str(write_loss(tmp_path, body)))
+        lookup.load_loss_file(str(write_loss(tmp_path, body)))
 
 
 @pytest.mark.parametrize(
@@ -120,9 +122,9 @@ def test_a_loss_that_is_no_value_per_pair_is_refused(tmp_path, returned, given):
         def mine(pairs):
             return {returned}
     """
-    registry.load_loss_file(str(write_loss(tmp_path, body)))
-    pairs = registry.PairLogps(*(torch.ones(3) for _ in range(6)))
-    loss, wanted = registry.get_loss("mine"), "where one value per pair is needed, shape (3,): write it without a mean"
+    lookup.load_loss_file(str(write_loss(tmp_path, body)))
+    pairs = PairLogps(*(torch.ones(3) for _ in range(6)))
+    loss, wanted = lookup.get_loss("mine"), "where one value per pair is needed, shape (3,): write it without a mean"
     with pytest.raises(ValueError, match=re.escape(f"the loss 'mine' returned {given} {wanted}")):
         loss(pairs)
     with pytest.raises(ValueError, match=re.escape(f"returned {given} for the metric 'mine/it' {wanted}")):
@@ -131,9 +133,9 @@ def test_a_loss_that_is_no_value_per_pair_is_refused(tmp_path, returned, given):
 
 def test_missing_loss_file_is_refused(tmp_path):
     with pytest.raises(ValueError, match="is not a file"):
-        registry.load_loss_file(str(tmp_path / "nowhere.py"))
+        lookup.load_loss_file(str(tmp_path / "nowhere.py"))
     with pytest.raises(ValueError, match=r"must end in \.py"):
-        registry.load_loss_file(str(write_loss(tmp_path, "x = 1", file="loss.txt")))
+        lookup.load_loss_file(str(write_loss(tmp_path, "x = 1", file="loss.txt")))
 
 
 def test_pairs_per_token_and_margin():
@@ -142,7 +144,7 @@ def test_pairs_per_token_and_margin():
     def tensor(*values):
         return torch.tensor(values)
 
-    pairs = registry.PairLogps(tensor(-8.0), tensor(-9.0), tensor(-12.0), tensor(-6.0), tensor(4), tensor(3))
+    pairs = PairLogps(tensor(-8.0), tensor(-9.0), tensor(-12.0), tensor(-6.0), tensor(4), tensor(3))
     assert pairs.chosen_logratio.item() == 4.0
     assert pairs.rejected_logratio.item() == -3.0
     assert pairs.margin.item() == 7.0

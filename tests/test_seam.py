@@ -13,7 +13,7 @@ from llamafactory.extras.env import VERSION
 from packaging.version import Version
 
 from llamafactory_ext import __version__, seam
-from llamafactory_ext.recipe.arguments import STOCK_LOSSES
+from llamafactory_ext.losses import STOCK_LOSSES
 
 
 @pytest.mark.parametrize("patch", seam.PATCHES, ids=lambda patch: patch.module)

@@ -8,11 +8,11 @@ from unittest import mock
 
 import pytest
 import torch
-from llamafactory_ext.losses.pairs import PairLogps
 from test_layout import collate, model_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llamafactory_ext.losses.logistic import minor_dpo, minor_dpo_metrics
+from llamafactory_ext.losses.pairs import PairLogps
 from llamafactory_ext.training import attention
 from llamafactory_ext.training.attention import trie_lengths
 from llamafactory_ext.training.layout import Layout, shared_prefix

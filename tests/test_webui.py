@@ -21,8 +21,8 @@ from llamafactory.webui.engine import Engine
 from llamafactory.webui.interface import create_ui
 from llamafactory.webui.locales import LOCALES
 
-from llamafactory_ext.losses import registry
-from llamafactory_ext.recipe.arguments import OTHER_OWN_KEYS, OWN_KEYS, STOCK_LOSSES, PreferenceArguments
+from llamafactory_ext.losses import STOCK_LOSSES, lookup
+from llamafactory_ext.recipe.arguments import OTHER_OWN_KEYS, OWN_KEYS, PreferenceArguments
 from llamafactory_ext.webui import fields, texts
 from llamafactory_ext.webui.fields import FIELDS, gathered, is_shown, losses_of, set_twice, spread
 from llamafactory_ext.webui.loss_files import FOLDERS, HOW_TO, LossFiles
@@ -53,7 +53,7 @@ def test_every_language_has_all_words():
         for lang, translated in words.items():
             assert set(translated) == set(words["en"]), lang
             assert lang == "en" or all(translated[name] != text for name, text in words["en"].items())
-    losses = map(registry.get_loss, registry.loss_names())  # other tests may have registered more
+    losses = map(lookup.get_loss, lookup.loss_names())  # other tests may have registered more
     own = {loss.name for loss in losses if loss.function.__module__ == "llamafactory_ext.losses"}
     assert set(texts.LOSSES["en"]) == own
     assert all("{key}" in alerts["twice"] for alerts in texts.ALERTS.values())
@@ -108,7 +108,7 @@ def loss_files(tmp_path, monkeypatch):
     """Those of a board that was started with one folder for them."""
     files = LossFiles(demo_mode=False)
     monkeypatch.setenv(FOLDERS, f"{tmp_path}")
-    monkeypatch.setattr(registry, "_load", files.load)
+    monkeypatch.setattr(lookup, "_load", files.load)
     return files
 
 
@@ -264,13 +264,13 @@ def test_loss_files_are_read_from_named_folders_only(tmp_path, loss_files, monke
     cases += [(loss_files, "", inside / "mine.py"), (demo, inside, inside / "mine.py")]
     for files, folders, path in cases:
         monkeypatch.setenv(FOLDERS, str(folders))
-        monkeypatch.setattr(registry, "_load", files.load)
+        monkeypatch.setattr(lookup, "_load", files.load)
         files.read(str(path))
         error = losses_of("DPO", str(path))[1]
         assert ("is a demo" if files is demo else f"start it with {FOLDERS}=") in error
         assert not (tmp_path / "was_run").exists(), path
     monkeypatch.setenv(FOLDERS, f"/nowhere{os.pathsep}{inside}")
-    monkeypatch.setattr(registry, "_load", loss_files.load)
+    monkeypatch.setattr(lookup, "_load", loss_files.load)
     loss_files.read(str(inside / "mine.py"))
     assert losses_of("DPO", str(inside / "mine.py"))[1] is None
     assert (tmp_path / "was_run").exists()
@@ -323,7 +323,7 @@ def test_false_reaches_the_recipe_and_texts_the_shell():
 def board(tmp_path_factory):
     """The engine of a whole board, and what a page sends when nothing has been touched."""
     engines = []
-    init, load = Engine.__init__, registry._load
+    init, load = Engine.__init__, lookup._load
 
     def remember(self, *args, **kwargs):
         init(self, *args, **kwargs)
@@ -335,7 +335,7 @@ def board(tmp_path_factory):
         page = create_ui()
     clicked = next(fn for fn in page.fns.values() if fn.name == "run_train")
     yield engines[0], {elem: elem.value for elem in clicked.inputs}, page
-    registry.load_files_by(load)  # for the tests of other files
+    lookup.load_files_by(load)  # for the tests of other files
 
 
 @pytest.fixture

@@ -1,1 +1,1 @@
-"""A recipe: the plugin's YAML keys, reading it as `llamafactory-cli train` does, and loading its tokenizer and pairs."""
+"""A recipe: the plugin's YAML keys, how `llamafactory-cli train` reads it, and its tokenizer and pairs."""

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
+from ..losses import STOCK_LOSSES
 from ..losses.lookup import get_loss, load_loss_file
 from ..losses.registry import Loss
 from ..paths import named_path
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 else:  # LLaMA-Factory's class is the other base of the one that `extend` makes
     FinetuningArguments = object
 
-STOCK_LOSSES = ("sigmoid", "hinge", "ipo", "kto_pair", "orpo", "simpo")
 # LLaMA-Factory's switches for trainers in which the plugin has no say.
 OTHER_TRAINERS = {"USE_MCA": "has losses of its own", "USE_MEGATRON_BRIDGE": "has no preference losses"}
 

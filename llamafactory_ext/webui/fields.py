@@ -16,9 +16,10 @@ import gradio as gr
 from gradio.components import Component
 from llamafactory.extras.constants import TRAINING_STAGES
 
+from ..losses import STOCK_LOSSES
 from ..losses.lookup import forgotten_afterwards, get_loss, load_loss_file, loss_names
 from ..losses.registry import Loss
-from ..recipe.arguments import SR_PROMPT, STOCK_LOSSES
+from ..recipe.arguments import SR_PROMPT
 from . import texts
 
 TRI_STATE = {"auto": None, "true": True, "false": False}

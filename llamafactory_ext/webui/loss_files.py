@@ -22,7 +22,7 @@ from typing import Any
 
 import psutil
 
-from ..losses import registry
+from ..losses import lookup
 from ..losses.registry import Loss
 
 FOLDERS = "LLAMAFACTORY_EXT_LOSS_FOLDERS"  # as PATH is written
@@ -111,7 +111,7 @@ class LossFiles:
             raise ValueError(UNREAD.format(file=repr(path)))
         if contents.error is not None:
             raise ValueError(contents.error.replace(repr(str(file)), repr(path)))  # as it was written
-        registry.add(contents.losses)
+        lookup.add(contents.losses)
 
     def _allowed(self, path: str) -> Path | None:
         """The file of a path, symbolic links resolved, if it may be read.
@@ -121,7 +121,7 @@ class LossFiles:
         if self.demo_mode:
             return None
         try:
-            file = registry.loss_file(path)
+            file = lookup.loss_file(path)
         except ValueError:
             return None
         folders = [Path(name).resolve() for name in os.environ.get(FOLDERS, "").split(os.pathsep) if name]
@@ -178,8 +178,8 @@ def describe() -> None:
     answer, process = os.fdopen(os.dup(1), "w", encoding="utf-8"), os.getpid()
     os.dup2(2, 1)
     try:
-        names = registry.load_loss_file(sys.argv[1])
-        found: dict[str, Any] = {"losses": [_description(registry.get_loss(name)) for name in names]}
+        names = lookup.load_loss_file(sys.argv[1])
+        found: dict[str, Any] = {"losses": [_description(lookup.get_loss(name)) for name in names]}
     except ValueError as error:
         found = {"error": str(error)}
     except Exception as error:  # a default may be anything, and fail when it is shown

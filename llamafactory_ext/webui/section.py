@@ -11,8 +11,9 @@ from gradio.components import Component
 from llamafactory.extras.constants import TRAINER_LOG
 from llamafactory.webui.common import get_save_dir
 
+from ..losses import STOCK_LOSSES
 from ..plots import reward_figure
-from ..recipe.arguments import STOCK_LOSSES, keys_of
+from ..recipe.arguments import keys_of
 from ..training.monitors import problem, read_trainer_log, stopped_at
 from . import texts
 from .fields import FIELDS, LOSS_FIELDS, STAGE_FIELDS, is_dpo, is_shown, losses_of

@@ -12,7 +12,7 @@ import psutil
 import pytest
 from llamafactory.webui.interface import create_ui
 
-from llamafactory_ext.losses import registry
+from llamafactory_ext.losses import lookup
 from llamafactory_ext.webui.fields import FIELDS
 from llamafactory_ext.webui.loss_files import FOLDERS
 
@@ -83,7 +83,7 @@ class Board:
 @pytest.fixture(scope="module")
 def board(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("attack")
-    load = registry._load
+    load = lookup._load
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.delenv(FOLDERS, raising=False)
@@ -92,7 +92,7 @@ def board(request, tmp_path_factory):
         served = Board(folder, request.param)
         yield served
         served.close()
-    registry.load_files_by(load)
+    lookup.load_files_by(load)
 
 
 def hostile(board):
@@ -125,7 +125,7 @@ def test_events_of_ours_refuse_what_no_field_gives(board, capfd):
     assert refused >= 10
     assert not tracebacks_of_ours(capfd)
     assert not board.marker.exists()
-    assert "planted" not in registry.loss_names()
+    assert "planted" not in lookup.loss_names()
 
 
 @values

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from tiny import recipe
 
-from llamafactory_ext.losses import registry
+from llamafactory_ext.losses import lookup
 
 pytestmark = [pytest.mark.slow, pytest.mark.command_line]
 
@@ -72,7 +72,7 @@ def test_training_that_the_board_spawns(model, data, tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", PATH)
-    monkeypatch.setattr(registry, "_load", registry._load)  # what a board puts in its place is gone with this test
+    monkeypatch.setattr(lookup, "_load", lookup._load)  # what a board puts in its place is gone with this test
     engine = Engine(demo_mode=False, pure_chat=False)
     with gr.Blocks():
         engine.manager.add_elems("top", create_top())

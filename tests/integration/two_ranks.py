@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from llamafactory_ext.recipe.arguments import STOCK_LOSSES
+from llamafactory_ext.losses import STOCK_LOSSES
 
 LOSSES = [*STOCK_LOSSES, "minor_dpo", "dpop", "sr_dpo", "sr_ipo"]
 # Console scripts of this environment (torchrun, ninja), whether it is activated or not.
