@@ -38,13 +38,17 @@ def register_argument(name: str, metrics: MetricsFunction | None = None) -> Call
         def loss(pairs: PairLogps, **hyperparameters: Any) -> Tensor:
             return -F.logsigmoid(argument(pairs, **hyperparameters))
 
-        def measure(pairs: PairLogps, *, beta: float, **others: Any) -> dict[str, Tensor]:
-            found = {"dpo/coefficient": coefficient(argument(pairs, beta=beta, **others), beta=beta)}
-            return found | (metrics(pairs, **others) if metrics else {})
-
-        return register_loss(name, metrics=measure)(loss)
+        return register_loss(name, metrics=functools.partial(_measure, loss, metrics))(loss)
 
     return register
+
+
+def _measure(
+    loss: LossFunction, metrics: MetricsFunction | None, pairs: PairLogps, *, beta: float, **others: Any
+) -> dict[str, Tensor]:
+    argument = loss.__wrapped__(pairs, beta=beta, **others)  # type: ignore[attr-defined]
+    found = {"dpo/coefficient": coefficient(argument, beta=beta)}
+    return found | (metrics(pairs, **others) if metrics else {})
 
 
 # --- DPO --------------------------------------------------------------------------------------------------------------
