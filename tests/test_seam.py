@@ -12,21 +12,25 @@ import pytest
 from llamafactory.extras.env import VERSION
 from packaging.version import Version
 
-from llamafactory_ext import __version__, seam
+from llamafactory_ext import __version__, patching, seam
 from llamafactory_ext.losses import STOCK_LOSSES
+from llamafactory_ext.training import v1
+from llamafactory_ext.webui import patches as board
+
+PATCHES = (*seam.PATCHES, *board.PATCHES, *v1.PATCHES)
 
 
-@pytest.mark.parametrize("patch", seam.PATCHES, ids=lambda patch: patch.module)
+@pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.module)
 def test_needs_are_met_by_the_installed_version(patch):
     module = importlib.import_module(patch.module)
     for name, parameters in patch.needs.items():
-        seam._check(module, name, parameters)
+        patching.check(module, name, parameters)
 
 
-@pytest.mark.parametrize("patch", seam.PATCHES, ids=lambda patch: patch.module)
+@pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.module)
 def test_missing_symbol_is_an_import_error_with_both_versions_and_the_switch(patch):
     with pytest.raises(ImportError) as error:
-        seam._apply(patch, ModuleType(patch.module))
+        patching.apply(patch, ModuleType(patch.module))
     message = str(error.value)
     assert "is missing" in message
     assert VERSION in message
@@ -39,7 +43,7 @@ def test_changed_signature_is_an_import_error():
     module.run_dpo = lambda model_args, data_args, callbacks: None
     patch = next(patch for patch in seam.PATCHES if patch.module == module.__name__)
     with pytest.raises(ImportError, match="run_dpo does not take training_args, finetuning_args"):
-        seam._apply(patch, module)
+        patching.apply(patch, module)
 
 
 def test_stages_other_than_dpo_run_llamafactorys_own_code():
@@ -55,7 +59,7 @@ def test_the_stock_trainer_is_put_back_after_a_run():
     module = SimpleNamespace(CustomDPOTrainer="stock")
 
     def failing_run():
-        with seam._replaced(module, "CustomDPOTrainer", "ours"):
+        with patching.replaced(module, "CustomDPOTrainer", "ours"):
             assert module.CustomDPOTrainer == "ours"
             raise RuntimeError("out of memory")
 
@@ -96,7 +100,7 @@ def launch_v1(tmp_path, monkeypatch):
         (tmp_path / "recipe.yaml").write_text(recipe, encoding="utf-8")
         monkeypatch.setattr(sys, "argv", ["llamafactory-cli", "dpo", "recipe.yaml", *words])
         started = []
-        seam._launch_v1(lambda: started.append(True), None, (), {})
+        v1._launch_v1(lambda: started.append(True), None, (), {})
         return started == [True]
 
     return launch

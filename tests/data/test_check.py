@@ -16,7 +16,7 @@ from llamafactory.train.dpo import workflow
 from rich.console import Console
 from transformers import AutoTokenizer
 
-from llamafactory_ext import seam
+from llamafactory_ext import patching, seam
 from llamafactory_ext.data.check import check_pairs, common_prefix, render
 from llamafactory_ext.data.contamination import TestSet
 from llamafactory_ext.errors import UserError
@@ -59,7 +59,7 @@ def training_data(recipe):
     sr_prompt = finetuning_args.refinement_prompt
     with contextlib.ExitStack() as replaced:
         for module, name, value in seam._augmenting(sr_prompt, model_args) if sr_prompt else []:
-            replaced.enter_context(seam._replaced(module, name, value))
+            replaced.enter_context(patching.replaced(module, name, value))
         made = workflow.get_dataset(template, model_args, data_args, training_args, stage="rm", **tokenizer_module)
     return made["train_dataset"]
 

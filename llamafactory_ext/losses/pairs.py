@@ -1,0 +1,102 @@
+"""What a loss receives: the log-probabilities of a batch of pairs, and the refinement term of the Sr paper."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PairLogps:
+    """Log-probabilities of a batch of preference pairs, in nats; every field is a tensor of shape `(batch,)`.
+
+    Args:
+        policy_chosen: sum of log pi(y_w | x) over the tokens of the chosen response, with gradient.
+        policy_rejected: the same for the rejected response.
+        reference_chosen: sum of log pi_ref(y_w | x), without gradient; None for a loss without reference.
+        reference_rejected: the same for the rejected response.
+        chosen_length: number of tokens summed over in the chosen response.
+        rejected_length: number of tokens summed over in the rejected response.
+        refinement: Delta = beta (D_w' - D_l'), the refinement term of arXiv 2405.21040 (Eq. 12), without gradient: the
+            primed logratios are those of the same responses under the augmented prompt. None where none is asked for.
+
+    The sums are raw, not averaged. Where LLaMA-Factory's `ld_alpha` is set, the policy's (only the policy's) sums
+    weight the tokens beyond the length of the shorter response by it.
+    """
+
+    policy_chosen: Tensor
+    policy_rejected: Tensor
+    reference_chosen: Tensor | None
+    reference_rejected: Tensor | None
+    chosen_length: Tensor
+    rejected_length: Tensor
+    refinement: Tensor | None = None
+
+    @property
+    def chosen_logratio(self) -> Tensor:
+        """D_w = log pi(y_w | x) - log pi_ref(y_w | x), shape `(batch,)`.
+
+        Raises:
+            ValueError: if the pairs carry no reference log-probabilities.
+        """
+        return self.policy_chosen - _present(self.reference_chosen)
+
+    @property
+    def rejected_logratio(self) -> Tensor:
+        """D_l = log pi(y_l | x) - log pi_ref(y_l | x), shape `(batch,)`; raises like `chosen_logratio`."""
+        return self.policy_rejected - _present(self.reference_rejected)
+
+    @property
+    def margin(self) -> Tensor:
+        """D_w - D_l, shape `(batch,)`; raises like `chosen_logratio`."""
+        return self.chosen_logratio - self.rejected_logratio
+
+    def split(self, sizes: Sequence[int]) -> list[PairLogps]:
+        """The pairs in batches of these sizes."""
+        columns = [getattr(self, field.name) for field in fields(self)]
+        parts = [[None] * len(sizes) if column is None else column.split(list(sizes)) for column in columns]
+        return [PairLogps(*part) for part in zip(*parts, strict=True)]
+
+    def per_token(self) -> PairLogps:
+        """The same pairs with means over the response tokens in place of sums (so every length is 1).
+
+        The mean of an empty response is 0, as its sum is.
+        """
+
+        def mean(total: Tensor | None, length: Tensor) -> Any:
+            return None if total is None else total / length.clamp(min=1)
+
+        return PairLogps(
+            mean(self.policy_chosen, self.chosen_length),
+            mean(self.policy_rejected, self.rejected_length),
+            mean(self.reference_chosen, self.chosen_length),
+            mean(self.reference_rejected, self.rejected_length),
+            self.chosen_length.new_ones(self.chosen_length.shape),
+            self.rejected_length.new_ones(self.rejected_length.shape),
+            self.refinement,
+        )
+
+
+def _present(reference: Tensor | None) -> Tensor:
+    if reference is None:
+        raise ValueError(
+            "these pairs carry no reference log-probabilities: register the loss with needs_reference=True."
+        )
+    return reference
+
+
+def refinement_term(pairs: PairLogps, *, sr_lambda: float) -> Tensor | float:
+    """lambda sg[Delta] (arXiv 2405.21040, Eq. 13); exactly 0.0, and no refinement needed, where lambda is 0.
+
+    Raises:
+        ValueError: if lambda is not 0 and the pairs carry no refinement.
+    """
+    if sr_lambda == 0:
+        return 0.0
+    if pairs.refinement is None:
+        raise ValueError("these pairs carry no refinement: compute it, or call the loss with sr_lambda=0.")
+    return sr_lambda * pairs.refinement.detach()
