@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -30,6 +30,7 @@ import psutil
 from .records import Record, Step, hold, log_file, read_record, write_record, written_record
 
 LLAMAFACTORY, OURS = "llamafactory-cli", "llamafactory-ext"
+MODULES = {LLAMAFACTORY: "llamafactory.cli", OURS: "llamafactory_ext.cli"}  # what these commands run
 # What a training imports; a list of names, because this file is read where LLaMA-Factory is not to be loaded.
 PRELOADED = ["llamafactory.cli", "llamafactory.launcher", "llamafactory.train.tuner", "llamafactory.train.dpo.workflow"]
 INTERRUPTED = 128 + signal.SIGINT  # the exit status of a command that Ctrl-C has ended
@@ -175,21 +176,11 @@ def run_here(words: tuple[str, ...]) -> None:
         sys.argv = arguments
         sys.path.insert(0, str(Path(arguments[0]).parent))
         runpy.run_path(arguments[0], run_name="__main__")
-    elif program in (LLAMAFACTORY, OURS):
+    elif program in MODULES:
         sys.argv = list(words)
-        _entry(program)()
+        runpy.run_module(MODULES[program], run_name="__main__")
     else:
         sys.exit(subprocess.run(words, check=False).returncode)
-
-
-def _entry(program: str) -> Callable[[], None]:
-    if program == OURS:
-        from ..cli import main
-
-        return main
-    from llamafactory.cli import main as llamafactory
-
-    return llamafactory
 
 
 # --- in the process of the sweep -------------------------------------------------------------------------------------

@@ -1,0 +1,28 @@
+"""The package is built from the ground up: no module imports in a circle, none from a room above its own."""
+
+from __future__ import annotations
+
+from rooms import ROOMS, imports, in_order, modules, room
+
+LINES = 400  # of a file that fits in one's head
+
+
+def test_no_module_imports_in_a_circle():
+    order = in_order(imports())
+    assert set(order) == set(modules())
+
+
+def test_no_module_imports_from_a_room_above_its_own():
+    upward = [
+        f"{name} imports {imported}"
+        for name, found in imports().items()
+        for imported in found
+        if ROOMS.index(room(imported)) > ROOMS.index(room(name))
+        and name != "__init__"  # which hands out what is public
+    ]
+    assert not upward
+
+
+def test_files_fit_in_ones_head():
+    longer = [name for name, path in modules().items() if len(path.read_text(encoding="utf-8").splitlines()) > LINES]
+    assert not longer
