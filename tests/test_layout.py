@@ -16,6 +16,7 @@ from peft import LoraConfig, get_peft_model
 from planning.count_bytes import peak_of
 
 from llamafactory_ext.training import logps
+from llamafactory_ext.training.attention import take_tries
 from llamafactory_ext.training.layout import padded, shared_prefix
 from llamafactory_ext.training.logps import response_logps
 
@@ -41,6 +42,7 @@ def model_of(family, attention="sdpa", dtype=torch.float64):
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm") and dtype == torch.float64:
             module.forward = functools.partial(rms_norm, module)
+    take_tries(model)
     return model.eval()
 
 

@@ -11,7 +11,7 @@ import torch
 from test_layout import collate, model_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llamafactory_ext.losses.logistic import minor_dpo, minor_dpo_metrics
+from llamafactory_ext import get_loss
 from llamafactory_ext.losses.pairs import PairLogps
 from llamafactory_ext.training import attention
 from llamafactory_ext.training.attention import trie_lengths
@@ -52,13 +52,13 @@ def test_from_layout_to_metrics(chunk, monkeypatch):
     monkeypatch.setattr("llamafactory_ext.training.logps.CHUNK", chunk)
     model = copy.deepcopy(model_of("Llama, tied head", dtype=torch.float32)).to("meta")
     layout = without_values(layout)
-    trainer = mock.Mock(_metric_sums={"train": {}})
+    trainer, minor_dpo = mock.Mock(_metric_sums={"train": {}}), get_loss("minor_dpo")
     with NoTransfers():
         policy = response_logps(model, layout, ld_alpha=0.5)
         known = torch.zeros_like(policy.chosen)
         lengths = policy.chosen_length, policy.rejected_length
         pairs = PairLogps(policy.chosen, policy.rejected, known, known, *lengths)
-        PreferenceTrainer.store_metrics(trainer, minor_dpo_metrics(pairs, beta=0.1))
+        PreferenceTrainer.store_metrics(trainer, minor_dpo.measure(pairs, beta=0.1))
         minor_dpo(pairs, beta=0.1).mean().backward()
     assert trainer._metric_sums["train"]["dpo/coefficient"].is_meta
     assert model.model.embed_tokens.weight.grad.is_meta

@@ -16,9 +16,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PreTrainedModel
+
+TRIES = "llamafactory_ext_tries"  # the name that transformers knows `attend` by
+
+
+def take_tries(model: PreTrainedModel) -> None:
+    """Let a model's layers compute SDPA attention by `attend`; no other model in the process is touched."""
+    if model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation(TRIES)
 
 
 def trie_lengths(lengths: list[tuple[int, int, int]]) -> Tensor:
@@ -99,4 +109,5 @@ def _without_cudnn() -> Iterator[None]:
         torch.backends.cuda.enable_cudnn_sdp(is_enabled)
 
 
-AttentionInterface.register("sdpa", attend)
+AttentionInterface.register(TRIES, attend)
+AttentionMaskInterface.register(TRIES, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])

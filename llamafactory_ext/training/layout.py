@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from llamafactory.extras.constants import IGNORE_INDEX
 
-from .attention import trie_lengths
+from .attention import TRIES, trie_lengths
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -89,8 +89,8 @@ def shared_prefix(batch: Batch, attention: str = "sdpa") -> Layout:
 
     Args:
         batch: as for `padded`; text only.
-        attention: the model's implementation, `sdpa` or `eager`: what says who sees whom, `attention.trie_lengths` or
-            a mask of shape `(1, 1, length, length)`.
+        attention: the model's implementation: `eager` is given a mask of shape `(1, 1, length, length)` that says who
+            sees whom, others `attention.trie_lengths`, so they are to have been through `attention.take_tries`.
     """
     device = batch["input_ids"].device
     # One transfer from the device: how long the tries are decides the shapes of what follows.
@@ -187,7 +187,7 @@ def obstacle(model: torch.nn.Module, config: Any) -> str | None:
         return "its code is not transformers' own"
     if config.model_type not in FAMILIES:
         return f"models of the family {config.model_type!r} have not been tested with it"
-    if config._attn_implementation not in ("sdpa", "eager"):
+    if config._attn_implementation not in ("sdpa", "eager", TRIES):
         return f"attention by {config._attn_implementation!r} takes no mask of its own: write `flash_attn: sdpa`"
     if getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True):
         return "attention slides over a window, in which a tail's tokens would be further from the prefix"

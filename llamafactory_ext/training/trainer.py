@@ -21,7 +21,8 @@ from trl.trainer.utils import RunningMoments
 from ..errors import NOT_OUR_TRAINER, not_possible
 from ..losses.pairs import PairLogps
 from ..losses.unpaired import bco
-from .layout import SHARED_NOISE, Batch, Layout, depends_on_batch, is_text, obstacle, padded, shared_prefix
+from .attention import take_tries
+from .layout import SHARED_NOISE, Batch, Layout, depends_on_batch, inner_model, is_text, obstacle, padded, shared_prefix
 from .logps import MICRO_BATCHES_AT_ONCE, ResponseLogps, response_logps, scores_in_chunks
 from .monitors import DEGENERATING, STOPPED, DegenerationMonitor, RewardPlot, problem
 from .reference.logps import COLUMN, Pair, ReferenceCollator, ReferenceLogps, from_column, known_beforehand
@@ -94,7 +95,7 @@ class PreferenceTrainer(CustomDPOTrainer):
         models = (model, ref_model) if ref_model is not None else (model,)
         self.batch_dependence = next(filter(None, (depends_on_batch(m.config, collator) for m in models)), None)
         super().__init__(model=model, ref_model=ref_model, finetuning_args=finetuning_args, **kwargs)
-        self.shares_prefix = self._may_share_prefix()
+        self.shares_prefix = self._shares_prefix()
         if self.references is not None:
             self.add_callback(BeforeTraining(self.compute_reference_logps))
         self.add_callback(DegenerationMonitor())
@@ -144,7 +145,8 @@ class PreferenceTrainer(CustomDPOTrainer):
         logger.warning_rank0_once("A batch holds more than text: a row per answer is computed.")
         return padded(batch)
 
-    def _may_share_prefix(self) -> bool:
+    def _shares_prefix(self) -> bool:
+        """Whether pairs' prefixes are shared, the models prepared for it; if not, it is said why."""
         wanted = self.finetuning_args.share_prefix
         if wanted is False:
             return False
@@ -160,7 +162,10 @@ class PreferenceTrainer(CustomDPOTrainer):
             raise not_possible("share_prefix", reason)
         if reason is not None:
             logger.info_rank0(f"Prefix sharing is off: {reason}.")
-        return reason is None
+            return False
+        for model in models:
+            take_tries(inner_model(self.accelerator.unwrap_model(model)))
+        return True
 
     def _pair_logps(self, model: Any, batch: Batch, ld_alpha: float | None = None) -> tuple[ResponseLogps, PairLogps]:
         known = batch.get(COLUMN)
