@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 app = typer.Typer(
     help="Preference data, plans and checks for trainings with `llamafactory-cli train`.",
     no_args_is_help=True,
-    add_completion=False,
+    rich_markup_mode="markdown",  # rich's own would take [default] in a text for a style
     pretty_exceptions_enable=False,
 )
 app.add_typer(data, name="data")

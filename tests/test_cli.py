@@ -28,6 +28,12 @@ def lines(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+def test_help_waits_for_no_heavy_package():
+    heavy = {"torch", "transformers", "datasets", "llamafactory", "matplotlib", "numpy", "pandas", "pyarrow", "scipy"}
+    code = f"import sys, llamafactory_ext.cli; print(sorted({heavy} & set(sys.modules)))"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+
+
 @pytest.mark.parametrize(
     "words", [[], ["data"], *(["data", name] for name in ("metamath", "corrupt", "hh-rlhf", "ultrafeedback", "check"))]
 )

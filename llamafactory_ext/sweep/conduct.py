@@ -1,0 +1,112 @@
+"""A sweep from its file to its results: checked, run here or handed to a cluster, and shown."""
+
+from __future__ import annotations
+
+import fnmatch
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from enum import Enum
+from pathlib import Path
+
+from ..errors import UserError
+from .check import check
+from .display import Display, console, show_plan, show_results
+from .records import check_locks
+from .spec import Cell, read_sweep
+from .tasks import Agenda, write_recipes, write_sweep
+from .work import Task
+
+
+class Part(Enum):
+    """What of a sweep is run: trainings; what belongs to single cells; what they share; all of it."""
+
+    train = "train"
+    apart = "apart"
+    shared = "shared"
+    all = "all"
+
+
+def conduct(
+    file: Path, only: Sequence[str], launcher: str, part: Part, *, dry_run: bool = False, rerun_failed: bool = False
+) -> bool:
+    """Run what of a sweep is not done yet; returns whether all is trained, and with `dry_run` True.
+
+    Args:
+        file: the sweep's YAML file.
+        only: patterns of cells' names; none for all cells.
+        launcher: local, slurm or ray.
+        part: what is run here; a cluster's jobs are told it by their command lines.
+
+    Raises:
+        UserError: if the file or a recipe is wrong.
+    """
+    if not dry_run:
+        check_locks()
+    asked = read_sweep(file)
+    agenda = Agenda(asked, asked.cells())
+    cells = _chosen(agenda.cells, only)
+    with console.status("reading the recipes"):
+        steps = check(asked, cells)
+    show_plan(agenda, cells, steps)
+    if dry_run:
+        return True
+    write_recipes(agenda, cells)
+    write_sweep(agenda, file)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that running commands are ended
+    if launcher == "local":
+        _run_here(agenda, cells, rerun_failed, part)
+    else:
+        _submit(launcher, agenda, file, cells, rerun_failed, train_only=part is Part.train)
+    return show_results(agenda, cells)
+
+
+def _chosen(cells: Sequence[Cell], patterns: Sequence[str]) -> list[Cell]:
+    chosen = [c for c in cells if not patterns or any(fnmatch.fnmatchcase(c.name, pattern) for pattern in patterns)]
+    if not chosen:
+        raise UserError(f"no cell's name fits {' or '.join(patterns)}: they are {', '.join(c.name for c in cells)}.")
+    return chosen
+
+
+def _run_here(agenda: Agenda, cells: Sequence[Cell], rerun_failed: bool, part: Part) -> None:
+    from .run import Runner, slots
+
+    chains = {
+        Part.train: [[agenda.train_task(cell)] for cell in cells],
+        Part.apart: [agenda.cell_tasks(cell) for cell in cells],
+        Part.shared: [[task] for task in agenda.base_tasks(cells)],
+        Part.all: agenda.chains(cells),
+    }
+    wait_for_earlier([task for chain in chains[part] for task in chain])
+    with Display() as display:
+        runner = Runner(slots(agenda.sweep), rerun_failed, display.report)
+        display.run(runner, chains[part])
+        if part in (Part.all, Part.shared):
+            display.run(runner, [[task] for task in agenda.adapter_tasks(agenda.trained(cells))])
+
+
+def wait_for_earlier(tasks: Sequence[Task]) -> None:
+    """Wait for commands that outlived an earlier sweep: they may hold the very GPU that a new one would be given."""
+    with console.status("") as status:
+        while going := [task for task in tasks if task.record().state == "running"]:
+            names = ", ".join(f"{task.step} {task.name}" for task in going)
+            status.update(f"waiting for what an earlier run has started: {names}")
+            time.sleep(1)
+
+
+def _submit(
+    launcher: str, agenda: Agenda, file: Path, cells: Sequence[Cell], rerun_failed: bool, train_only: bool
+) -> None:
+    from .launch import connect, run_on_cluster
+
+    with console.status("submitting") as status:
+        run_on_cluster(
+            connect(launcher, agenda.sweep),
+            agenda,
+            file,
+            cells,
+            rerun_failed=rerun_failed,
+            train_only=train_only,
+            watch=lambda jobs: status.update(f"{len(jobs)} jobs queued or running: {', '.join(jobs)}"),
+        )
