@@ -128,7 +128,7 @@ def _lora_settings(adapters: dict[str, str]) -> dict[str, Any]:
 
 
 def _lora_rank(folder: str) -> int:
-    rank = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))["r"]
+    rank: int = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))["r"]
     if rank > LORA_RANKS[-1]:
         raise UserError(f"{folder} has LoRA rank {rank}, above vLLM's {LORA_RANKS[-1]}: merge it into the model first.")
     return rank

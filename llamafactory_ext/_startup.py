@@ -45,7 +45,7 @@ def _lend_torchaudio(fullname, path):
     execute = spec.loader.exec_module
 
     def exec_module(module):
-        from transformers.utils import is_torchaudio_available
+        from transformers.utils.import_utils import is_torchaudio_available
 
         is_torchaudio_available()  # transformers remembers the answer: ask while it is still the true one
         sys.modules["torchaudio"] = _missing_torchaudio()

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1] / PACKAGE
 ROOMS = (
     "__init__",
     "errors",
+    "examples",
     "whole_files",
     "paths",
     "hashes",

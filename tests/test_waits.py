@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from unittest import mock
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ from llamafactory_ext.training import attention
 from llamafactory_ext.training.attention import trie_lengths
 from llamafactory_ext.training.layout import Layout, shared_prefix
 from llamafactory_ext.training.logps import response_logps
-from llamafactory_ext.training.trainer import PreferenceTrainer
+from llamafactory_ext.training.metrics import MetricSums
 
 BATCH = collate([([1, 2, 3], [4, 5, 6], [4, 7]), ([8], [9], [10, 11])])
 
@@ -52,15 +51,15 @@ def test_from_layout_to_metrics(chunk, monkeypatch):
     monkeypatch.setattr("llamafactory_ext.training.logps.CHUNK", chunk)
     model = copy.deepcopy(model_of("Llama, tied head", dtype=torch.float32)).to("meta")
     layout = without_values(layout)
-    trainer, minor_dpo = mock.Mock(_metric_sums={"train": {}}), get_loss("minor_dpo")
+    sums, minor_dpo = MetricSums(), get_loss("minor_dpo")
     with NoTransfers():
         policy = response_logps(model, layout, ld_alpha=0.5)
         known = torch.zeros_like(policy.chosen)
         lengths = policy.chosen_length, policy.rejected_length
         pairs = PairLogps(policy.chosen, policy.rejected, known, known, *lengths)
-        PreferenceTrainer.store_metrics(trainer, minor_dpo.measure(pairs, beta=0.1))
+        sums.add(minor_dpo.measure(pairs, beta=0.1))
         minor_dpo(pairs, beta=0.1).mean().backward()
-    assert trainer._metric_sums["train"]["dpo/coefficient"].is_meta
+    assert sums.sums["dpo/coefficient"].is_meta
     assert model.model.embed_tokens.weight.grad.is_meta
 
 

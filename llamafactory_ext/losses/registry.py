@@ -45,7 +45,7 @@ class Loss:
         found = self.metrics(pairs, **hyperparameters)
         return {name: self._per_pair(f" for the metric {name!r}", values, pairs) for name, values in found.items()}
 
-    def _per_pair(self, which: str, values: Any, pairs: PairLogps) -> Any:
+    def _per_pair(self, which: str, values: Any, pairs: PairLogps) -> Tensor:
         """What was returned, unless a mean or an accidental broadcast made it other than a value per pair."""
         wanted = tuple(pairs.policy_chosen.shape)
         given = tuple(values.shape) if hasattr(values, "shape") else type(values).__name__
@@ -54,7 +54,8 @@ class Loss:
                 f"the loss {self.name!r} returned {given}{which} where one value per pair is needed, shape {wanted}: "
                 "write it without a mean or a sum, and without a further dimension."
             )
-        return values
+        tensor: Tensor = values
+        return tensor
 
     @functools.cached_property
     def parameters(self) -> Mapping[str, inspect.Parameter]:

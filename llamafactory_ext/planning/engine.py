@@ -98,7 +98,7 @@ def _deepspeed_engine(config: dict[str, Any], training_args: Any, model: ModelSh
         return automatic if value == "auto" else int(value)
 
     def offloaded(key: str) -> bool:
-        return (zero.get(key) or {}).get("device", "none") != "none"
+        return bool((zero.get(key) or {}).get("device", "none") != "none")
 
     half = enabled("bf16") or enabled("fp16")
     name = f"DeepSpeed ZeRO-{stage}" + (" with offload" if offloaded("offload_optimizer") else "")

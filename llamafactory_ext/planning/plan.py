@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .. import examples
 from ..errors import UserError
 from ..recipe.reading import Settings, check_sizes, parse_recipe
 from .engine import FLOAT16, FLOAT32, read_engine
@@ -152,7 +153,8 @@ def _training(
     further: int | None,
     notes: list[str],
 ) -> Training:
-    from ..training.logps import CHUNK, FAMILIES, MICRO_BATCHES_AT_ONCE
+    from ..training.layout import FAMILIES
+    from ..training.logps import CHUNK, MICRO_BATCHES_AT_ONCE
 
     trust = bool(getattr(model_args, "trust_remote_code", False))
     model = read_model(model_args.model_name_or_path, trust)
@@ -364,8 +366,8 @@ def _methods(settings: Settings, gpus: int) -> Iterator[Settings]:
 
 
 def _deepspeed_file(settings: Settings, name: str) -> str | None:
-    """The example configuration of that name: beside the recipe's own, in the working directory, or in a checkout."""
+    """The example configuration of that name: beside the recipe's own, in the working directory, or the package's."""
     own = settings.get("deepspeed")
     folders = [Path(own).parent] if isinstance(own, str) else []
-    folders += [Path("examples/deepspeed"), Path(__file__).parents[2] / "examples" / "deepspeed"]
+    folders += [Path("examples/deepspeed"), examples.home() / "examples" / "deepspeed"]
     return next((str(folder / f"{name}.json") for folder in folders if (folder / f"{name}.json").is_file()), None)

@@ -136,7 +136,7 @@ class PreferenceArguments(FinetuningArguments):
             )
         },
     )
-    pref_loss_args: dict | str | None = field(
+    pref_loss_args: dict[str, Any] | str | None = field(
         default=None,
         metadata={"help": "Keyword arguments for the loss of `pref_loss_file`, as a mapping or as JSON."},
     )
@@ -292,7 +292,7 @@ def _from_loss_args(args: PreferenceArguments, loss: Loss) -> dict[str, Any]:
     return given
 
 
-def _as_mapping(value: dict | str) -> dict[str, Any]:
+def _as_mapping(value: dict[str, Any] | str) -> dict[str, Any]:
     if isinstance(value, str):
         try:
             value = json.loads(value)

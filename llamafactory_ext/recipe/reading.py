@@ -124,7 +124,7 @@ def data_sets(names: Sequence[str] | None, folder: str) -> list[Any]:
     if not all(isinstance(name, str) for name in named):
         raise UserError(f"dataset is {', '.join(map(repr, named))}: write names that dataset_info.json has.")
     try:
-        return get_dataset_list(named, folder)
+        return list(get_dataset_list(named, folder))
     except ValueError as error:
         raise UserError(f"{error} Write a `dataset` of it, and its folder as `dataset_dir`.") from error
     except (TypeError, KeyError, AttributeError) as error:

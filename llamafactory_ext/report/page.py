@@ -268,7 +268,7 @@ def _shared_recipe(cells: Sequence[Result]) -> str:
     if not recipes:
         return ""
     shared = {key: value for key, value in recipes[0].items() if all(recipe.get(key) == value for recipe in recipes)}
-    return yaml.safe_dump(shared, sort_keys=False, allow_unicode=True)
+    return str(yaml.safe_dump(shared, sort_keys=False, allow_unicode=True))
 
 
 def _percent(value: float | None) -> str:

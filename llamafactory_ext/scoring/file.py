@@ -150,7 +150,7 @@ def read_scores(path: Path) -> list[Row]:
     if path.suffix == ".parquet":
         import pyarrow.parquet
 
-        return pyarrow.parquet.read_table(path).to_pylist()
+        return list(pyarrow.parquet.read_table(path).to_pylist())
     rows = []
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:

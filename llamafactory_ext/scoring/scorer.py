@@ -150,7 +150,7 @@ def _load_model(settings: Settings, tokenizer: Any) -> torch.nn.Module:
     model_args, _, finetuning_args = parse_recipe({"stage": "dpo", **settings})
     model_args.device_map = "auto"
     try:
-        model = load_model(tokenizer, model_args, finetuning_args, is_trainable=False).eval()
+        model: torch.nn.Module = load_model(tokenizer, model_args, finetuning_args, is_trainable=False).eval()
     except Exception as error:  # whatever transformers, peft and the readers of weights raise
         raise UserError(f"the model {model_args.model_name_or_path!r} cannot be loaded: {in_a_line(error)}") from error
     if model_args.infer_dtype != "auto" and getattr(model, "quantization_method", None) is None:

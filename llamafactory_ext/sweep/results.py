@@ -66,7 +66,7 @@ class Result:
         state = self.model / "trainer_state.json"
         if not (self.is_trained and state.is_file()):
             return []
-        return read_object(state).get("log_history", [])
+        return list(read_object(state).get("log_history", []))
 
 
 @dataclass(frozen=True)

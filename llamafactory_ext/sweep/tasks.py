@@ -14,7 +14,8 @@ import yaml
 
 from .. import hashes
 from ..data.files import file_of, registered
-from ..environment import PACKAGES, version
+from ..distributions import version
+from ..environment import PACKAGES
 from ..errors import UserError
 from ..scoring.file import unfinished_path
 from ..whole_files import write_whole

@@ -143,7 +143,8 @@ def _trie(chosen_ids: Tensor, chosen_labels: Tensor, rejected_ids: Tensor, rejec
 
     def scored(labels: Tensor) -> Tensor:
         """Positions of the scored tokens; the first token of all has nothing before it that could predict it."""
-        return (labels[1:] != IGNORE_INDEX).nonzero()[:, 0] + 1
+        at: Tensor = (labels[1:] != IGNORE_INDEX).nonzero()[:, 0] + 1
+        return at
 
     at_chosen, at_rejected = scored(chosen_labels), scored(rejected_labels)
     both = int((at_chosen < shared).sum())
@@ -217,7 +218,7 @@ def depends_on_batch(config: Any, collator: Any) -> str | None:
 
 def is_stock(model: torch.nn.Module) -> bool:
     """Whether transformers' own code runs, and not Unsloth's or that of the model's repository."""
-    return type(inner_model(model)).forward.__module__.startswith("transformers.models.")
+    return str(type(inner_model(model)).forward.__module__).startswith("transformers.models.")
 
 
 def inner_model(model: Any) -> Any:

@@ -17,7 +17,7 @@ import torch
 from llamafactory.train.trainer_utils import nested_detach
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
-from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from .layout import FAMILIES, Layout, inner_model, is_stock
 

@@ -60,7 +60,7 @@ class AugmentingProcessor(PairwiseDatasetProcessor):
             self.template, self.tokenizer, self.processor, replace(self.data_args, cutoff_len=UNCUT)
         )
         augmented = examples | {"_prompt": [augment(messages, self.sr_prompt) for messages in examples["_prompt"]]}
-        inputs = super().preprocess_dataset(examples)
+        inputs: dict[str, list[Any]] = super().preprocess_dataset(examples)
         uncut, uncut_augmented = whole.preprocess_dataset(examples), whole.preprocess_dataset(augmented)
 
         kept = _prompts(inputs)

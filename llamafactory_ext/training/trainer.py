@@ -14,7 +14,7 @@ from llamafactory.data import PairwiseDataCollatorWithPadding
 from llamafactory.extras import logging
 from llamafactory.train.dpo.trainer import CustomDPOTrainer
 from transformers import Trainer, TrainerCallback
-from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.utils import RunningMoments
 
@@ -24,6 +24,7 @@ from ..losses.unpaired import bco
 from .attention import take_tries
 from .layout import SHARED_NOISE, Batch, Layout, depends_on_batch, inner_model, is_text, obstacle, padded, shared_prefix
 from .logps import MICRO_BATCHES_AT_ONCE, ResponseLogps, response_logps, scores_in_chunks
+from .metrics import MetricSums, refinement_metrics, response_metrics, reward_metrics
 from .monitors import DEGENERATING, STOPPED, DegenerationMonitor, RewardPlot, problem
 from .reference.logps import COLUMN, Pair, ReferenceCollator, ReferenceLogps, from_column, known_beforehand
 from .reference.model import PendingReference, autocast_dtype, match_precision
@@ -76,7 +77,7 @@ class PreferenceTrainer(CustomDPOTrainer):
 
         self.is_own_reference = ref_model is model
         self.ref_model: Any = None
-        self._metric_sums: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
+        self._metric_sums = {"train": MetricSums(), "eval": MetricSums()}
         self._evaluated = "eval"
         args, collator = kwargs["args"], kwargs["data_collator"]
         # Or a loss that is not a number is logged as 0, and each micro-batch waits for the GPU to find out.
@@ -126,7 +127,7 @@ class PreferenceTrainer(CustomDPOTrainer):
 
         metrics = self._metrics(pairs, policy)
         if augmented is not None and not self.is_own_reference:
-            metrics |= _refinement_metrics(pairs, augmented)
+            metrics |= refinement_metrics(pairs, augmented)
         if self.loss_type == "orpo":
             metrics["sft_loss"] = sft_losses
             metrics["odds_ratio_loss"] = (losses - sft_losses) / self.beta
@@ -276,42 +277,14 @@ class PreferenceTrainer(CustomDPOTrainer):
 
     def _metrics(self, pairs: PairLogps, policy: ResponseLogps) -> dict[str, Tensor]:
         scored = self._reported(pairs)
-        metrics = {
-            "logps/chosen": scored.policy_chosen,
-            "logps/rejected": scored.policy_rejected,
-            "logits/chosen": policy.chosen_logits,
-            "logits/rejected": policy.rejected_logits,
-        }
+        metrics = response_metrics(scored, policy)
         if self.is_own_reference:  # every reward would be 0
             return metrics
-
-        has_reference = pairs.reference_chosen is not None
-        chosen_rewards = self.beta * (scored.chosen_logratio if has_reference else scored.policy_chosen)
-        rejected_rewards = self.beta * (scored.rejected_logratio if has_reference else scored.policy_rejected)
-        metrics |= {
-            "rewards/chosen": chosen_rewards,
-            "rewards/rejected": rejected_rewards,
-            "rewards/accuracies": (chosen_rewards > rejected_rewards).float(),
-            "rewards/margins": chosen_rewards - rejected_rewards,
-        }
-        if has_reference:
-            per_token = pairs.per_token()
-            metrics |= {
-                "normalized_rewards/chosen": pairs.chosen_logratio,
-                "normalized_rewards/rejected": pairs.rejected_logratio,
-                "normalized_rewards/margins": pairs.margin,
-                "normalized_rewards/chosen_per_token": per_token.chosen_logratio,
-                "normalized_rewards/rejected_per_token": per_token.rejected_logratio,
-            }
-        return metrics | self.finetuning_args.loss.measure(pairs, **self.finetuning_args.loss_hyperparameters)
+        measured = self.finetuning_args.loss.measure(pairs, **self.finetuning_args.loss_hyperparameters)
+        return {**metrics, **reward_metrics(pairs, scored, self.beta), **measured}
 
     def store_metrics(self, metrics: dict[str, Tensor], train_eval: str = "train") -> None:
-        """Add a batch to the running (sum, count) of each metric: no transfer from the device until they are logged."""
-        sums = self._metric_sums[train_eval]
-        for name, values in metrics.items():
-            total = values.float().sum()
-            batch = torch.stack([total, total.new_full((), values.numel())])
-            sums[name] = sums[name] + batch if name in sums else batch
+        self._metric_sums[train_eval].add(metrics)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """Evaluate, and remember under which name: each set has its own with `eval_on_each_dataset`."""
@@ -319,20 +292,15 @@ class PreferenceTrainer(CustomDPOTrainer):
         return super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log with the metrics stored since the last time: means over all pairs of all ranks."""
-        sums = self._metric_sums["train" if "loss" in logs else "eval"]
-        if sums:
-            # One collective whatever the number of metrics; every rank holds the same names, in any order.
-            names = sorted(sums)
-            total = self.accelerator.reduce(torch.stack([sums[name] for name in names]), "sum")
-            named = [name.replace("eval_", f"{self._evaluated}_", 1) for name in names]
-            logs |= dict(zip(named, (total[:, 0] / total[:, 1]).tolist(), strict=True))
-            sums.clear()
-            if "loss" in logs:
-                logs[DEGENERATING] = float(problem([*self.state.log_history, logs]) is not None)
-                if self.finetuning_args.pref_stop_on_degeneration:
-                    is_last = self.state.global_step >= self.state.max_steps
-                    logs[STOPPED] = 0.0 if is_last else logs[DEGENERATING]
+        """Log with the metrics stored since the last time, and whether the training degenerates."""
+        is_training = "loss" in logs
+        means = self._metric_sums["train" if is_training else "eval"].take_means(self.accelerator)
+        logs |= {name.replace("eval_", f"{self._evaluated}_", 1): mean for name, mean in means.items()}
+        if means and is_training:
+            logs[DEGENERATING] = float(problem([*self.state.log_history, logs]) is not None)
+            if self.finetuning_args.pref_stop_on_degeneration:
+                is_last = self.state.global_step >= self.state.max_steps
+                logs[STOPPED] = 0.0 if is_last else logs[DEGENERATING]
         Trainer.log(self, logs, *args, **kwargs)
 
     # --- the baseline of pref_bco_weight is state of the run ----------------------------------------------------------
@@ -353,14 +321,3 @@ class PreferenceTrainer(CustomDPOTrainer):
                     "setting that the run was started with."
                 )
             self.running = RunningMoments.load_from_json(self.accelerator, path)
-
-
-def _refinement_metrics(pairs: PairLogps, augmented: PairLogps) -> dict[str, Tensor]:
-    """What the Sr paper watches under the augmented prompts (arXiv 2405.21040): per pair, margins in nats."""
-    margin = augmented.margin
-    assert pairs.refinement is not None
-    return {
-        "sr/refinement": pairs.refinement,
-        "sr/augmented_margins": margin,
-        "sr/augmented_accuracies": (margin > 0).float(),
-    }

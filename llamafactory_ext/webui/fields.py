@@ -116,7 +116,7 @@ FLAGS = [key for key, field in FIELDS.items() if field.is_flag]
 
 def is_dpo(stage: str) -> bool:
     """Whether this is the board's name of the stage that the plugin is for."""
-    return TRAINING_STAGES.get(stage) == "dpo"
+    return bool(TRAINING_STAGES.get(stage) == "dpo")
 
 
 def losses_of(stage: str, loss_file: str) -> tuple[dict[str, Loss], str | None]:

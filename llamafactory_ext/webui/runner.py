@@ -47,11 +47,11 @@ class PreferenceRunner(Runner):
         return error or (self._wrong_setting(data) if do_train else "")
 
     def _parse_train_args(self, data: Data) -> dict[str, Any]:
-        return super()._parse_train_args(self._gathered(data))
+        return dict(super()._parse_train_args(self._gathered(data)))
 
     def _build_config_dict(self, data: Data) -> dict[str, Any]:
         is_training = self._elem("extra_args") in data
-        return super()._build_config_dict(self._gathered(data) if is_training else data)
+        return dict(super()._build_config_dict(self._gathered(data) if is_training else data))
 
     def _gathered(self, data: Data) -> Data:
         """The board's own components, with what the fields hold in the extra arguments."""
@@ -63,7 +63,7 @@ class PreferenceRunner(Runner):
         lang = data[self.manager.get_elem_by_id("top.lang")]
         extra_args = data[self._elem("extra_args")]
         if not isinstance(json.loads(extra_args), dict):
-            return ALERTS["err_json_schema"][lang]
+            return str(ALERTS["err_json_schema"][lang])
         twice = set_twice(extra_args, *self._chosen(data))
         if twice is not None:
             return texts.alert("twice", lang).format(key=twice)

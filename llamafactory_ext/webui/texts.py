@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
 
+T = TypeVar("T")
 Field = tuple[str, str]
 
 FIELDS: dict[str, dict[str, Field]] = {
@@ -234,5 +235,5 @@ def _properties(label: str, hint: str) -> dict[str, str]:
     return {"label": label, "info": hint} if hint else {"label": label}
 
 
-def _in(lang: str, texts: dict[str, Any]) -> Any:
+def _in(lang: str, texts: Mapping[str, T]) -> T:
     return texts.get(lang, texts["en"])

@@ -21,7 +21,7 @@ from accelerate.utils import broadcast_object_list, gather_object, parse_flag_fr
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from llamafactory.extras import logging
 from tqdm import tqdm
-from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from ...errors import not_possible
 from ...paths import named_path
@@ -119,8 +119,9 @@ def _of_this_run(pending: PendingReference, args: Any, datasets: list[Any], reas
 
 def _epochs(args: Any, dataset: Any) -> float:
     if args.max_steps <= 0:
-        return args.num_train_epochs
-    return args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size / len(dataset)
+        return float(args.num_train_epochs)
+    pairs = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return float(pairs / len(dataset))
 
 
 def _datasets(about_run: Mapping[str, Any]) -> list[Any]:
@@ -330,7 +331,7 @@ def _fewer(batches: list[Batch]) -> int:
 
 def _ranks_wait_for_each_other() -> bool:
     """Whether ranks gather weights within a forward pass, so that one of them cannot leave it and try again."""
-    sharded = is_deepspeed_zero3_enabled() or parse_flag_from_env("ACCELERATE_USE_FSDP")
+    sharded: bool = is_deepspeed_zero3_enabled() or parse_flag_from_env("ACCELERATE_USE_FSDP")
     return sharded and PartialState().num_processes > 1
 
 

@@ -17,7 +17,7 @@ from accelerate.utils import broadcast_object_list, parse_flag_from_env
 from llamafactory.extras import logging
 from llamafactory.extras.env import VERSION as LLAMAFACTORY_VERSION
 from llamafactory.extras.misc import use_modelscope, use_openmind
-from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from ... import __version__, hashes
 from ...errors import NOT_OUR_TRAINER
