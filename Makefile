@@ -20,7 +20,7 @@ NEVER_cpu := torchvision torchaudio torchcodec
 # many containers: there, each process would compile all that it imports.
 COMPILED := --compile-bytecode
 
-.PHONY: help venv browser demo model reproduce test test-fast test-compat check format bench bench-data gpu-wheels clean
+.PHONY: help venv browser demo model reproduce test test-fast test-wheel test-compat check format bench bench-data gpu-wheels clean
 
 help:
 	@echo "make demo         train DPO, DPOP and MinorDPO on a small model, score and plot them (DATA=, MODEL=)"
@@ -28,6 +28,7 @@ help:
 	@echo "make test         run all tests; make test-fast: those that launch no processes"
 	@echo "make test-pip     run tests in a GPU user's environment (5 GB; TESTS=quick: fast and command-line tests)"
 	@echo "make test-oldest  the same with the oldest torch; test-newest: the newest; test-dev: LLaMA-Factory's main"
+	@echo "make test-wheel   build the distribution and try it by itself"
 	@echo "make test-compat  run all tests with LLaMA-Factory 0.9.4"
 	@echo "make test-all     everything that is run before a release: test and all of the above"
 	@echo "make eval         score a model on GSM8K with vLLM: MODEL=, DATA=, ARGS= (make eval-env, test-eval, bench-eval)"
@@ -67,6 +68,10 @@ PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-re
 
 test: venv browser
 	$(PYTEST)
+
+# The distribution, built and installed by itself, far from the checkout.
+test-wheel: venv
+	$(PYTEST) tests/integration/test_install.py
 
 test-fast: venv
 	$(PYTEST) -m "not slow"

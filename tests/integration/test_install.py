@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -28,7 +29,7 @@ class Environment:
     def run(self, *words: str, **environment: str) -> str:
         command = [str(self.python), *words]
         return subprocess.check_output(
-            command, text=True, stderr=subprocess.STDOUT, env=os.environ | environment
+            command, text=True, stderr=subprocess.STDOUT, env=os.environ | {"PYTHONPATH": ""} | environment
         ).strip()
 
     def uv(self, *words: str) -> None:
@@ -76,11 +77,43 @@ def test_broken_plugin_does_not_break_python(source, tmp_path):
     assert environment.run("-c", "print('alive')").splitlines()[-1] == "alive"
 
 
-def test_wheel_holds_the_package_and_the_hook_only(source, tmp_path):
-    command = [sys.executable, "-m", "uv", "--quiet", "build", "--wheel", "--out-dir", str(tmp_path), str(source)]
-    subprocess.run(command, check=True)
-    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
-        names = wheel.namelist()
-        record = wheel.read(next(name for name in names if name.endswith("RECORD"))).decode()
+@pytest.fixture(scope="module")
+def wheel(source, tmp_path_factory):
+    """Built from the source distribution, as PyPI's users build it."""
+    folder = tmp_path_factory.mktemp("dist")
+    subprocess.run([sys.executable, "-m", "uv", "--quiet", "build", "--out-dir", str(folder), str(source)], check=True)
+    assert len(list(folder.glob("*.tar.gz"))) == 1
+    return next(folder.glob("*.whl"))
+
+
+def test_wheel_holds_the_package_and_the_hook_only(wheel):
+    with zipfile.ZipFile(wheel) as content:
+        names = content.namelist()
+        record = content.read(next(name for name in names if name.endswith("RECORD"))).decode()
     assert {name.split("/")[0].split("-")[0] for name in names} == {"llamafactory_ext", "llamafactory_ext.pth"}
     assert "llamafactory_ext.pth," in record
+    assert "llamafactory_ext/py.typed" in names
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_the_wheel_alone_has_all_that_a_user_needs(wheel, tmp_path):
+    environment = Environment(tmp_path / "env")
+    environment.uv("install", "--no-deps", str(wheel))
+    # The dependencies are this environment's: a path's own .pth files are not read, so the checkout stays out of sight.
+    (environment.site_packages / "zz_dependencies.pth").write_text(sysconfig.get_path("purelib"), encoding="utf-8")
+    place = environment.run("-c", "import llamafactory_ext; print(llamafactory_ext.__file__)").splitlines()[-1]
+    assert Path(place).is_relative_to(environment.site_packages)
+
+    command = str(environment.python.with_name("llamafactory-ext"))
+    folder = tmp_path / "folder"
+    folder.mkdir()
+
+    def run(*words: str) -> str:
+        clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+        return subprocess.check_output([command, *words], cwd=folder, text=True, env=clean | {"COLUMNS": "200"})
+
+    assert "files written to examples and data" in run("examples")
+    assert (folder / "examples" / "deepspeed" / "zero3.json").is_file()
+    assert "minor_dpo" in run("losses")
+    run("data", "corrupt", "data/gsm8k_sample.jsonl", "--output", "data/mine.jsonl")
+    assert (folder / "data" / "mine.jsonl").is_file()
