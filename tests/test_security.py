@@ -26,7 +26,7 @@ ALLOWED = {
     ("evaluation/models.py", "huggingface_hub"): "a model that --model names as one of the hub",
     ("evaluation/questions.py", "load_dataset"): "a data set that --data names as one of the hub",
     ("llamafactory_ext/rows.py", "datasets.load_dataset"): "a data set that the command names as one of the hub",
-    ("llamafactory_ext/registry.py", "exec_module"): "the loss file that pref_loss_file names",
+    ("llamafactory_ext/losses/lookup.py", "exec_module"): "the loss file that pref_loss_file names",
     ("llamafactory_ext/_startup.py", "exec_module"): "LLaMA-Factory's own modules, as Python imports them",
 }
 
