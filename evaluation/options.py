@@ -14,6 +14,10 @@ Limit = Annotated[int | None, Option(min=1, help="Only the first problems.")]
 Temperature = Annotated[float, Option(min=0, help="0: greedy.")]
 TopP = Annotated[float, Option(min=0, max=1)]
 RepetitionPenalty = Annotated[float, Option(min=0.01, help="1: none. Always sent.")]
+ChatTemplateKwargs = Annotated[
+    str,
+    Option(help="""Arguments of the chat template, as JSON: '{"enable_thinking": false}', if trained like that."""),
+]
 MaxTokens = Annotated[int, Option(min=1, help="Of an answer.")]
 Dtype = Annotated[str, Option(help="auto, float32, bfloat16 or float16. Compare engines in float32.")]
 TensorParallel = Annotated[int, Option(min=1, help="vllm: GPUs per copy of the model.")]

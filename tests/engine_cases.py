@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+
+import pytest
 from engines import Job, Sampling, Settings
 
 QUESTIONS = ["How many?", "Tom has 3 pens and buys 4 more pens at the market. How many pens has he?", "1 + 1?"]
@@ -26,3 +29,8 @@ def answers(engine, asked) -> dict[tuple[str, int], str]:
 def tokens(engine, asked) -> dict[tuple[str, int], list[int]]:
     """Where texts cannot be compared: vLLM leaves out the bytes of a last, unfinished character."""
     return {(job.run, job.index): generation.token_ids for job, generation in engine.generate(asked)}
+
+
+needs_vllm = pytest.mark.skipif(
+    importlib.util.find_spec("vllm") is None, reason="vLLM has an environment of its own: make test-eval"
+)

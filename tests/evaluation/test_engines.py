@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import gsm8k
 import pytest
-from engine_cases import QUESTIONS, answers, jobs, settings, tokens
+from engine_cases import QUESTIONS, answers, jobs, needs_vllm, settings, tokens
 from engines import make_engine
 from transformers_engine import TransformersEngine
 from typer.testing import CliRunner
+from vllm_engine import _set_vllm_defaults
 
 # --- transformers ----------------------------------------------------------------------------------------------------
 
@@ -166,11 +173,6 @@ def test_lora_rank_above_vllms_limit(tmp_path):
 # --- vLLM, where it is installed -------------------------------------------------------------------------------------
 
 
-needs_vllm = pytest.mark.skipif(
-    importlib.util.find_spec("vllm") is None, reason="vLLM has an environment of its own: make test-eval"
-)
-
-
 @needs_vllm
 @pytest.mark.slow
 def test_vllm_answers_like_transformers(model32, adapters):
@@ -179,6 +181,45 @@ def test_vllm_answers_like_transformers(model32, adapters):
     vllm = tokens(make_engine("vllm", settings(model32, **changes)), jobs("base", "one", "two"))
     hf = tokens(TransformersEngine(settings(model32, adapters=adapters)), jobs("base", "one", "two"))
     assert vllm == hf
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_vllm_and_its_server_obey_end_tokens_only(model32, tmp_path):
+    """Both are given a generation_config.json with everything that vLLM would take from one."""
+    hostile = shutil.copytree(model32, tmp_path / "hostile")
+    end = tokens(TransformersEngine(settings(model32)), jobs())["base", 0][5]
+    obeyed = {"temperature": 2.0, "top_k": 3, "top_p": 0.1, "min_p": 0.5, "repetition_penalty": 1.5}
+    obeyed |= {"presence_penalty": 1.5, "frequency_penalty": 1.5, "max_new_tokens": 3}
+    ends = {"eos_token_id": [1, end]}
+    (hostile / "generation_config.json").write_text(json.dumps({**ends, **obeyed, "do_sample": True, "num_beams": 2}))
+    changes = {"dtype": "float32", "max_model_len": 1024}
+    hf = tokens(TransformersEngine(settings(hostile)), jobs())
+    assert hf["base", 0][-1] == end
+    assert tokens(make_engine("vllm", settings(hostile, **changes)), jobs()) == hf
+    with serve(hostile) as url:
+        assert tokens(make_engine("openai", settings("tiny", base_url=url)), jobs()) == hf
+
+
+@contextmanager
+def serve(model: Path) -> Iterator[str]:
+    """vLLM's own server, as it takes a model's settings by default."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    words = ["--model", str(model), "--served-model-name", "tiny", "--dtype", "float32", "--port", str(port)]
+    _set_vllm_defaults()
+    process = subprocess.Popen([sys.executable, "-m", "vllm.entrypoints.openai.api_server", *words])
+    try:
+        while True:
+            assert process.poll() is None
+            with suppress(OSError):
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health")
+                break
+            time.sleep(0.5)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        process.terminate()
+        process.wait()
 
 
 @needs_vllm

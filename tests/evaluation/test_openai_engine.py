@@ -23,7 +23,8 @@ def invoke(*words: object):
 def server(model32, adapters):
     """The chat API over the tiny model; it answers 500 to the first question, and for good after `broken_after`.
 
-    `server.refuse(question)` says with which status, if with any, a question is refused.
+    `server.refuse(question)` says with which status, if with any, a question is refused; requests with fields in
+    `server.unknown` are refused with `unknown_status`.
     """
     engine = TransformersEngine(settings(model32, adapters=adapters))
     lock = threading.Lock()
@@ -49,6 +50,8 @@ def server(model32, adapters):
                 http.requests.append(request)
                 if len(http.requests) == 1 or len(http.requests) > http.broken_after:
                     return self.reply(500, {"error": {"message": "out of luck"}})
+                if named := sorted(http.unknown & request.keys()):
+                    return self.reply(http.unknown_status, {"error": {"message": f"Unknown field: {named[0]}"}})
                 if status := http.refuse(request["messages"][-1]["content"]):
                     return self.reply(status, {"error": {"message": f"refused with {status}"}})
                 run = "base" if request["model"] == "tiny" else request["model"]
@@ -67,6 +70,7 @@ def server(model32, adapters):
 
     http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     http.requests, http.broken_after, http.key_status, http.refuse = [], math.inf, None, lambda question: None
+    http.unknown, http.unknown_status = set(), 400
     threading.Thread(target=http.serve_forever, daemon=True).start()
     http.url = f"http://127.0.0.1:{http.server_port}/v1"
     yield http
@@ -80,9 +84,11 @@ def test_server_answers_like_the_model_after_a_retry(server, model32, adapters):
     expected = answers(TransformersEngine(settings(model32, adapters=adapters)), jobs("base", "one"))
     assert answers(engine, jobs("base", "one")) == expected
     assert len(server.requests) == 7  # six questions, one asked again
+    sent = {"temperature": 0.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0, "max_tokens": 12, "seed": 0}
+    sent |= {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "return_token_ids": True}
     for request in server.requests:
-        assert (request["temperature"], request["repetition_penalty"], request["max_tokens"]) == (0.0, 1.0, 12)
-        assert request["return_token_ids"] is True
+        assert {name: value for name, value in request.items() if name not in ("model", "messages")} == sent
+    assert engine.parameters() == sent
 
 
 def test_a_server_that_breaks_keeps_what_it_answered(server, model32, data, tmp_path, monkeypatch):
@@ -103,9 +109,9 @@ def test_a_server_that_breaks_keeps_what_it_answered(server, model32, data, tmp_
     assert sorted(row["index"] for row in rows) == [0, 1, 2]
 
 
-def ask_server(server, data, output):
+def ask_server(server, data, output, *more):
     words = ("--engine", "openai", "--model", "tiny", "--base-url", server.url, "--data", data, "--output", output)
-    return invoke(*words, "--max-tokens", 12, "--concurrency", 1, "--prompt", "plain")
+    return invoke(*words, "--max-tokens", 12, "--concurrency", 1, "--prompt", "plain", *more)
 
 
 def test_a_problem_that_the_server_refuses_is_recorded_and_counts_as_unanswered(server, data, tmp_path):
@@ -134,6 +140,37 @@ def test_a_server_that_refuses_every_problem_is_no_score(server, data, tmp_path)
     assert result.exit_code == 2
     assert "The server refused every question to base, 3 of them (Error code: 422" in result.output
     assert not list((tmp_path / "out").glob("**/manifest.json"))
+
+
+@pytest.mark.parametrize("status", [400, 422])
+def test_fields_that_a_server_does_not_take_are_left_out_and_told(server, data, tmp_path, status):
+    server.unknown, server.unknown_status = {"top_k", "return_token_ids", "seed", "max_tokens"}, status
+    result = ask_server(server, data, tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert "the server does not take return_token_ids, seed, top_k: it was asked without" in result.output
+    assert len(server.requests) == 1 + 4 + 3  # a 500, each field once, three questions
+    for request in server.requests[-3:]:
+        assert not server.unknown & request.keys()
+        assert (request["max_completion_tokens"], request["min_p"]) == (12, 0.0)
+    rows = [json.loads(line) for line in (tmp_path / "out/base/generations.jsonl").read_text().splitlines()]
+    assert all(row["left_out"] == sorted(server.unknown) for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("field", "words"),
+    [
+        ("repetition_penalty", ("--repetition-penalty", "1.1")),
+        ("temperature", ()),
+        ("top_p", ()),
+        ("chat_template_kwargs", ("--chat-template-kwargs", '{"enable_thinking": false}')),
+    ],
+)
+def test_a_field_that_was_asked_for_is_never_left_out(server, data, tmp_path, field, words):
+    server.unknown = {field}
+    result = ask_server(server, data, tmp_path / "out", *words)
+    assert result.exit_code == 2
+    refusal = f"The server refused every question to base, 3 of them (Error code: 400 - Unknown field: {field})"
+    assert refusal in result.output
 
 
 @pytest.mark.parametrize(
