@@ -26,7 +26,7 @@ from asking import ask_missing, print_left_out, print_refused
 from chat_templates import Chat, parse_chat_template_kwargs
 from engines import Sampling, Settings, make_engine
 from generations import Generation
-from models import BASE, EngineName, folder_hashes, local_model, parse_adapters
+from models import BASE, Dtype, EngineName, folder_hashes, local_model, parse_adapters
 from questions import UserError, read_file
 from whole_files import write_whole
 
@@ -52,8 +52,8 @@ def main(
     top_p: options.TopP = 1.0,
     repetition_penalty: options.RepetitionPenalty = 1.0,
     max_tokens: options.MaxTokens = 1024,
-    seed: int = 0,
-    dtype: options.Dtype = "auto",
+    seed: options.Seed = 0,
+    dtype: options.Dtype = Dtype.auto,
     tensor_parallel: options.TensorParallel = 1,
     data_parallel: options.DataParallel = 1,
     max_model_len: options.MaxModelLen = None,
@@ -68,7 +68,7 @@ def main(
             adapters=parse_adapters(adapter or [], engine),
             sampling=Sampling(temperature, top_p, repetition_penalty, max_tokens, seed),
             chat_template_kwargs=parse_chat_template_kwargs(chat_template_kwargs),
-            dtype=dtype,
+            dtype=dtype.value,
             tensor_parallel=tensor_parallel,
             data_parallel=data_parallel,
             max_model_len=max_model_len,

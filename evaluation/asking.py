@@ -92,9 +92,11 @@ def believable(
             yield from waiting.pop(job.run, ())
             yield job, reply
     for run, refusals in waiting.items():
+        job, reply = refusals[0]
+        system = ", such as --system," if job.messages[0]["role"] == "system" else ","
         raise UserError(
-            f"The server refused every question to {run}, {len(refusals)} of them ({refusals[0][1].refused}): change "
-            "what it does not take, or ask another one."
+            f"The server refused every question to {run}, {len(refusals)} of them ({reply.refused}): change what it "
+            f"does not take{system} or ask another one."
         )
 
 

@@ -87,12 +87,29 @@ def make_engine(name: str, settings: Settings) -> Engine:
     return TransformersEngine(settings)
 
 
+def check_texts(chats: list[Chat]) -> None:
+    """
+    Raises:
+        UserError: if a turn is no text, or one that no model could read.
+    """
+    for number, chat in enumerate(chats, start=1):
+        for turn in chat:
+            try:
+                turn["content"].encode()
+            except (AttributeError, UnicodeEncodeError) as error:
+                raise UserError(
+                    f"The {turn['role']} turn of problem {number} is no text ({error}): correct it in the data, or in "
+                    "--system."
+                ) from error
+
+
 def check_chats(chats: list[Chat], settings: Settings, tokenizer: Any) -> None:
     """Refuse what the model's chat template does not take, and a prompt that is too long for its context.
 
     Raises:
         UserError: with what to change.
     """
+    check_texts(chats)
     context = settings.max_model_len or context_length(settings.model)
     for number, chat in enumerate(chats, start=1):
         ids = prompt_ids(tokenizer, chat, settings.chat_template_kwargs, number)

@@ -27,7 +27,7 @@ from degeneration import is_degenerate
 from engines import Sampling, Settings, make_engine
 from extraction import VERSION, extract_answer, read_answer
 from generations import MANIFEST, Generation, Run
-from models import BASE, EngineName, folder_hashes, local_model, parse_adapters
+from models import BASE, Dtype, EngineName, folder_hashes, local_model, parse_adapters
 from questions import Question, UserError, load_prompt, load_questions, messages
 from scoring import score_run
 from whole_files import write_whole
@@ -62,8 +62,8 @@ def main(
     top_p: options.TopP = 1.0,
     repetition_penalty: options.RepetitionPenalty = 1.0,
     max_tokens: options.MaxTokens = 1024,
-    seed: int = 0,
-    dtype: options.Dtype = "auto",
+    seed: options.Seed = 0,
+    dtype: options.Dtype = Dtype.auto,
     tensor_parallel: options.TensorParallel = 1,
     data_parallel: options.DataParallel = 1,
     max_model_len: options.MaxModelLen = None,
@@ -83,7 +83,7 @@ def main(
                 adapters=parse_adapters(adapter or [], engine),
                 sampling=sampling,
                 chat_template_kwargs=parse_chat_template_kwargs(chat_template_kwargs),
-                dtype=dtype,
+                dtype=dtype.value,
                 tensor_parallel=tensor_parallel,
                 data_parallel=data_parallel,
                 max_model_len=max_model_len,

@@ -151,6 +151,7 @@ def _judge(engine: JudgeEngine, template: str, pairs: list[Pair], output: Path) 
         **({"chat_template_kwargs": arguments} if (arguments := engine.settings.chat_template_kwargs) else {}),
     }
     chats = [chat for pair in pairs for chat in both_orders(template, pair)]
+    engine.check(chats)
     runs = {BASE: (output, manifest)}
     return ask_missing(engine, chats, runs, lambda reply: parse_verdict(reply) is not None)[BASE]
 

@@ -19,6 +19,13 @@ class EngineName(StrEnum):
     hf = "hf"
 
 
+class Dtype(StrEnum):
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
 def local_model(model: str, engine: EngineName) -> str:
     """The model's folder, fetched from the hub if it is a hub name; a served model is only a name.
 
@@ -77,7 +84,7 @@ def load_tokenizer(model: str) -> Any:
             f"The tokenizer of {model} does not load ({one_line(error)}): add its files to the folder."
         ) from error
     template = tokenizer.chat_template
-    if isinstance(template, dict) and "default" not in template:
+    if template and isinstance(template, dict) and "default" not in template:
         raise UserError(
             f"{model} has chat templates {', '.join(sorted(template))}, and none called `default`: call one of them so."
         )

@@ -8,7 +8,7 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from typing import Any
 
 from chat_templates import Chat
-from engines import Job, Settings, package_versions
+from engines import Job, Settings, check_texts, package_versions
 from generations import Generation
 from questions import UserError
 
@@ -29,7 +29,8 @@ class OpenAIEngine:
         self.not_taken: frozenset[str] = frozenset()
 
     def check(self, chats: list[Chat]) -> None:
-        """The server knows its model's context and template, and says so."""
+        """The server knows its model's context and template, and says so; the rest is checked here."""
+        check_texts(chats)
 
     def versions(self) -> dict[str, str]:
         from openai import OpenAIError

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
+from models import Dtype as DtypeName
 from models import EngineName
 from typer import Option
 
@@ -19,7 +20,8 @@ ChatTemplateKwargs = Annotated[
     Option(help="""Arguments of the chat template, as JSON: '{"enable_thinking": false}', if trained like that."""),
 ]
 MaxTokens = Annotated[int, Option(min=1, help="Of an answer.")]
-Dtype = Annotated[str, Option(help="auto, float32, bfloat16 or float16. Compare engines in float32.")]
+Seed = Annotated[int, Option(min=0, max=2**32 - 1)]
+Dtype = Annotated[DtypeName, Option(help="Compare engines in float32.")]
 TensorParallel = Annotated[int, Option(min=1, help="vllm: GPUs per copy of the model.")]
 DataParallel = Annotated[int, Option(min=1, help="vllm: copies of the model.")]
 MaxModelLen = Annotated[int | None, Option(min=1, help="vllm: context length.")]

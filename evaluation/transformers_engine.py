@@ -75,7 +75,13 @@ class TransformersEngine:
             for batch in _batches([job for job in jobs if job.run == run], self.settings.batch_size):
                 # Nothing is handed over inside: what reads the answers would run in these modes, too.
                 with torch.inference_mode(), model.disable_adapter() if base_only else nullcontext():
-                    answers = self._answer(model, config, batch)
+                    try:
+                        answers = self._answer(model, config, batch)
+                    except Exception as error:
+                        raise UserError(
+                            f"transformers does not answer ({one_line(error)}): lower --batch-size or --max-tokens; "
+                            "what was answered is kept, and the same command goes on from there."
+                        ) from error
                 yield from zip(batch, answers, strict=True)
 
     def _answer(self, model: Any, config: Any, batch: list[Job]) -> list[Generation]:

@@ -50,8 +50,16 @@ class VllmEngine:
     def generate(self, jobs: list[Job]) -> Generator[tuple[Job, Generation]]:
         if self.settings.data_parallel > 1:
             yield from _generate_on_replicas(self.settings, jobs)
-        else:
+            return
+        try:
             yield from _generate_with_vllm(self.settings, jobs)
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(
+                f"vLLM does not answer ({type(error).__name__}: {one_line(error)}): see what it has printed above; "
+                "what was answered is kept, and the same command goes on from there."
+            ) from error
 
 
 def _set_vllm_defaults() -> None:
@@ -153,7 +161,12 @@ def _lora_settings(adapters: dict[str, str]) -> dict[str, Any]:
 
 
 def _lora_rank(folder: str) -> int:
-    rank = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))["r"]
+    try:
+        rank = int(json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))["r"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"{folder}/adapter_config.json names no rank `r`: name the folder of a LoRA adapter."
+        ) from error
     if rank > LORA_RANKS[-1]:
         raise UserError(f"{folder} has LoRA rank {rank}, above vLLM's {LORA_RANKS[-1]}: merge it into the model first.")
     return rank

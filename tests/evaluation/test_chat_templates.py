@@ -113,6 +113,7 @@ def test_a_template_that_fails(template, templated, data, tmp_path):
     [
         (None, "has no chat template: add a chat_template.jinja"),
         ("", "has no chat template"),
+        ("\ufeff{# nothing #}", "leaves the question out"),
         ("{# nothing #}", "prints nothing for problem 1"),
         ("A prompt of its own.", "leaves the question out"),
         (PARTS, "leaves the question out"),

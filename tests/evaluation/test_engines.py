@@ -15,6 +15,7 @@ from pathlib import Path
 
 import gsm8k
 import pytest
+import tiny
 from engine_cases import QUESTIONS, answers, jobs, needs_vllm, settings, tokens
 from engines import make_engine
 from transformers_engine import TransformersEngine
@@ -127,6 +128,9 @@ def test_compare_on_the_command_line(model32, adapters, data, tmp_path):
         ({"--adapter": "dpo=/no/such"}, "holds no adapter_config.json"),
         ({"--prompt": "polite"}, "neither paper nor plain"),
         ({"--max-model-len": 20}, "raise --max-model-len"),
+        ({"--system": "half \udcff"}, "The system turn of problem 1 is no text ("),
+        ({"--dtype": "float99"}, "Invalid value for '--dtype'"),
+        ({"--seed": -1}, "Invalid value for '--seed'"),
     ],
 )
 def test_wrong_arguments(model32, data, tmp_path, changes, message):
@@ -168,6 +172,27 @@ def test_lora_rank_above_vllms_limit(tmp_path):
     (tmp_path / "adapter_config.json").write_text('{"r": 1024}')
     with pytest.raises(gsm8k.UserError, match="rank 1024, above vLLM's 512"):
         _lora_rank(str(tmp_path))
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"r": "high"}', '{"r": null}'])
+def test_an_adapter_without_rank(content, tmp_path):
+    from vllm_engine import _lora_rank
+
+    (tmp_path / "adapter_config.json").write_text(content)
+    with pytest.raises(gsm8k.UserError, match="names no rank `r`"):
+        _lora_rank(str(tmp_path))
+
+
+def test_what_transformers_cannot_answer_ends_in_a_sentence_and_keeps_the_rest(data, tmp_path):
+    """GPT-2 has learned positions: nothing can stand beyond them."""
+    shape = {"config": "GPT2Config", "max_position_embeddings": 132, "n_embd": 32, "n_layer": 2, "n_head": 2}
+    model = tiny.make_model(tmp_path / "gpt2", dtype="float32", initializer_range=0.3, **shape)
+    words = ("--engine", "hf", "--model", model, "--data", data, "--output", tmp_path / "out", "--prompt", "plain")
+    result = invoke(*words, "--batch-size", 1, "--max-tokens", 60)
+    assert result.exit_code == 2
+    assert "transformers does not answer (" in result.output
+    assert "lower --batch-size or --max-tokens" in result.output
+    assert len((tmp_path / "out/base/generations.jsonl").read_text().splitlines()) == 2
 
 
 # --- vLLM, where it is installed -------------------------------------------------------------------------------------

@@ -128,12 +128,24 @@ def test_no_other_field_of_generation_config_is_obeyed(field, sampling, plain, c
     assert answers(copy, sampling) == plain[sampling]
 
 
-@pytest.mark.parametrize("field", [field for field in FIELDS if field != "compile_config"])
+@pytest.mark.parametrize("field", FIELDS)
 def test_nor_is_one_that_an_older_checkpoint_has_in_its_config(field, plain, copy):
     (copy / "generation_config.json").rename(copy / "unused.json")
     ends = json.loads((copy / "unused.json").read_text())["eos_token_id"]
     rewrite(copy / "config.json", **{"eos_token_id": ends, field: HOSTILE.get(field, 2)})
-    assert answers(copy) == plain[GREEDY]
+    try:
+        found = answers(copy)
+    except gsm8k.UserError as refusal:  # transformers checks some of them there
+        found = str(refusal)
+    assert found == plain[GREEDY] or ("does not load" in found and field in found)
+
+
+def test_nor_with_an_adapter(model, copy, tmp_path):
+    adapter = {"one": str(tiny.make_adapter(tmp_path / "adapter", model))}
+    rewrite(copy / "generation_config.json", no_repeat_ngram_size=2, num_beams=4, repetition_penalty=1.5)
+    adapted, hostile = (TransformersEngine(settings(folder, adapters=adapter)) for folder in (model, copy))
+    found = [list(engine.generate(jobs("base", "one"))) for engine in (adapted, hostile)]
+    assert found[0] == found[1]
 
 
 def test_what_transformers_cannot_load_ends_in_a_sentence(copy):

@@ -281,6 +281,14 @@ def test_a_judge_that_does_not_take_every_field(files, server, tmp_path, rejects
     assert len(server.requests) == 10 + refused
 
 
+def test_answers_that_are_no_text_are_not_judged(server, tmp_path):
+    both = [write(tmp_path / f"{name}.jsonl", rows("half \ud800")) for name in "ab"]
+    result = compare(both, server, tmp_path / "out")
+    assert result.exit_code == 2
+    assert "The user turn of problem 1 is no text (" in result.output
+    assert not server.requests
+
+
 def test_arguments_of_the_judges_chat_template(files, server, tmp_path):
     off = ("--chat-template-kwargs", '{"enable_thinking": false}')
     assert compare(files, server, tmp_path / "off", *off).exit_code == 0

@@ -142,6 +142,22 @@ def test_a_server_that_refuses_every_problem_is_no_score(server, data, tmp_path)
     assert not list((tmp_path / "out").glob("**/manifest.json"))
 
 
+def test_a_system_turn_that_every_question_is_refused_for(server, data, tmp_path):
+    server.refuse = lambda question: 400
+    result = ask_server(server, data, tmp_path / "out", "--system", "Brief")
+    assert "change what it does not take, such as --system, or ask another one" in result.output
+
+
+def test_what_is_no_text_is_not_asked(server, tmp_path):
+    data, output = tmp_path / "half.jsonl", tmp_path / "out"
+    data.write_text('{"question": "half \\ud800", "answer": "#### 1"}\n')
+    result = ask_server(server, data, output)
+    assert result.exit_code == 2
+    assert "The user turn of problem 1 is no text (" in result.output
+    assert not server.requests
+    assert not output.exists()
+
+
 @pytest.mark.parametrize("status", [400, 422])
 def test_fields_that_a_server_does_not_take_are_left_out_and_told(server, data, tmp_path, status):
     server.unknown, server.unknown_status = {"top_k", "return_token_ids", "seed", "max_tokens"}, status
