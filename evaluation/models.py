@@ -81,7 +81,7 @@ def load_tokenizer(model: str) -> Any:
         tokenizer: Any = AutoTokenizer.from_pretrained(model)
     except Exception as error:
         raise UserError(
-            f"The tokenizer of {model} does not load ({one_line(error)}): add its files to the folder."
+            f"The tokenizer of {model} does not load ({one_line(error)}): correct its files, or add what is missing."
         ) from error
     template = tokenizer.chat_template
     if template and isinstance(template, dict) and "default" not in template:
@@ -115,9 +115,10 @@ def end_tokens(model: str, tokenizer: Any) -> list[int]:
     if file.is_file():
         try:
             named = dict(json.loads(file.read_text(encoding="utf-8"))).get("eos_token_id")
-        except (ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError) as error:
             raise UserError(f"{file} cannot be read ({error}): correct it, or remove it.") from error
     else:
+        file = Path(model, "config.json")
         named = getattr(_text_config(model), "eos_token_id", None)
     ids = named if isinstance(named, list) else [] if named is None else [named]
     if not all(type(each) is int for each in ids):

@@ -45,8 +45,8 @@ class OpenAIEngine:
         return package_versions("openai")
 
     def parameters(self) -> dict[str, Any]:
-        sampling = {"top_p": 1.0, **NEUTRAL, **vars(self.settings.sampling), "return_token_ids": True}
-        return {**sampling, **self._template_arguments()}
+        sampling = {**NEUTRAL, **vars(self.settings.sampling)}
+        return {**sampling, "return_token_ids": True, **self._template_arguments()}
 
     def optional_fields(self) -> set[str]:
         """What may be left out if a server does not take it: what is neutral, and `max_tokens`, for its other name."""
