@@ -21,10 +21,11 @@ from typing import Annotated, Any
 
 import options
 import typer
-from asking import ask_missing, print_refused
-from engines import Chat, Sampling, Settings, make_engine
+from asking import ask_missing, print_left_out, print_refused
+from chat_templates import Chat, parse_chat_template_kwargs
+from engines import Sampling, Settings, make_engine
 from generations import Generation
-from models import BASE, EngineName, folder_hashes, local_model, parse_adapters
+from models import BASE, Dtype, EngineName, folder_hashes, local_model, parse_adapters
 from questions import UserError, read_file
 from whole_files import write_whole
 
@@ -48,12 +49,13 @@ def main(
     skip_base: Annotated[bool, Opt("--skip-base", help="Let the adapters answer only.")] = False,
     limit: options.Limit = None,
     system: Annotated[str | None, Opt(help="Text of the system turn where the data has none.")] = None,
+    chat_template_kwargs: options.ChatTemplateKwargs = "{}",
     temperature: options.Temperature = 0.0,
     top_p: options.TopP = 1.0,
     repetition_penalty: options.RepetitionPenalty = 1.0,
     max_tokens: options.MaxTokens = 1024,
-    seed: int = 0,
-    dtype: options.Dtype = "auto",
+    seed: options.Seed = 0,
+    dtype: options.Dtype = Dtype.auto,
     tensor_parallel: options.TensorParallel = 1,
     data_parallel: options.DataParallel = 1,
     max_model_len: options.MaxModelLen = None,
@@ -67,7 +69,8 @@ def main(
             model=local_model(model, engine),
             adapters=parse_adapters(adapter or [], engine),
             sampling=Sampling(temperature, top_p, repetition_penalty, max_tokens, seed),
-            dtype=dtype,
+            chat_template_kwargs=parse_chat_template_kwargs(chat_template_kwargs),
+            dtype=dtype.value,
             tensor_parallel=tensor_parallel,
             data_parallel=data_parallel,
             max_model_len=max_model_len,
@@ -80,6 +83,7 @@ def main(
             "data": {"source": str(data), "sha256": content_hash(queries), "questions": len(queries)},
             "model": {"name": model, "files": folder_hashes(settings.model)},
             "system": system,
+            "chat_template_kwargs": settings.chat_template_kwargs,
         }
         answers = _generate(engine, settings, names, queries, about, output)
         for name, generations in answers.items():
@@ -90,6 +94,7 @@ def main(
         cut_off = sum(generation.finish_reason == "length" for generation in generations.values())
         print(f"{output / name / ANSWERS}: {len(queries)} answers, {cut_off} cut off at {max_tokens} tokens")
         print_refused(output / name)
+        print_left_out(output / name)
 
 
 def _generate(
@@ -107,6 +112,7 @@ def _generate(
     manifest = {
         **about,
         "sampling": vars(settings.sampling),
+        "sent": engine.parameters(),
         "engine": {"name": str(engine_name), "dtype": settings.dtype, "versions": engine.versions()},
     }
     adapters = {name: folder_hashes(settings.adapters.get(name)) for name in names}

@@ -7,7 +7,8 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
-from engines import Chat, Engine, Job
+from chat_templates import Chat
+from engines import Engine, Job
 from generations import MANIFEST, Generation, Run
 from questions import UserError
 from tqdm import tqdm
@@ -91,9 +92,11 @@ def believable(
             yield from waiting.pop(job.run, ())
             yield job, reply
     for run, refusals in waiting.items():
+        job, reply = refusals[0]
+        system = ", such as --system," if job.messages[0]["role"] == "system" else ","
         raise UserError(
-            f"The server refused every question to {run}, {len(refusals)} of them ({refusals[0][1].refused}): change "
-            "what it does not take, or ask another one."
+            f"The server refused every question to {run}, {len(refusals)} of them ({reply.refused}): change what it "
+            f"does not take{system} or ask another one."
         )
 
 
@@ -106,3 +109,10 @@ def print_refused(folder: Path) -> None:
             f"{folder}: the server refused {len(refused)} problems, which the same command asks again: {listed} "
             f"({refused[0].refused})"
         )
+
+
+def print_left_out(folder: Path) -> None:
+    """Say which fields the server did not take, so that it used its own values."""
+    fields = sorted({field for reply in Run(folder).read().values() for field in reply.left_out} - {"max_tokens"})
+    if fields:
+        print(f"{folder}: the server does not take {', '.join(fields)}: it was asked without, and has its own values.")

@@ -1,18 +1,21 @@
 """What produces the answers: vLLM in process, an OpenAI-compatible server, or transformers.
 
 Every engine takes jobs and yields each answer as soon as it is finished, so that the caller can keep it at once.
-Sampling is greedy unless asked otherwise, and the repetition penalty is always sent: vLLM would take a model's
-generation_config.json for it otherwise, and a penalty there hides the very degeneration that is to be measured.
+Sampling is greedy unless asked otherwise, and all its parameters are sent with every question. An engine takes those
+that it is not sent from the model's generation_config.json, where a penalty for repetition or a search with beams hides
+the very degeneration that is to be measured. Of that file, only the end tokens count.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from chat_templates import Chat, print_unused, prompt_ids
 from generations import Generation
+from models import context_length
 from questions import UserError
 
 
@@ -23,9 +26,6 @@ class Sampling:
     repetition_penalty: float = 1.0
     max_tokens: int = 1024
     seed: int = 0
-
-
-Chat = list[dict[str, str]]
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class Settings:
     model: str
     adapters: dict[str, str]
     sampling: Sampling
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     dtype: str = "auto"
     tensor_parallel: int = 1
     data_parallel: int = 1
@@ -58,7 +59,10 @@ class Engine(Protocol):
         """Refuse, with a UserError, what could not be answered, before anything is loaded or written."""
 
     def versions(self) -> dict[str, str]:
-        """What the answers depend on, for the manifest."""
+        """The packages that the answers depend on, for the manifest."""
+
+    def parameters(self) -> dict[str, Any]:
+        """What is sent with every question, end tokens too where the engine is told them; for the manifest."""
 
     def generate(self, jobs: list[Job]) -> Generator[tuple[Job, Generation]]:
         """Each job with its answer, or with why it was refused, in the order in which they are finished.
@@ -83,26 +87,38 @@ def make_engine(name: str, settings: Settings) -> Engine:
     return TransformersEngine(settings)
 
 
-def check_chats(chats: list[Chat], settings: Settings) -> None:
-    """Refuse a model without chat template, or with a context too short for a prompt.
+def check_texts(chats: list[Chat]) -> None:
+    """
+    Raises:
+        UserError: if a turn is no text, or one that no model could read.
+    """
+    for number, chat in enumerate(chats, start=1):
+        for turn in chat:
+            try:
+                turn["content"].encode()
+            except (AttributeError, UnicodeEncodeError) as error:
+                raise UserError(
+                    f"The {turn['role']} turn of problem {number} is no text ({error}): correct it in the data, or in "
+                    "--system."
+                ) from error
+
+
+def check_chats(chats: list[Chat], settings: Settings, tokenizer: Any) -> None:
+    """Refuse what the model's chat template does not take, and a prompt that is too long for its context.
 
     Raises:
-        UserError: with the key to change.
+        UserError: with what to change.
     """
-    from transformers import AutoConfig, AutoTokenizer
-
-    tokenizer: Any = AutoTokenizer.from_pretrained(settings.model)
-    if tokenizer.chat_template is None:
-        raise UserError(f"{settings.model} has no chat template: add a chat_template.jinja to its folder.")
-    config = AutoConfig.from_pretrained(settings.model).get_text_config()
-    context = settings.max_model_len or config.max_position_embeddings
-    for number, chat in enumerate(chats):
-        ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
-        if len(ids) >= context:
+    check_texts(chats)
+    context = settings.max_model_len or context_length(settings.model)
+    for number, chat in enumerate(chats, start=1):
+        ids = prompt_ids(tokenizer, chat, settings.chat_template_kwargs, number)
+        if context and len(ids) >= context:
             raise UserError(
                 f"The prompt of problem {number} has {len(ids)} tokens, the context {context}: raise "
                 "--max-model-len, or leave that problem out of the data."
             )
+    print_unused(tokenizer, chats[0], settings.chat_template_kwargs)
 
 
 def package_versions(*packages: str) -> dict[str, str]:

@@ -3,6 +3,7 @@
     python evaluation/gsm8k.py --model /path/to/model --data openai/gsm8k --output runs/dpo
     python evaluation/gsm8k.py --model /base --adapter dpo=/lora/dpo --adapter minor=/lora/minor --data test.jsonl ...
     python evaluation/gsm8k.py --engine openai --base-url http://127.0.0.1:8000/v1 --model NAME --data test.jsonl ...
+    python evaluation/gsm8k.py --model /path/to/qwen3 --chat-template-kwargs '{"enable_thinking": false}' ...
     python evaluation/gsm8k.py --score-only --data test.jsonl --output runs/dpo
 
 Every answer is kept as it arrives; interrupted, even by kill -9, the same command goes on. Imports neither llamafactory
@@ -19,12 +20,13 @@ from typing import Annotated, Any
 
 import options
 import typer
-from asking import ask_missing, print_refused
+from asking import ask_missing, print_left_out, print_refused
+from chat_templates import parse_chat_template_kwargs
 from degeneration import is_degenerate
 from engines import Sampling, Settings, make_engine
 from extraction import VERSION, extract_answer, read_answer
 from generations import GENERATIONS, MANIFEST, Generation, Run
-from models import BASE, EngineName, folder_hashes, local_model, parse_adapters
+from models import BASE, Dtype, EngineName, folder_hashes, local_model, parse_adapters
 from questions import Question, UserError, load_prompt, load_questions, messages
 from scoring import score_run
 from whole_files import write_whole
@@ -61,12 +63,13 @@ def main(
     limit: options.Limit = None,
     prompt: Annotated[str, Opt(help="paper (MinorDPO's), plain, or a file that holds {question}.")] = "paper",
     system: Annotated[str | None, Opt(help="Text of the system turn, also ''; default: the template's own.")] = None,
+    chat_template_kwargs: options.ChatTemplateKwargs = "{}",
     temperature: options.Temperature = 0.0,
     top_p: options.TopP = 1.0,
     repetition_penalty: options.RepetitionPenalty = 1.0,
     max_tokens: options.MaxTokens = 1024,
-    seed: int = 0,
-    dtype: options.Dtype = "auto",
+    seed: options.Seed = 0,
+    dtype: options.Dtype = Dtype.auto,
     tensor_parallel: options.TensorParallel = 1,
     data_parallel: options.DataParallel = 1,
     max_model_len: options.MaxModelLen = None,
@@ -85,7 +88,8 @@ def main(
                 model=local_model(model, engine),
                 adapters=parse_adapters(adapter or [], engine),
                 sampling=sampling,
-                dtype=dtype,
+                chat_template_kwargs=parse_chat_template_kwargs(chat_template_kwargs),
+                dtype=dtype.value,
                 tensor_parallel=tensor_parallel,
                 data_parallel=data_parallel,
                 max_model_len=max_model_len,
@@ -94,11 +98,12 @@ def main(
                 concurrency=concurrency,
             )
             names = [*([] if skip_base and settings.adapters else [BASE]), *settings.adapters]
-            asked = {"prompt": load_prompt(prompt), "system": system}
             about = {
                 "data": {"source": data, "sha256": data_hash, "problems": len(questions)},
                 "model": {"name": model, "files": folder_hashes(settings.model)},
-                **asked,
+                "prompt": load_prompt(prompt),
+                "system": system,
+                "chat_template_kwargs": settings.chat_template_kwargs,
             }
             runs = _generate(engine, settings, names, questions, about, output)
         _score(runs, questions, output)
@@ -127,6 +132,7 @@ def _generate(
     manifest = {
         **about,
         "sampling": vars(settings.sampling),
+        "sent": engine.parameters(),
         "engine": {"name": str(engine_name), "dtype": settings.dtype, "versions": engine.versions()},
         "extractor": VERSION,
     }
@@ -189,6 +195,7 @@ def _score(runs: list[Path], questions: list[Question], output: Path) -> None:
     _print_summary(summaries)
     for folder in runs:
         print_refused(folder)
+        print_left_out(folder)
     print(f"\nAll of it: {output / 'results.json'}; each answer read: {output}/*/results.json")
 
 

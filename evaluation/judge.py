@@ -29,10 +29,11 @@ import options
 import typer
 from answers import Pair, content_hash, load_pairs
 from asking import ask_missing
-from engines import Chat, Job, Sampling, Settings
+from chat_templates import Chat, parse_chat_template_kwargs
+from engines import Sampling, Settings
 from generations import Generation
 from models import BASE
-from openai_engine import OpenAIEngine, first_choice
+from openai_engine import OpenAIEngine
 from questions import UserError
 from statsmodels.stats.proportion import binom_test, proportion_confint
 from whole_files import write_whole
@@ -61,7 +62,6 @@ First compare the two answers in a few sentences. Then write your verdict on a l
 [[B]] if answer B is better
 [[C]] if they are equally good"""
 PLACES = ("question", "first", "second")
-OPTIONAL_FIELDS = ("max_tokens", "temperature")  # of a request, which some models do not take
 
 Position = Literal["first", "second", "tie"]
 POSITIONS: dict[str, Position] = {"A": "first", "B": "second", "C": "tie"}
@@ -88,6 +88,7 @@ def main(
     limit: Annotated[int | None, Opt(min=1, help="Only the first questions of A.")] = None,
     temperature: Annotated[float, Opt(min=0, help="0: greedy.")] = 0.0,
     max_tokens: Annotated[int, Opt(min=1, help="Of a reply.")] = 1024,
+    chat_template_kwargs: options.ChatTemplateKwargs = "{}",
     show_prompt: Annotated[
         bool, Opt("--show-prompt", help="Print the first question's requests; ask nothing.")
     ] = False,
@@ -102,7 +103,8 @@ def main(
         if not judge or not output:
             raise UserError(f"--{'output' if judge else 'judge'} is missing: write both, or --show-prompt.")
         sampling = Sampling(temperature=temperature, max_tokens=max_tokens)
-        engine = JudgeEngine(Settings(judge, {}, sampling, base_url=base_url, concurrency=concurrency))
+        arguments = parse_chat_template_kwargs(chat_template_kwargs)
+        engine = JudgeEngine(Settings(judge, {}, sampling, arguments, base_url=base_url, concurrency=concurrency))
         replies = _judge(engine, template, pairs, output)
         rows = judge_rows(pairs, replies)
         left_out = sorted({field for reply in replies.values() for field in reply.left_out})
@@ -125,38 +127,18 @@ def _parse_names(names: str | None, a: Path, b: Path) -> list[str]:
 
 
 class JudgeEngine(OpenAIEngine):
-    """A judge, asked with the standard fields of the chat API only: OpenAI's own server refuses vLLM's extras.
+    """A judge, asked with the standard fields of the chat API only: it judges with the settings that it is served with.
 
-    Models that reason want `max_completion_tokens` in place of `max_tokens`, and take no temperature but their own: a
-    field that the server names in a refusal is left out, and if it answers then, out of later requests, too.
+    Models that reason take no temperature but their own, which is left to them.
     """
 
-    def __init__(self, settings: Settings) -> None:
-        super().__init__(settings)
-        self.not_taken: frozenset[str] = frozenset()
-
-    def _ask(self, client: Any, job: Job) -> Generation:
-        from openai import BadRequestError
-
-        left_out = self.not_taken
-        while True:
-            try:
-                reply = first_choice(client.chat.completions.create(**self._request(job, left_out)))
-                break
-            except BadRequestError as error:
-                named = {field for field in OPTIONAL_FIELDS if field in str(error)} - left_out
-                if not named:
-                    raise
-                left_out |= named
-        self.not_taken |= left_out
-        text = reply.message.content or ""
-        return Generation(job.index, text, None, reply.finish_reason, left_out=tuple(sorted(left_out)))
-
-    def _request(self, job: Job, left_out: frozenset[str]) -> dict[str, Any]:
+    def parameters(self) -> dict[str, Any]:
         sampling = self.settings.sampling
-        limit = "max_completion_tokens" if "max_tokens" in left_out else "max_tokens"
-        request = {"model": self.settings.model, "messages": job.messages, limit: sampling.max_tokens}
-        return request if "temperature" in left_out else {**request, "temperature": sampling.temperature}
+        fields = {"temperature": sampling.temperature, "max_tokens": sampling.max_tokens}
+        return {**fields, **self._template_arguments()}
+
+    def optional_fields(self) -> set[str]:
+        return {"max_tokens", "temperature"}
 
 
 def _judge(engine: JudgeEngine, template: str, pairs: list[Pair], output: Path) -> dict[int, Generation]:
@@ -167,8 +149,10 @@ def _judge(engine: JudgeEngine, template: str, pairs: list[Pair], output: Path) 
         "judge": engine.settings.model,
         "prompt": template,
         "sampling": {"temperature": sampling.temperature, "max_tokens": sampling.max_tokens},
+        **({"chat_template_kwargs": arguments} if (arguments := engine.settings.chat_template_kwargs) else {}),
     }
     chats = [chat for pair in pairs for chat in both_orders(template, pair)]
+    engine.check(chats)
     runs = {BASE: (output, manifest)}
     return ask_missing(engine, chats, runs, lambda reply: parse_verdict(reply) is not None)[BASE]
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 from generations import file_hashes
-from questions import UserError
+from questions import UserError, one_line
 
 BASE = "base"  # the run of the model itself, beside those of its adapters
 
@@ -15,6 +17,13 @@ class EngineName(StrEnum):
     vllm = "vllm"
     openai = "openai"
     hf = "hf"
+
+
+class Dtype(StrEnum):
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
 
 
 def local_model(model: str, engine: EngineName) -> str:
@@ -58,3 +67,70 @@ def parse_adapters(words: list[str], engine: EngineName) -> dict[str, str]:
 def folder_hashes(folder: str | None) -> dict[str, str] | None:
     """sha256 of the files of a model or adapter; None where there is no folder."""
     return file_hashes(Path(folder)) if folder and Path(folder).is_dir() else None
+
+
+def load_tokenizer(model: str) -> Any:
+    """transformers' tokenizer of a model, with a chat template.
+
+    Raises:
+        UserError: if it cannot be loaded, or has no template that would be taken without naming it.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(model)
+    except Exception as error:
+        raise UserError(
+            f"The tokenizer of {model} does not load ({one_line(error)}): correct its files, or add what is missing."
+        ) from error
+    template = tokenizer.chat_template
+    if template and isinstance(template, dict) and "default" not in template:
+        raise UserError(
+            f"{model} has chat templates {', '.join(sorted(template))}, and none called `default`: call one of them so."
+        )
+    if not template:
+        raise UserError(f"{model} has no chat template: add a chat_template.jinja to its folder.")
+    return tokenizer
+
+
+def context_length(model: str) -> int | None:
+    """How many tokens a model has been made for; None if its configuration does not say.
+
+    Raises:
+        UserError: if the configuration cannot be read.
+    """
+    length = getattr(_text_config(model), "max_position_embeddings", None)
+    return length if isinstance(length, int) else None
+
+
+def end_tokens(model: str, tokenizer: Any) -> list[int]:
+    """The ids of the tokens that end an answer, as vLLM has them: generation_config.json's, and the tokenizer's own.
+
+    Without that file, config.json's take its place, as in transformers.
+
+    Raises:
+        UserError: if the file cannot be read, or names what is no token.
+    """
+    file = Path(model, "generation_config.json")
+    if file.is_file():
+        try:
+            named = dict(json.loads(file.read_text(encoding="utf-8"))).get("eos_token_id")
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"{file} cannot be read ({error}): correct it, or remove it.") from error
+    else:
+        file = Path(model, "config.json")
+        named = getattr(_text_config(model), "eos_token_id", None)
+    ids = named if isinstance(named, list) else [] if named is None else [named]
+    if not all(type(each) is int for each in ids):
+        raise UserError(f"{file} has the eos_token_id {json.dumps(named)}: write a token's id, or a list of them.")
+    own = tokenizer.eos_token_id
+    return sorted({each for each in ids if each >= 0} | (set() if own is None else {own}))
+
+
+def _text_config(model: str) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(model).get_text_config()
+    except Exception as error:
+        raise UserError(f"The config.json of {model} cannot be read ({one_line(error)}): correct it.") from error

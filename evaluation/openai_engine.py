@@ -1,4 +1,4 @@
-"""Any server with OpenAI's chat API and vLLM's extras, such as `vllm serve`."""
+"""Any server with OpenAI's chat API, such as `vllm serve`."""
 
 from __future__ import annotations
 
@@ -7,12 +7,18 @@ from collections.abc import Generator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from typing import Any
 
-from engines import Chat, Job, Settings, package_versions
+from chat_templates import Chat
+from engines import Job, Settings, check_texts, package_versions
 from generations import Generation
 from questions import UserError
 
 # What a server says of one request, not of all: too long a prompt, or content that it does not take.
 REFUSED = (400, 413, 422)
+# What it says of a field that it does not know or take.
+FIELD_REFUSED = (400, 422)
+# What `vllm serve` takes from the model's generation_config.json where a request does not say it; other servers may not
+# know all of these. -1 is vLLM's oldest way to say that top_k limits nothing.
+NEUTRAL = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "top_k": -1, "min_p": 0.0}
 
 
 class OpenAIEngine:
@@ -20,9 +26,11 @@ class OpenAIEngine:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+        self.not_taken: frozenset[str] = frozenset()
 
     def check(self, chats: list[Chat]) -> None:
-        """The server knows its model's context and template, and says so."""
+        """The server knows its model's context and template, and says so; the rest is checked here."""
+        check_texts(chats)
 
     def versions(self) -> dict[str, str]:
         from openai import OpenAIError
@@ -35,6 +43,19 @@ class OpenAIEngine:
             if name not in served:
                 raise UserError(f"The server serves {', '.join(served)}, not {name}: write one of these.")
         return package_versions("openai")
+
+    def parameters(self) -> dict[str, Any]:
+        sampling = {**NEUTRAL, **vars(self.settings.sampling)}
+        return {**sampling, "return_token_ids": True, **self._template_arguments()}
+
+    def optional_fields(self) -> set[str]:
+        """What may be left out if a server does not take it: what is neutral, and `max_tokens`, for its other name."""
+        neutral = {name for name, value in NEUTRAL.items() if self.parameters()[name] == value}
+        return {"max_tokens", "seed", "return_token_ids", *neutral}
+
+    def _template_arguments(self) -> dict[str, Any]:
+        arguments = self.settings.chat_template_kwargs
+        return {"chat_template_kwargs": arguments} if arguments else {}
 
     def _client(self) -> Any:
         """A client that asks again, with growing pauses, what may pass: 408, 409, 429, 5xx and lost connections."""
@@ -79,20 +100,34 @@ class OpenAIEngine:
             return Generation(job.index, "", None, None, refused=str(error))
 
     def _ask(self, client: Any, job: Job) -> Generation:
-        sampling = self.settings.sampling
-        answer = first_choice(
-            client.chat.completions.create(
-                model=job.run if job.run in self.settings.adapters else self.settings.model,
-                messages=job.messages,
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                max_tokens=sampling.max_tokens,
-                seed=sampling.seed,
-                extra_body={"repetition_penalty": sampling.repetition_penalty, "return_token_ids": True},
-            )
-        )
-        ids = getattr(answer, "token_ids", None)
-        return Generation(job.index, answer.message.content or "", ids, answer.finish_reason)
+        """One answer; fields that the server names in a refusal are left out, also later if it answers without them."""
+        from openai import APIStatusError
+
+        left_out = self.not_taken
+        while True:
+            try:
+                answer = first_choice(
+                    client.chat.completions.create(
+                        model=job.run if job.run in self.settings.adapters else self.settings.model,
+                        messages=job.messages,
+                        extra_body=self._fields(left_out),
+                    )
+                )
+                break
+            except APIStatusError as error:
+                named = {field for field in self.optional_fields() if field in str(error)} - left_out
+                if error.status_code not in FIELD_REFUSED or not named:
+                    raise
+                left_out |= named
+        self.not_taken |= left_out
+        text, ids = answer.message.content or "", getattr(answer, "token_ids", None)
+        return Generation(job.index, text, ids, answer.finish_reason, left_out=tuple(sorted(left_out)))
+
+    def _fields(self, left_out: frozenset[str]) -> dict[str, Any]:
+        """The parameters that are sent; models that reason want `max_completion_tokens` in place of `max_tokens`."""
+        fields = {name: value for name, value in self.parameters().items() if name not in left_out}
+        limit = {"max_completion_tokens": self.settings.sampling.max_tokens} if "max_tokens" in left_out else {}
+        return {**fields, **limit}
 
     def _sentence(self, error: Exception) -> str:
         """What happened and what to do, by what is wrong: the key, the name or address, or the server."""

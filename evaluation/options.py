@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
+from models import Dtype as DtypeName
 from models import EngineName
 from typer import BadParameter, Exit, Option
 
@@ -16,8 +17,13 @@ Limit = Annotated[int | None, Option(min=1, help="Only the first problems.")]
 Temperature = Annotated[float, Option(min=0, help="0: greedy.")]
 TopP = Annotated[float, Option(min=0, max=1)]
 RepetitionPenalty = Annotated[float, Option(min=0.01, help="1: none. Always sent.")]
+ChatTemplateKwargs = Annotated[
+    str,
+    Option(help="""Arguments of the chat template, as JSON: '{"enable_thinking": false}', if trained like that."""),
+]
 MaxTokens = Annotated[int, Option(min=1, help="Of an answer.")]
-Dtype = Annotated[str, Option(help="auto, float32, bfloat16 or float16. Compare engines in float32.")]
+Seed = Annotated[int, Option(min=0, max=2**32 - 1)]
+Dtype = Annotated[DtypeName, Option(help="Compare engines in float32.")]
 TensorParallel = Annotated[int, Option(min=1, help="vllm: GPUs per copy of the model.")]
 DataParallel = Annotated[int, Option(min=1, help="vllm: copies of the model.")]
 MaxModelLen = Annotated[int | None, Option(min=1, help="vllm: context length.")]

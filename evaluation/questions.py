@@ -22,6 +22,11 @@ class UserError(Exception):
     """Something that the user can mend; the message says how."""
 
 
+def one_line(error: Exception) -> str:
+    """What a library says of an error, as part of a sentence."""
+    return " ".join(str(error).split())
+
+
 @dataclass(frozen=True)
 class Question:
     index: int

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator
 from contextlib import nullcontext
+from functools import cached_property
 from typing import Any
 
-from engines import Chat, Job, Settings, check_chats, package_versions
+from chat_templates import Chat, apply_chat_template, check_question_is_read
+from engines import Job, Settings, check_chats, package_versions
 from generations import Generation
+from models import end_tokens, load_tokenizer
+from questions import UserError, one_line
 
 
 class TransformersEngine:
@@ -17,22 +21,51 @@ class TransformersEngine:
         self.settings = settings
 
     def check(self, chats: list[Chat]) -> None:
-        check_chats(chats, self.settings)
+        check_chats(chats, self.settings, self.tokenizer)
+        check_question_is_read(self.tokenizer, chats[0], self.settings.chat_template_kwargs)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        tokenizer = load_tokenizer(self.settings.model)
+        tokenizer.padding_side = "left"
+        # What stands there is masked: any token will do.
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+        return tokenizer
 
     def versions(self) -> dict[str, str]:
         return package_versions("torch", "transformers", *(["peft"] if self.settings.adapters else []))
 
+    def parameters(self) -> dict[str, Any]:
+        """All that transformers' `GenerationConfig` is made of; what is not named has its neutral default."""
+        sampling = self.settings.sampling
+        drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+        return {
+            "do_sample": sampling.temperature > 0,
+            **(drawn if sampling.temperature > 0 else {}),
+            "num_beams": 1,
+            "repetition_penalty": sampling.repetition_penalty,
+            "max_new_tokens": sampling.max_tokens,
+            "eos_token_id": end_tokens(self.settings.model, self.tokenizer) or None,
+            "pad_token_id": self.tokenizer.pad_token_id,
+        }
+
     def generate(self, jobs: list[Job]) -> Generator[tuple[Job, Generation]]:
         import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+        from transformers import AutoModelForCausalLM, GenerationConfig, set_seed
 
         set_seed(self.settings.sampling.seed)
         dtype = self.settings.dtype if self.settings.dtype == "auto" else getattr(torch, self.settings.dtype)
-        tokenizer: Any = AutoTokenizer.from_pretrained(self.settings.model, padding_side="left")
-        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-        model: Any = AutoModelForCausalLM.from_pretrained(self.settings.model, dtype=dtype)
-        if self.settings.adapters:
-            model = _with_adapters(model, self.settings.adapters)
+        # In place of the model's own, of which `generate` would take every field that it is not given.
+        config = GenerationConfig(**self.parameters())
+        try:
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                self.settings.model, dtype=dtype, generation_config=config
+            )
+            if self.settings.adapters:
+                model = _with_adapters(model, self.settings.adapters)
+        except Exception as error:
+            said = one_line(error)
+            raise UserError(f"The model does not load ({said}): correct --model, --adapter or --dtype.") from error
         model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
         for run in dict.fromkeys(job.run for job in jobs):
@@ -42,41 +75,34 @@ class TransformersEngine:
             for batch in _batches([job for job in jobs if job.run == run], self.settings.batch_size):
                 # Nothing is handed over inside: what reads the answers would run in these modes, too.
                 with torch.inference_mode(), model.disable_adapter() if base_only else nullcontext():
-                    answers = self._answer(model, tokenizer, batch)
+                    try:
+                        answers = self._answer(model, config, batch)
+                    except Exception as error:
+                        raise UserError(
+                            f"transformers does not answer ({one_line(error)}): lower --batch-size or --max-tokens; "
+                            "what was answered is kept, and the same command goes on from there."
+                        ) from error
                 yield from zip(batch, answers, strict=True)
 
-    def _answer(self, model: Any, tokenizer: Any, batch: list[Job]) -> list[Generation]:
-        sampling = self.settings.sampling
-        inputs = tokenizer.apply_chat_template(
-            [job.messages for job in batch],
-            add_generation_prompt=True,
-            padding=True,
-            return_tensors="pt",
-            return_dict=True,
-        ).to(model.device)
-        greedy = sampling.temperature == 0
+    def _answer(self, model: Any, config: Any, batch: list[Job]) -> list[Generation]:
+        chats = [job.messages for job in batch]
+        arguments = self.settings.chat_template_kwargs
+        inputs = apply_chat_template(self.tokenizer, chats, arguments, padding=True, return_tensors="pt")
+        inputs = inputs.to(model.device)
         output = model.generate(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            do_sample=not greedy,
-            temperature=None if greedy else sampling.temperature,
-            top_p=None if greedy else sampling.top_p,
-            top_k=None if greedy else 0,
-            repetition_penalty=sampling.repetition_penalty,
-            max_new_tokens=sampling.max_tokens,
-            pad_token_id=tokenizer.pad_token_id,
+            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], generation_config=config
         )
-        ends = model.generation_config.eos_token_id
-        ends = set(ends if isinstance(ends, list) else [ends]) | {tokenizer.eos_token_id}
         rows = output[:, inputs["input_ids"].shape[1] :].tolist()
-        return [_generation(job.index, row, ends, tokenizer) for job, row in zip(batch, rows, strict=True)]
+        return [
+            self._generation(job.index, row, config.eos_token_id or []) for job, row in zip(batch, rows, strict=True)
+        ]
 
-
-def _generation(index: int, row: list[int], ends: set[int], tokenizer: Any) -> Generation:
-    """A row of a batch up to and with its end token, which batching pads beyond."""
-    end = next((position for position, token in enumerate(row) if token in ends), None)
-    ids = row if end is None else row[: end + 1]
-    return Generation(index, tokenizer.decode(ids, skip_special_tokens=True), ids, "length" if end is None else "stop")
+    def _generation(self, index: int, row: list[int], ends: list[int]) -> Generation:
+        """A row of a batch up to and with its end token, which batching pads beyond."""
+        end = next((position for position, token in enumerate(row) if token in ends), None)
+        ids = row if end is None else row[: end + 1]
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        return Generation(index, text, ids, "length" if end is None else "stop")
 
 
 def _with_adapters(model: Any, adapters: dict[str, str]) -> Any:

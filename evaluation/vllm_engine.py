@@ -7,12 +7,15 @@ import multiprocessing
 import os
 import queue
 from collections.abc import Generator, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from engines import Chat, Job, Sampling, Settings, check_chats, package_versions
+from chat_templates import Chat
+from engines import Job, Settings, check_chats, package_versions
 from generations import Generation
-from questions import UserError
+from models import end_tokens, load_tokenizer
+from questions import UserError, one_line
 
 FINISHED = ()  # what a replica sends last
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM can be configured for
@@ -26,8 +29,13 @@ class VllmEngine:
         _set_vllm_defaults()
 
     def check(self, chats: list[Chat]) -> None:
-        check_chats(chats, self.settings)
+        check_chats(chats, self.settings, self.tokenizer)
         _lora_settings(self.settings.adapters)
+        _check_generation_config(self.settings.model)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return load_tokenizer(self.settings.model)
 
     def versions(self) -> dict[str, str]:
         try:
@@ -36,11 +44,22 @@ class VllmEngine:
             raise UserError(f"vLLM does not import ({error}): run `make eval-env`, or choose --engine hf.") from error
         return {"vllm": vllm.__version__, **package_versions("torch", "transformers")}
 
+    def parameters(self) -> dict[str, Any]:
+        return vllm_parameters(self.settings, self.tokenizer)
+
     def generate(self, jobs: list[Job]) -> Generator[tuple[Job, Generation]]:
         if self.settings.data_parallel > 1:
             yield from _generate_on_replicas(self.settings, jobs)
-        else:
+            return
+        try:
             yield from _generate_with_vllm(self.settings, jobs)
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(
+                f"vLLM does not answer ({type(error).__name__}: {one_line(error)}): see what it has printed above; "
+                "what was answered is kept, and the same command goes on from there."
+            ) from error
 
 
 def _set_vllm_defaults() -> None:
@@ -79,16 +98,29 @@ def load_vllm(settings: Settings) -> Any:
     )
 
 
-def vllm_sampling(sampling: Sampling) -> Any:
+def vllm_parameters(settings: Settings, tokenizer: Any) -> dict[str, Any]:
+    """The fields of vLLM's `SamplingParams`; what is not named has its neutral default."""
+    return {**vars(settings.sampling), "top_k": 0, "stop_token_ids": end_tokens(settings.model, tokenizer)}
+
+
+def vllm_sampling(settings: Settings) -> Any:
     from vllm import SamplingParams
 
-    return SamplingParams(
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        repetition_penalty=sampling.repetition_penalty,
-        max_tokens=sampling.max_tokens,
-        seed=sampling.seed,
-    )
+    return SamplingParams(**vllm_parameters(settings, load_tokenizer(settings.model)))
+
+
+def _check_generation_config(model: str) -> None:
+    """vLLM reads the end tokens of generation_config.json through transformers, which checks every other field, too."""
+    from transformers import GenerationConfig
+
+    if not Path(model, "generation_config.json").is_file():
+        return
+    try:
+        GenerationConfig.from_pretrained(model)
+    except Exception as error:
+        raise UserError(
+            f"{model}/generation_config.json does not load ({one_line(error)}): correct it, or remove it."
+        ) from error
 
 
 def ask_vllm(llm: Any, settings: Settings, jobs: list[Job]) -> Iterator[tuple[Job, Generation]]:
@@ -100,8 +132,9 @@ def ask_vllm(llm: Any, settings: Settings, jobs: list[Job]) -> Iterator[tuple[Jo
     }
     ids = llm.enqueue_chat(
         [job.messages for job in jobs],
-        vllm_sampling(settings.sampling),
+        vllm_sampling(settings),
         use_tqdm=False,
+        chat_template_kwargs=settings.chat_template_kwargs,
         lora_request=[adapters.get(job.run) for job in jobs] if adapters else None,
     )
     # vLLM queues under `N-random` and reports under `N`.
@@ -128,7 +161,12 @@ def _lora_settings(adapters: dict[str, str]) -> dict[str, Any]:
 
 
 def _lora_rank(folder: str) -> int:
-    rank: int = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))["r"]
+    try:
+        rank = int(json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))["r"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"{folder}/adapter_config.json names no rank `r`: name the folder of a LoRA adapter."
+        ) from error
     if rank > LORA_RANKS[-1]:
         raise UserError(f"{folder} has LoRA rank {rank}, above vLLM's {LORA_RANKS[-1]}: merge it into the model first.")
     return rank

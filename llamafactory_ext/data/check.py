@@ -115,6 +115,8 @@ def _template_difference(pairs: Any, tools: Tokenization) -> str:
     """Where the first prompts part from what the tokenizer's own chat template makes of them, or an empty text."""
     if tools.chat_template is None:
         return ""  # LLaMA-Factory saves its own with the model then
+    # As evaluations of such a training are asked, with --chat-template-kwargs.
+    thinking = {"enable_thinking": False} if tools.template.enable_thinking is False else {}
     for row in pairs.select(range(min(8, len(pairs)))):
         if len(row["_prompt"]) % 2 == 0 or not row["_response"] or any(row[name] for name in MEDIA):
             continue  # LLaMA-Factory skips it, or there is more than text
@@ -130,6 +132,7 @@ def _template_difference(pairs: Any, tools: Tokenization) -> str:
                 chat_template=tools.chat_template,
                 add_generation_prompt=True,
                 return_dict=False,
+                **thinking,
             )
         except Exception as error:  # whatever a template raises: Gemma's, that there is no system message
             return f"training: {_excerpt(tools, ours, 0)} chat template: refuses the messages ({in_a_line(error)})"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from ..errors import UserError
 from ..losses.lookup import get_loss
@@ -20,6 +20,7 @@ from ..recipe.reading import Settings, read_recipe
 CHECKOUT = Path(__file__).resolve().parents[2]
 SHORT = {"pref_loss": "", "learning_rate": "lr", "pref_beta": "beta", "num_train_epochs": "epochs"}
 SWEEP_OWN = ("output_dir",)  # keys of a recipe that the sweep writes itself
+MAPPING = "chat-template-kwargs"  # the one option of gsm8k.py that is a mapping
 EVALUATION_OWN = ("model", "data", "engine", "adapter", "output", "skip-base", "score-only")  # likewise of gsm8k.py
 BASE, ADAPTERS = "base", "adapters"  # folders of untrained models, and of adapters that are scored together
 
@@ -36,7 +37,8 @@ class Evaluation(_Strict):
         engine: what generates.
         python: the interpreter of the environment that the engine lives in; None: this one (`hf` only).
         script: gsm8k.py, where it is not that of this checkout.
-        options: more options of its command line, by name without the dashes; `true` is a flag, `false` is left out.
+        options: more options of its command line, by name without the dashes; `true` is a flag, `false` is left out,
+            a mapping (`chat_template_kwargs`) becomes JSON.
         base: whether the untrained model is scored, too.
     """
 
@@ -44,7 +46,7 @@ class Evaluation(_Strict):
     engine: Literal["vllm", "openai", "hf"] = "vllm"
     python: str | None = None
     script: Path = CHECKOUT / "evaluation" / "gsm8k.py"
-    options: dict[str, bool | int | float | str] = {}
+    options: dict[str, JsonValue] = {}
     base: bool = True
 
 
@@ -200,9 +202,16 @@ def read_sweep(path: Path) -> Sweep:
 def _check_evaluation(evaluation: Evaluation) -> None:
     if not evaluation.script.is_file():
         raise UserError(f"there is no {evaluation.script}: name evaluation/gsm8k.py as `script` under `evaluation`.")
-    for key in evaluation.options:
+    for key, value in evaluation.options.items():
         if key.replace("_", "-") in EVALUATION_OWN:
             raise UserError(f"`{key}` is written by the sweep itself: remove it from `options` under `evaluation`.")
+        if key.replace("_", "-") == MAPPING:
+            if not isinstance(value, dict):
+                raise UserError(
+                    f"`{key}` under `evaluation` is no mapping: write {{enable_thinking: false}}, or the like."
+                )
+        elif value is None or isinstance(value, dict | list):
+            raise UserError(f"`{key}` under `evaluation` is {value}: write a number, a text, true or false.")
     if evaluation.data.endswith((".jsonl", ".parquet")) and not Path(evaluation.data).is_file():
         raise UserError(f"there is no {evaluation.data}: name the problems to score on as `data` under `evaluation`.")
     if evaluation.python is not None and shutil.which(evaluation.python) is None:

@@ -166,11 +166,14 @@ class Agenda:
 
 
 def option_words(options: Mapping[str, Any]) -> list[str]:
-    """Options as words of a command line, `--batch-size=8`; a true one is its name alone, a false one is left out."""
-    names = {key: f"--{key.replace('_', '-')}" for key in options}
-    return [
-        names[key] if value is True else f"{names[key]}={value}" for key, value in options.items() if value is not False
-    ]
+    """Options as words of a command line, `--batch-size=8`, mappings as JSON; true is the name alone, false nothing."""
+    words = []
+    for key, value in options.items():
+        name = f"--{key.replace('_', '-')}"
+        if value is not False:
+            given = json.dumps(value) if isinstance(value, dict) else value
+            words.append(name if value is True else f"{name}={given}")
+    return words
 
 
 def _names(models: Sequence[str], stem: str) -> dict[str, str]:

@@ -192,6 +192,15 @@ def test_a_chat_template_that_refuses_the_messages_is_a_difference(template, mod
         check_pairs({key: value for key, value in recipe.items() if key != "template"})
 
 
+@pytest.mark.parametrize("thinking", [True, False])
+def test_a_chat_template_is_asked_to_think_as_the_recipe_does(thinking, model, settings, tmp_path):
+    """Qwen3's adds an empty thought to the prompt if it is not to think; LLaMA-Factory's `qwen3` does so, too."""
+    end = "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
+    other = with_chat_template(model, tmp_path / "other", tiny.CHATML + end)
+    changes = {"model_name_or_path": other, "template": "qwen3", "default_system": None, "enable_thinking": thinking}
+    assert check_pairs(settings(row("1 + 1?", "2", "3"), **changes)).template == ""
+
+
 GOOD = b'{"instruction": "a", "chosen": "b", "rejected": "c", "history": []}\n'
 NO_PAIR = "LLaMA-Factory makes no pair of it"
 

@@ -2,79 +2,25 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import math
 import shutil
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import gsm8k
 import pytest
 import tiny
-from engines import Job, Sampling, Settings, make_engine
+from engine_cases import QUESTIONS, answers, jobs, needs_vllm, settings, tokens
+from engines import make_engine
 from transformers_engine import TransformersEngine
 from typer.testing import CliRunner
-
-QUESTIONS = ["How many?", "Tom has 3 pens and buys 4 more pens at the market. How many pens has he?", "1 + 1?"]
-
-
-@pytest.fixture(scope="module")
-def model32(tmp_path_factory):
-    """Wild weights, so that the answers differ; attention heads of a size that vLLM supports."""
-    shape = {
-        "hidden_size": 128,
-        "tie_word_embeddings": False,
-        "initializer_range": 0.3,
-        "max_position_embeddings": 1024,
-    }
-    return tiny.make_model(tmp_path_factory.mktemp("tiny32") / "model", dtype="float32", **shape)
-
-
-@pytest.fixture(scope="module")
-def adapters(model32, tmp_path_factory):
-    """Two LoRA adapters whose random weights change every answer."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    folder = tmp_path_factory.mktemp("adapters")
-    for seed, name in enumerate(("one", "two")):
-        torch.manual_seed(seed)
-        config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-        get_peft_model(AutoModelForCausalLM.from_pretrained(model32), config).save_pretrained(folder / name)
-    return {name: str(folder / name) for name in ("one", "two")}
-
-
-@pytest.fixture
-def data(tmp_path):
-    path = tmp_path / "test.jsonl"
-    rows = [{"question": text, "answer": f"so\n#### {index}"} for index, text in enumerate(QUESTIONS)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-def jobs(*runs: str) -> list[Job]:
-    return [
-        Job(run, index, [{"role": "user", "content": text}])
-        for run in runs or ("base",)
-        for index, text in enumerate(QUESTIONS)
-    ]
-
-
-def settings(model, **changes) -> Settings:
-    return Settings(**{"model": str(model), "adapters": {}, "sampling": Sampling(max_tokens=12), **changes})
-
-
-def answers(engine, asked) -> dict[tuple[str, int], str]:
-    return {(job.run, job.index): generation.text for job, generation in engine.generate(asked)}
-
-
-def tokens(engine, asked) -> dict[tuple[str, int], list[int]]:
-    """Where texts cannot be compared: vLLM leaves out the bytes of a last, unfinished character."""
-    return {(job.run, job.index): generation.token_ids for job, generation in engine.generate(asked)}
-
+from vllm_engine import _set_vllm_defaults
 
 # --- transformers ----------------------------------------------------------------------------------------------------
 
@@ -119,175 +65,6 @@ def test_adapters_in_one_load(model32, adapters):
     for index in range(len(QUESTIONS)):
         assert everything["base", index] == base["base", index]
         assert len({everything[run, index] for run in ("base", *adapters)}) == 3
-
-
-# --- an OpenAI-compatible server -------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def server(model32, adapters):
-    """The chat API over the tiny model; it answers 500 to the first question, and for good after `broken_after`.
-
-    `server.refuse(question)` says with which status, if with any, a question is refused.
-    """
-    engine = TransformersEngine(settings(model32, adapters=adapters))
-    lock = threading.Lock()
-
-    class Handler(BaseHTTPRequestHandler):
-        def reply(self, status: int, body: dict) -> None:
-            content = json.dumps(body).encode()
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
-
-        def do_GET(self) -> None:
-            if http.key_status:
-                return self.reply(http.key_status, {"error": {"message": "no such key"}})
-            served = [{"id": name, "object": "model"} for name in ("tiny", "one", "two")]
-            self.reply(200, {"object": "list", "data": served})
-
-        def do_POST(self) -> None:
-            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            with lock:
-                http.requests.append(request)
-                if len(http.requests) == 1 or len(http.requests) > http.broken_after:
-                    return self.reply(500, {"error": {"message": "out of luck"}})
-                if status := http.refuse(request["messages"][-1]["content"]):
-                    return self.reply(status, {"error": {"message": f"refused with {status}"}})
-                run = "base" if request["model"] == "tiny" else request["model"]
-                ((_, generation),) = engine.generate([Job(run, 0, request["messages"])])
-            message = {"role": "assistant", "content": generation.text}
-            choice = {
-                "index": 0,
-                "message": message,
-                "finish_reason": generation.finish_reason,
-                "token_ids": generation.token_ids,
-            }
-            self.reply(200, {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]})
-
-        def log_message(self, *args: object) -> None:
-            pass
-
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    http.requests, http.broken_after, http.key_status, http.refuse = [], math.inf, None, lambda question: None
-    threading.Thread(target=http.serve_forever, daemon=True).start()
-    http.url = f"http://127.0.0.1:{http.server_port}/v1"
-    yield http
-    http.shutdown()
-
-
-def test_server_answers_like_the_model_after_a_retry(server, model32, adapters):
-    changes = {"adapters": adapters, "base_url": server.url, "concurrency": 2}
-    engine = make_engine("openai", settings("tiny", **changes))
-    assert set(engine.versions()) == {"openai"}
-    expected = answers(TransformersEngine(settings(model32, adapters=adapters)), jobs("base", "one"))
-    assert answers(engine, jobs("base", "one")) == expected
-    assert len(server.requests) == 7  # six questions, one asked again
-    for request in server.requests:
-        assert (request["temperature"], request["repetition_penalty"], request["max_tokens"]) == (0.0, 1.0, 12)
-        assert request["return_token_ids"] is True
-
-
-def test_a_server_that_breaks_keeps_what_it_answered(server, model32, data, tmp_path, monkeypatch):
-    monkeypatch.setattr("openai._base_client.MAX_RETRY_DELAY", 0.05)
-    server.broken_after = 2  # the first is refused, the second answered
-    words = ["--engine", "openai", "--model", "tiny", "--base-url", server.url, "--data", str(data)]
-    words += ["--output", str(tmp_path / "out"), "--max-tokens", "12", "--concurrency", "1"]
-    failed = CliRunner().invoke(gsm8k.app, words)
-    assert failed.exit_code == 2
-    assert "out of luck" in failed.output
-    assert "goes on from there" in failed.output
-    path = tmp_path / "out" / "base" / "generations.jsonl"
-    assert len(path.read_text().splitlines()) == 1
-
-    server.broken_after = math.inf
-    assert CliRunner().invoke(gsm8k.app, words).exit_code == 0
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    assert sorted(row["index"] for row in rows) == [0, 1, 2]
-
-
-def ask_server(server, data, output):
-    words = ("--engine", "openai", "--model", "tiny", "--base-url", server.url, "--data", data, "--output", output)
-    return invoke(*words, "--max-tokens", 12, "--concurrency", 1, "--prompt", "plain")
-
-
-def test_a_problem_that_the_server_refuses_is_recorded_and_counts_as_unanswered(server, data, tmp_path):
-    server.refuse = lambda question: 400 if question == QUESTIONS[1] else None
-    output = tmp_path / "out"
-    for requests in (4, 5):  # all three, one of them twice for its 500; then only what was refused
-        result = ask_server(server, data, output)
-        assert result.exit_code == 0, result.output
-        assert len(server.requests) == requests
-        assert "the server refused 1 problems, which the same command asks again: 2 (Error code: 400" in result.output
-        scored = json.loads((output / "base" / "results.json").read_text())
-        assert (scored["summary"]["problems"], scored["summary"]["missing"]) == (3, 1)
-        assert [row.get("refused") is not None for row in scored["rows"]] == [False, True, False]
-    server.refuse = lambda question: None
-    result = ask_server(server, data, output)
-    assert "the server refused" not in result.output
-    assert json.loads((output / "results.json").read_text())["base"]["missing"] == 0
-    server.broken_after = 0
-    assert ask_server(server, data, output).exit_code == 0  # nothing is left to ask
-    assert len(server.requests) == 6
-
-
-def test_a_server_that_refuses_every_problem_is_no_score(server, data, tmp_path):
-    server.refuse = lambda question: 422
-    result = ask_server(server, data, tmp_path / "out")
-    assert result.exit_code == 2
-    assert "The server refused every question to base, 3 of them (Error code: 422" in result.output
-    assert not list((tmp_path / "out").glob("**/manifest.json"))
-
-
-@pytest.mark.parametrize(
-    ("status", "message"),
-    [
-        (401, "refuses the key (Error code: 401"),
-        (403, "refuses the key (Error code: 403"),
-        (404, "does not know what it is asked for (Error code: 404"),
-        (402, "refuses to answer (Error code: 402"),
-        (200, "does not answer (its reply holds no answer"),
-    ],
-)
-def test_what_will_not_pass_stops_at_once(server, data, tmp_path, status, message):
-    server.requests.append("the first is answered with 500")
-    server.refuse = lambda question: status
-    result = ask_server(server, data, tmp_path / "out")
-    assert result.exit_code == 2
-    assert message in result.output
-    asked = [request["messages"][0]["content"] for request in server.requests[1:]]
-    assert len(set(asked)) == len(asked)  # none twice
-    if status != 200:
-        server.key_status = status
-        assert message in ask_server(server, data, tmp_path / "out").output  # already by the list of its models
-        assert len(server.requests) == 1 + len(asked)
-
-
-def test_what_may_pass_is_asked_again(server, monkeypatch):
-    monkeypatch.setattr("openai._base_client.MAX_RETRY_DELAY", 0.05)
-    busy = [429, 503, 408, 409]
-    server.refuse = lambda question: busy.pop() if busy else None
-    engine = make_engine("openai", settings("tiny", base_url=server.url, concurrency=1))
-    assert len(answers(engine, jobs())) == 3
-    assert len(server.requests) == 3 + 4 + 1
-
-
-def test_nothing_more_is_asked_when_nobody_wants_the_rest(server):
-    engine = make_engine("openai", settings("tiny", base_url=server.url, concurrency=1))
-    replies = engine.generate(jobs(*["base"] * 10))
-    next(replies)
-    replies.close()
-    assert len(server.requests) <= 4  # the first twice, and what was under way
-
-
-def test_wrong_server_or_model_name_is_named(server, monkeypatch):
-    monkeypatch.setattr("openai._base_client.MAX_RETRY_DELAY", 0.05)
-    with pytest.raises(gsm8k.UserError, match="does not answer"):
-        make_engine("openai", settings("tiny", base_url="http://127.0.0.1:1/v1")).versions()
-    with pytest.raises(gsm8k.UserError, match="serves tiny, one, two, not large"):
-        make_engine("openai", settings("large", base_url=server.url)).versions()
 
 
 # --- the command line ------------------------------------------------------------------------------------------------
@@ -351,6 +128,9 @@ def test_compare_on_the_command_line(model32, adapters, data, tmp_path):
         ({"--adapter": "dpo=/no/such"}, "holds no adapter_config.json"),
         ({"--prompt": "polite"}, "neither paper nor plain"),
         ({"--max-model-len": 20}, "raise --max-model-len"),
+        ({"--system": "half \udcff"}, "The system turn of problem 1 is no text ("),
+        ({"--dtype": "float99"}, "Invalid value for '--dtype'"),
+        ({"--seed": -1}, "Invalid value for '--seed'"),
     ],
 )
 def test_wrong_arguments(model32, data, tmp_path, changes, message):
@@ -394,12 +174,28 @@ def test_lora_rank_above_vllms_limit(tmp_path):
         _lora_rank(str(tmp_path))
 
 
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"r": "high"}', '{"r": null}'])
+def test_an_adapter_without_rank(content, tmp_path):
+    from vllm_engine import _lora_rank
+
+    (tmp_path / "adapter_config.json").write_text(content)
+    with pytest.raises(gsm8k.UserError, match="names no rank `r`"):
+        _lora_rank(str(tmp_path))
+
+
+def test_what_transformers_cannot_answer_ends_in_a_sentence_and_keeps_the_rest(data, tmp_path):
+    """GPT-2 has learned positions: nothing can stand beyond them."""
+    shape = {"config": "GPT2Config", "max_position_embeddings": 132, "n_embd": 32, "n_layer": 2, "n_head": 2}
+    model = tiny.make_model(tmp_path / "gpt2", dtype="float32", initializer_range=0.3, **shape)
+    words = ("--engine", "hf", "--model", model, "--data", data, "--output", tmp_path / "out", "--prompt", "plain")
+    result = invoke(*words, "--batch-size", 1, "--max-tokens", 60)
+    assert result.exit_code == 2
+    assert "transformers does not answer (" in result.output
+    assert "lower --batch-size or --max-tokens" in result.output
+    assert len((tmp_path / "out/base/generations.jsonl").read_text().splitlines()) == 2
+
+
 # --- vLLM, where it is installed -------------------------------------------------------------------------------------
-
-
-needs_vllm = pytest.mark.skipif(
-    importlib.util.find_spec("vllm") is None, reason="vLLM has an environment of its own: make test-eval"
-)
 
 
 @needs_vllm
@@ -410,6 +206,45 @@ def test_vllm_answers_like_transformers(model32, adapters):
     vllm = tokens(make_engine("vllm", settings(model32, **changes)), jobs("base", "one", "two"))
     hf = tokens(TransformersEngine(settings(model32, adapters=adapters)), jobs("base", "one", "two"))
     assert vllm == hf
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_vllm_and_its_server_obey_end_tokens_only(model32, tmp_path):
+    """Both are given a generation_config.json with everything that vLLM would take from one."""
+    hostile = shutil.copytree(model32, tmp_path / "hostile")
+    end = tokens(TransformersEngine(settings(model32)), jobs())["base", 0][5]
+    obeyed = {"temperature": 2.0, "top_k": 3, "top_p": 0.1, "min_p": 0.5, "repetition_penalty": 1.5}
+    obeyed |= {"presence_penalty": 1.5, "frequency_penalty": 1.5, "max_new_tokens": 3}
+    ends = {"eos_token_id": [1, end]}
+    (hostile / "generation_config.json").write_text(json.dumps({**ends, **obeyed, "do_sample": True, "num_beams": 2}))
+    changes = {"dtype": "float32", "max_model_len": 1024}
+    hf = tokens(TransformersEngine(settings(hostile)), jobs())
+    assert hf["base", 0][-1] == end
+    assert tokens(make_engine("vllm", settings(hostile, **changes)), jobs()) == hf
+    with serve(hostile) as url:
+        assert tokens(make_engine("openai", settings("tiny", base_url=url)), jobs()) == hf
+
+
+@contextmanager
+def serve(model: Path) -> Iterator[str]:
+    """vLLM's own server, as it takes a model's settings by default."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    words = ["--model", str(model), "--served-model-name", "tiny", "--dtype", "float32", "--port", str(port)]
+    _set_vllm_defaults()
+    process = subprocess.Popen([sys.executable, "-m", "vllm.entrypoints.openai.api_server", *words])
+    try:
+        while True:
+            assert process.poll() is None
+            with suppress(OSError):
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health")
+                break
+            time.sleep(0.5)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        process.terminate()
+        process.wait()
 
 
 @needs_vllm

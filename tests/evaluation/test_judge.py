@@ -281,6 +281,29 @@ def test_a_judge_that_does_not_take_every_field(files, server, tmp_path, rejects
     assert len(server.requests) == 10 + refused
 
 
+def test_answers_that_are_no_text_are_not_judged(server, tmp_path):
+    both = [write(tmp_path / f"{name}.jsonl", rows("half \ud800")) for name in "ab"]
+    result = compare(both, server, tmp_path / "out")
+    assert result.exit_code == 2
+    assert "The user turn of problem 1 is no text (" in result.output
+    assert not server.requests
+
+
+def test_arguments_of_the_judges_chat_template(files, server, tmp_path):
+    off = ("--chat-template-kwargs", '{"enable_thinking": false}')
+    assert compare(files, server, tmp_path / "off", *off).exit_code == 0
+    assert all(request["chat_template_kwargs"] == {"enable_thinking": False} for request in server.requests)
+    server.requests.clear()
+    assert compare(files, server, tmp_path / "plain").exit_code == 0
+    assert not any("chat_template_kwargs" in request for request in server.requests)
+    other = compare(files, server, tmp_path / "off")
+    assert other.exit_code == 2
+    assert "holds another run: its chat_template_kwargs is" in other.output
+    for wrong in ("[]", '{"messages": []}'):
+        assert compare(files, server, tmp_path / "wrong", "--chat-template-kwargs", wrong).exit_code == 2
+    assert not (tmp_path / "wrong").exists()
+
+
 def test_a_pair_that_the_judge_refuses_has_no_verdict(files, server, tmp_path):
     """Its refusal names a field that the judge takes: that is asked once without it, and others are asked with it."""
 

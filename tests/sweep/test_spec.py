@@ -81,6 +81,10 @@ def test_a_recipe_of_another_stage_is_left_as_it_is():
     assert "ref_log_probs_cache_dir" not in cell.settings
 
 
+def options(**values):
+    return {"evaluation": {"data": "x", "engine": "hf", "options": values}}
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -91,10 +95,11 @@ def test_a_recipe_of_another_stage_is_left_as_it_is():
         ({"gpus_per_cell": -1}, "`gpus_per_cell`: input should be greater than or equal to 0"),
         ({"axis": {}}, "`axis`: extra inputs are not permitted"),
         ({"evaluation": {"data": "missing.jsonl", "engine": "hf"}}, "there is no missing.jsonl"),
-        (
-            {"evaluation": {"data": "x", "engine": "hf", "options": {"score_only": True}}},
-            "`score_only` is written by the sweep itself: remove it",
-        ),
+        (options(score_only=True), "`score_only` is written by the sweep itself: remove it"),
+        (options(chat_template_kwargs="enable_thinking"), "`chat_template_kwargs` under `evaluation` is no mapping"),
+        (options(limit=[1, 2]), "`limit` under `evaluation` is [1, 2]: write a number"),
+        (options(limit={"first": 1}), "`limit` under `evaluation` is {'first': 1}: write a number"),
+        (options(limit=None), "`limit` under `evaluation` is None: write a number"),
         ({"evaluation": {"data": "openai/gsm8k"}}, "vLLM lives in an environment of its own"),
         ({"evaluation": {"data": "x", "engine": "hf", "script": "nowhere.py"}}, "there is no nowhere.py"),
     ],

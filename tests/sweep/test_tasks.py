@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
+from chat_templates import parse_chat_template_kwargs
 
 from llamafactory_ext.errors import UserError
 from llamafactory_ext.sweep.progress import Watcher
@@ -144,6 +146,18 @@ def test_options_of_the_evaluation_as_words(make):
     (words,) = [task.words for task in agenda.cell_tasks(agenda.cells[0]) if task.step == "score"]
     after = words[words.index("--output") + 2 :]
     assert after == ("--limit=1", "--top-p=0.5", "--trust-remote-code", "--system=", "--dtype=true")
+
+
+def test_arguments_of_the_chat_template_reach_the_evaluation_as_json(make):
+    """Written in YAML, read by the evaluation's own command line; other arguments are other scores."""
+    text = "chat_template_kwargs: {enable_thinking: false, level: 2, language: 'it''s', none: null, parts: [a, {b: c}]}"
+    options = yaml.safe_load(text)
+    agenda = make({"seed": [1]}, options=options)
+    (words,) = [task.words for task in agenda.cell_tasks(agenda.cells[0]) if task.step == "score"]
+    (word,) = [word for word in words if word.startswith("--chat-template-kwargs=")]
+    assert parse_chat_template_kwargs(word.partition("=")[2]) == options["chat_template_kwargs"]
+    other = make({"seed": [1]}, options={"chat_template_kwargs": {"enable_thinking": True}})
+    assert other.score_identity("model") != agenda.score_identity("model")
 
 
 def test_training_a_cell_anew_spoils_what_was_made_of_it(make):

@@ -1,0 +1,238 @@
+"""An OpenAI-compatible server as the engine: what it is sent, and what becomes of its refusals and breakdowns."""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import gsm8k
+import pytest
+from engine_cases import QUESTIONS, answers, jobs, settings
+from engines import Job, make_engine
+from transformers_engine import TransformersEngine
+from typer.testing import CliRunner
+
+
+def invoke(*words: object):
+    return CliRunner().invoke(gsm8k.app, [str(word) for word in words])
+
+
+@pytest.fixture
+def server(model32, adapters):
+    """The chat API over the tiny model; it answers 500 to the first question, and for good after `broken_after`.
+
+    `server.refuse(question)` says with which status, if with any, a question is refused; requests with fields in
+    `server.unknown` are refused with `unknown_status`.
+    """
+    engine = TransformersEngine(settings(model32, adapters=adapters))
+    lock = threading.Lock()
+
+    class Handler(BaseHTTPRequestHandler):
+        def reply(self, status: int, body: dict) -> None:
+            content = json.dumps(body).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def do_GET(self) -> None:
+            if http.key_status:
+                return self.reply(http.key_status, {"error": {"message": "no such key"}})
+            served = [{"id": name, "object": "model"} for name in ("tiny", "one", "two")]
+            self.reply(200, {"object": "list", "data": served})
+
+        def do_POST(self) -> None:
+            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            with lock:
+                http.requests.append(request)
+                if len(http.requests) == 1 or len(http.requests) > http.broken_after:
+                    return self.reply(500, {"error": {"message": "out of luck"}})
+                if named := sorted(http.unknown & request.keys()):
+                    return self.reply(http.unknown_status, {"error": {"message": f"Unknown field: {named[0]}"}})
+                if status := http.refuse(request["messages"][-1]["content"]):
+                    return self.reply(status, {"error": {"message": f"refused with {status}"}})
+                run = "base" if request["model"] == "tiny" else request["model"]
+                ((_, generation),) = engine.generate([Job(run, 0, request["messages"])])
+            message = {"role": "assistant", "content": generation.text}
+            choice = {
+                "index": 0,
+                "message": message,
+                "finish_reason": generation.finish_reason,
+                "token_ids": generation.token_ids,
+            }
+            self.reply(200, {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]})
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    http.requests, http.broken_after, http.key_status, http.refuse = [], math.inf, None, lambda question: None
+    http.unknown, http.unknown_status = set(), 400
+    threading.Thread(target=http.serve_forever, daemon=True).start()
+    http.url = f"http://127.0.0.1:{http.server_port}/v1"
+    yield http
+    http.shutdown()
+
+
+def test_server_answers_like_the_model_after_a_retry(server, model32, adapters):
+    changes = {"adapters": adapters, "base_url": server.url, "concurrency": 2}
+    engine = make_engine("openai", settings("tiny", **changes))
+    assert set(engine.versions()) == {"openai"}
+    expected = answers(TransformersEngine(settings(model32, adapters=adapters)), jobs("base", "one"))
+    assert answers(engine, jobs("base", "one")) == expected
+    assert len(server.requests) == 7  # six questions, one asked again
+    sent = {"temperature": 0.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0, "max_tokens": 12, "seed": 0}
+    sent |= {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "return_token_ids": True}
+    for request in server.requests:
+        assert {name: value for name, value in request.items() if name not in ("model", "messages")} == sent
+    assert engine.parameters() == sent
+
+
+def test_a_server_that_breaks_keeps_what_it_answered(server, model32, data, tmp_path, monkeypatch):
+    monkeypatch.setattr("openai._base_client.MAX_RETRY_DELAY", 0.05)
+    server.broken_after = 2  # the first is refused, the second answered
+    words = ["--engine", "openai", "--model", "tiny", "--base-url", server.url, "--data", str(data)]
+    words += ["--output", str(tmp_path / "out"), "--max-tokens", "12", "--concurrency", "1"]
+    failed = CliRunner().invoke(gsm8k.app, words)
+    assert failed.exit_code == 2
+    assert "out of luck" in failed.output
+    assert "goes on from there" in failed.output
+    path = tmp_path / "out" / "base" / "generations.jsonl"
+    assert len(path.read_text().splitlines()) == 1
+
+    server.broken_after = math.inf
+    assert CliRunner().invoke(gsm8k.app, words).exit_code == 0
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert sorted(row["index"] for row in rows) == [0, 1, 2]
+
+
+def ask_server(server, data, output, *more):
+    words = ("--engine", "openai", "--model", "tiny", "--base-url", server.url, "--data", data, "--output", output)
+    return invoke(*words, "--max-tokens", 12, "--concurrency", 1, "--prompt", "plain", *more)
+
+
+def test_a_problem_that_the_server_refuses_is_recorded_and_counts_as_unanswered(server, data, tmp_path):
+    server.refuse = lambda question: 400 if question == QUESTIONS[1] else None
+    output = tmp_path / "out"
+    for requests in (4, 5):  # all three, one of them twice for its 500; then only what was refused
+        result = ask_server(server, data, output)
+        assert result.exit_code == 0, result.output
+        assert len(server.requests) == requests
+        assert "the server refused 1 problems, which the same command asks again: 2 (Error code: 400" in result.output
+        scored = json.loads((output / "base" / "results.json").read_text())
+        assert (scored["summary"]["problems"], scored["summary"]["missing"]) == (3, 1)
+        assert [row.get("refused") is not None for row in scored["rows"]] == [False, True, False]
+    server.refuse = lambda question: None
+    result = ask_server(server, data, output)
+    assert "the server refused" not in result.output
+    assert json.loads((output / "results.json").read_text())["base"]["missing"] == 0
+    server.broken_after = 0
+    assert ask_server(server, data, output).exit_code == 0  # nothing is left to ask
+    assert len(server.requests) == 6
+
+
+def test_a_server_that_refuses_every_problem_is_no_score(server, data, tmp_path):
+    server.refuse = lambda question: 422
+    result = ask_server(server, data, tmp_path / "out")
+    assert result.exit_code == 2
+    assert "The server refused every question to base, 3 of them (Error code: 422" in result.output
+    assert not list((tmp_path / "out").glob("**/manifest.json"))
+
+
+def test_a_system_turn_that_every_question_is_refused_for(server, data, tmp_path):
+    server.refuse = lambda question: 400
+    result = ask_server(server, data, tmp_path / "out", "--system", "Brief")
+    assert "change what it does not take, such as --system, or ask another one" in result.output
+
+
+def test_what_is_no_text_is_not_asked(server, tmp_path):
+    data, output = tmp_path / "half.jsonl", tmp_path / "out"
+    data.write_text('{"question": "half \\ud800", "answer": "#### 1"}\n')
+    result = ask_server(server, data, output)
+    assert result.exit_code == 2
+    assert "The user turn of problem 1 is no text (" in result.output
+    assert not server.requests
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("status", [400, 422])
+def test_fields_that_a_server_does_not_take_are_left_out_and_told(server, data, tmp_path, status):
+    server.unknown, server.unknown_status = {"top_k", "return_token_ids", "seed", "max_tokens"}, status
+    result = ask_server(server, data, tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert "the server does not take return_token_ids, seed, top_k: it was asked without" in result.output
+    assert len(server.requests) == 1 + 4 + 3  # a 500, each field once, three questions
+    for request in server.requests[-3:]:
+        assert not server.unknown & request.keys()
+        assert (request["max_completion_tokens"], request["min_p"]) == (12, 0.0)
+    rows = [json.loads(line) for line in (tmp_path / "out/base/generations.jsonl").read_text().splitlines()]
+    assert all(row["left_out"] == sorted(server.unknown) for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("field", "words"),
+    [
+        ("repetition_penalty", ("--repetition-penalty", "1.1")),
+        ("temperature", ()),
+        ("top_p", ()),
+        ("chat_template_kwargs", ("--chat-template-kwargs", '{"enable_thinking": false}')),
+    ],
+)
+def test_a_field_that_was_asked_for_is_never_left_out(server, data, tmp_path, field, words):
+    server.unknown = {field}
+    result = ask_server(server, data, tmp_path / "out", *words)
+    assert result.exit_code == 2
+    refusal = f"The server refused every question to base, 3 of them (Error code: 400 - Unknown field: {field})"
+    assert refusal in result.output
+
+
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [
+        (401, "refuses the key (Error code: 401"),
+        (403, "refuses the key (Error code: 403"),
+        (404, "does not know what it is asked for (Error code: 404"),
+        (402, "refuses to answer (Error code: 402"),
+        (200, "does not answer (its reply holds no answer"),
+    ],
+)
+def test_what_will_not_pass_stops_at_once(server, data, tmp_path, status, message):
+    server.requests.append("the first is answered with 500")
+    server.refuse = lambda question: status
+    result = ask_server(server, data, tmp_path / "out")
+    assert result.exit_code == 2
+    assert message in result.output
+    asked = [request["messages"][0]["content"] for request in server.requests[1:]]
+    assert len(set(asked)) == len(asked)  # none twice
+    if status != 200:
+        server.key_status = status
+        assert message in ask_server(server, data, tmp_path / "out").output  # already by the list of its models
+        assert len(server.requests) == 1 + len(asked)
+
+
+def test_what_may_pass_is_asked_again(server, monkeypatch):
+    monkeypatch.setattr("openai._base_client.MAX_RETRY_DELAY", 0.05)
+    busy = [429, 503, 408, 409]
+    server.refuse = lambda question: busy.pop() if busy else None
+    engine = make_engine("openai", settings("tiny", base_url=server.url, concurrency=1))
+    assert len(answers(engine, jobs())) == 3
+    assert len(server.requests) == 3 + 4 + 1
+
+
+def test_nothing_more_is_asked_when_nobody_wants_the_rest(server):
+    engine = make_engine("openai", settings("tiny", base_url=server.url, concurrency=1))
+    replies = engine.generate(jobs(*["base"] * 10))
+    next(replies)
+    replies.close()
+    assert len(server.requests) <= 4  # the first twice, and what was under way
+
+
+def test_wrong_server_or_model_name_is_named(server, monkeypatch):
+    monkeypatch.setattr("openai._base_client.MAX_RETRY_DELAY", 0.05)
+    with pytest.raises(gsm8k.UserError, match="does not answer"):
+        make_engine("openai", settings("tiny", base_url="http://127.0.0.1:1/v1")).versions()
+    with pytest.raises(gsm8k.UserError, match="serves tiny, one, two, not large"):
+        make_engine("openai", settings("large", base_url=server.url)).versions()
