@@ -22,7 +22,6 @@ CALLS |= {"yaml.unsafe_load", "load_dataset", "datasets.load_dataset"}
 # What is allowed nowhere else, and why there.
 ALLOWED = {
     ("evaluation/openai_engine.py", "openai"): "the server that --base-url names",
-    ("evaluation/judge.py", "openai"): "the error of that server's client, which names a field that it refuses",
     ("evaluation/models.py", "huggingface_hub"): "a model that --model names as one of the hub",
     ("evaluation/questions.py", "load_dataset"): "a data set that --data names as one of the hub",
     ("llamafactory_ext/rows.py", "datasets.load_dataset"): "a data set that the command names as one of the hub",
