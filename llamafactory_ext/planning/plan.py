@@ -153,8 +153,7 @@ def _training(
     further: int | None,
     notes: list[str],
 ) -> Training:
-    from ..training.layout import FAMILIES
-    from ..training.logps import CHUNK, MICRO_BATCHES_AT_ONCE
+    from ..training.logps import CHUNK, FAMILIES, MICRO_BATCHES_AT_ONCE
 
     trust = bool(getattr(model_args, "trust_remote_code", False))
     model = read_model(model_args.model_name_or_path, trust)

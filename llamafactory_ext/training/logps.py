@@ -19,7 +19,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from .layout import FAMILIES, Layout, inner_model, is_stock
+from .layout import FAMILIES as FAMILIES
+from .layout import Layout, inner_model, is_stock
 
 if TYPE_CHECKING:
     from torch import Tensor
