@@ -44,6 +44,7 @@ def ask_missing(
         answered = set()
         for name, run in opened.items():
             done = run.open(runs[name][1])
+            run.refuse_others(done, len(chats))
             usable = {index for index, reply in done.items() if is_usable(reply)}
             found += [done[index] for index in sorted(usable)]
             jobs += [Job(name, index, chat) for index, chat in enumerate(chats) if index not in usable]

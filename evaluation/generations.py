@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from dataclasses import fields as dataclass_fields
@@ -84,7 +85,7 @@ class Run:
         file = self.folder / MANIFEST
         try:
             return dict(json.loads(file.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             raise UserError(f"{file} cannot be read ({error}): name another --output.") from error
 
     def _refuse_another(self, recorded: dict[str, Any], manifest: dict[str, Any]) -> None:
@@ -112,6 +113,15 @@ class Run:
         if self.unsynced >= CHUNK:
             os.fsync(self.file.fileno())
             self.unsynced = 0
+
+    def refuse_others(self, answers: Iterable[int], count: int) -> None:
+        """
+        Raises:
+            UserError: if there is an answer to none of the problems, whose indices begin with 0.
+        """
+        unknown = [index for index in answers if index >= count]
+        if unknown:
+            raise UserError(f"{self.path} answers a problem {unknown[0]}, which there is not: remove that line.")
 
     def read(self) -> dict[int, Generation]:
         """The answers by problem; a torn last line is left out.
@@ -154,8 +164,11 @@ def _generation(fields: dict[str, Any]) -> Generation:
     """
     known = {field.name: fields[field.name] for field in dataclass_fields(Generation) if field.name in fields}
     generation = Generation(**{**known, "left_out": tuple(known.get("left_out", ()))})
-    if type(generation.index) is not int or not isinstance(generation.text, str):
+    if type(generation.index) is not int or generation.index < 0 or not isinstance(generation.text, str):
         raise ValueError("its index is no whole number, or its text no text")
+    ids = generation.token_ids
+    if ids is not None and not (isinstance(ids, list) and all(type(each) is int for each in ids)):
+        raise ValueError("its token_ids are no whole numbers")
     return generation
 
 

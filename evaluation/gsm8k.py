@@ -25,7 +25,7 @@ from chat_templates import parse_chat_template_kwargs
 from degeneration import is_degenerate
 from engines import Sampling, Settings, make_engine
 from extraction import VERSION, extract_answer, read_answer
-from generations import GENERATIONS, MANIFEST, Generation, Run
+from generations import MANIFEST, Generation, Run
 from models import BASE, Dtype, EngineName, folder_hashes, local_model, parse_adapters
 from questions import Question, UserError, load_prompt, load_questions, messages
 from scoring import score_run
@@ -183,11 +183,9 @@ def _score(runs: list[Path], questions: list[Question], output: Path) -> None:
     """Score each run into its folder, and print one table over all."""
     summaries = {}
     for folder in runs:
-        answers = Run(folder).read()
-        if unknown := sorted(answers.keys() - {question.index for question in questions}):
-            raise UserError(
-                f"{folder / GENERATIONS} answers a problem {unknown[0]}, which there is not: remove that line."
-            )
+        run = Run(folder)
+        answers = run.read()
+        run.refuse_others(answers, len(questions))
         result = score_run(questions, answers)
         write_whole(folder / "results.json", json.dumps(result, indent=1))
         summaries[folder.name] = result["summary"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import time
 
 import pytest
@@ -87,3 +89,37 @@ def test_a_file_that_somebody_else_has_put_there_stays(tmp_path):
     with pytest.raises(UserError, match="is there already"), ScoreFile(output, MANIFEST) as file:
         list(file.fill(3, rows, 1))
     assert output.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"index": 1, "skipped": False, "margin": 1.0}, "a second row of pair 1"),
+        *(({"index": index, "skipped": True}, "it names no pair") for index in (-1, 0.0, True, "x", None, [1])),
+        ([["index", 0]], "it names no pair"),
+        ({"index": 0}, "it holds no margin"),
+        ({"index": 0, "skipped": False}, "it holds no margin"),
+        ({"index": 0, "skipped": False, "margin": "x"}, "it holds no margin"),
+        ({"index": 0, "skipped": False, "margin": 1.0, "loss": "x"}, "loss is no number"),
+    ],
+)
+def test_a_row_that_nobody_has_scored_is_named(row, words, tmp_path):
+    path = tmp_path / "scores.jsonl"
+    lines = [{"manifest": "of them"}, {"index": 1, "skipped": False, "margin": 0.5}, row]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(UserError, match=f"line 3 is damaged .{words}"):
+        read_scores(path)
+
+
+def test_a_row_of_no_pair_is_refused_before_anything_is_scored(tmp_path):
+    file = ScoreFile(tmp_path / "scores.jsonl", {})
+    file.path.write_text(file.head + json.dumps({"index": 9, "skipped": True}) + "\n")
+    with file, pytest.raises(UserError, match="holds a pair 9, and there are 3"):
+        next(file.fill(3, None, 1))
+
+
+def test_what_is_no_file_is_refused(tmp_path):
+    file = ScoreFile(tmp_path / "scores.jsonl", {})
+    os.mkfifo(file.path)
+    with pytest.raises(UserError, match="is no file: remove it"):
+        file.check()

@@ -62,6 +62,8 @@ class ScoreFile:
             UserError: if the output is refused (see `check_output`), or was begun with another manifest.
         """
         check_output(self.output)
+        if os.path.lexists(self.path) and not self.path.is_file():
+            raise UserError(f"{str(self.path)!r} is no file: remove it, or give another --output.")
         try:
             content = self.path.read_bytes()
         except FileNotFoundError:  # or it has just been finished by another process
@@ -113,6 +115,10 @@ class ScoreFile:
         Raises:
             UserError: if the output is there although pairs are missing: it is another one.
         """
+        if any(index >= total for index in self.done):
+            raise UserError(
+                f"{str(self.path)!r} holds a pair {max(self.done)}, and there are {total}: remove it, and score again."
+            )
         missing = [index for index in range(total) if index not in self.done]
         if missing and self.output.exists():
             raise _is_there(self.output)
@@ -151,12 +157,32 @@ def read_scores(path: Path) -> list[Row]:
         import pyarrow.parquet
 
         return list(pyarrow.parquet.read_table(path).to_pylist())
-    rows = []
+    rows: dict[int, Row] = {}
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
-            rows.append(dict(json.loads(line)))
-        except (ValueError, TypeError, RecursionError) as error:
+            row = json.loads(line)
+            if isinstance(row, dict) and "manifest" in row:
+                continue
+            _check_row(row)
+            if row["index"] in rows:
+                raise ValueError(f"a second row of pair {row['index']}")
+        except (ValueError, RecursionError) as error:
             raise UserError(
                 f"{path}, line {number} is damaged ({error}): remove the line and run the command again."
             ) from error
-    return sorted((row for row in rows if "index" in row), key=lambda row: row["index"])
+        rows[row["index"]] = row
+    return [rows[index] for index in sorted(rows)]
+
+
+def _check_row(row: Any) -> None:
+    """
+    Raises:
+        ValueError: if it is not what `scorer.score_pairs` makes of a pair.
+    """
+    if not isinstance(row, dict) or type(row.get("index")) is not int or row["index"] < 0:
+        raise ValueError("it names no pair")
+    if not isinstance(row.get("skipped"), bool) or not (row["skipped"] or isinstance(row.get("margin"), float)):
+        raise ValueError("it holds no margin")
+    other = [name for name, value in row.items() if not (value is None or isinstance(value, int | float))]
+    if other:
+        raise ValueError(f"{other[0]} is no number")

@@ -187,7 +187,7 @@ class _Jobs:
         """Queue a job, unless one of this name goes on; another run of the sweep may be at it too."""
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(self.file.with_name(f".{self.file.name}.lock")):
-            written = read_object(self.file)
+            written = read_object(self.file, dict[str, dict[str, Any]])
             ids: dict[str, str] = written.setdefault(type(self.cluster).__name__, {})
             if name not in ids or not self.cluster.goes_on(ids[name]):
                 ids[name] = self.cluster.submit(name, words)

@@ -37,10 +37,11 @@ class Watcher:
     def look(self) -> Progress:
         if self.task.step == "train":
             for line in self._new_lines(self.task.makes[0] / "trainer_log.jsonl"):
-                with suppress(json.JSONDecodeError):  # of a log that has been begun anew meanwhile
+                # Anything may stand there, such as half a line of a log that has been begun anew meanwhile.
+                with suppress(ValueError, TypeError, KeyError, RecursionError):
                     log = json.loads(line)
                     loss = f"loss {log['loss']:.3f}" if "loss" in log else self.now.status
-                    self.now = Progress(log["current_steps"], log["total_steps"], loss)
+                    self.now = Progress(int(log["current_steps"]), int(log["total_steps"]), loss)
         if self.task.step == "score":
             files = (self.task.folder / SCORES).glob("*/generations.jsonl")
             self.now.done += sum(len(self._new_lines(file)) for file in files)

@@ -15,8 +15,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import IO, Any, Literal, get_args
 
+from pydantic import TypeAdapter
+
 from ..errors import UserError
 from ..whole_files import write_whole
+from .shapes import check, damaged
 
 Step = Literal["train", "score", "pairs"]
 STEPS: tuple[Step, ...] = get_args(Step)
@@ -45,6 +48,9 @@ class Record:
     resumed: bool = False
 
 
+_RECORD = TypeAdapter(Record)
+
+
 def read_record(folder: Path, step: Step) -> Record:
     """What the last command of this step in a folder has recorded."""
     record = written_record(folder, step)
@@ -64,8 +70,7 @@ def written_record(folder: Path, step: Step) -> Record:
     try:
         written = json.loads(_record_file(folder, step).read_bytes())
         known = {field.name: written[field.name] for field in fields(Record) if field.name in written}
-        if known["state"] in get_args(State):
-            return Record(**known | {"command": tuple(known["command"])})
+        return _RECORD.validate_python(known)
     except (FileNotFoundError, IsADirectoryError, ValueError, TypeError, KeyError, RecursionError):
         pass
     return Record("to do")
@@ -83,8 +88,11 @@ def _record_file(folder: Path, step: Step) -> Path:
     return folder / f"{step}.json"
 
 
-def read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path, shape: Any) -> dict[str, Any]:
     """What a file of the sweep's holds; empty where there is none.
+
+    Args:
+        shape: what it must hold at least; see `shapes`.
 
     Raises:
         UserError: if it is damaged.
@@ -96,7 +104,8 @@ def read_object(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
-        raise UserError(f"{path} is damaged: remove it and run `llamafactory-ext sweep` again, which writes it anew.")
+        raise damaged(path)
+    check(found, shape, path)
     return found
 
 

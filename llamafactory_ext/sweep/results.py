@@ -11,6 +11,7 @@ from ..errors import UserError
 from ..scoring.file import read_scores
 from ..scoring.summary import Summary, summarize
 from .records import Record, Step, read_object, read_record
+from .shapes import About, Scores, State, Trained, check_logs, damaged
 from .spec import ADAPTERS
 from .tasks import MODEL_ITSELF, PAIRS, SCORES, SWEEP_FILE, read_yaml
 
@@ -59,14 +60,16 @@ class Result:
         file = self.model / "train_results.json"
         if not (self.is_trained and file.is_file()) or self.records["train"].resumed:
             return None
-        return read_object(file).get("train_runtime")
+        return read_object(file, Trained).get("train_runtime")
 
     @cached_property
     def log_history(self) -> list[dict[str, Any]]:
         state = self.model / "trainer_state.json"
         if not (self.is_trained and state.is_file()):
             return []
-        return list(read_object(state).get("log_history", []))
+        logs = list(read_object(state, State).get("log_history", []))
+        check_logs(logs, state)
+        return logs
 
 
 @dataclass(frozen=True)
@@ -91,16 +94,10 @@ def read_results(folder: Path) -> SweepResults:
     file = folder / SWEEP_FILE
     if not file.is_file():
         raise UserError(f"{folder} holds no {SWEEP_FILE}: name the `output` of a `llamafactory-ext sweep`.")
-    about = read_object(file)
-    try:
-        groups = {base["name"]: base["identities"] for base in about["bases"] if base["name"].startswith(ADAPTERS)}
-        cells = [_result(folder / "cells" / cell["name"], cell, groups) for cell in about["cells"]]
-        bases = [_result(folder / base["name"], base, {}) for base in about["bases"]]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"the records in {folder} are damaged ({type(error).__name__}: {error}): run `llamafactory-ext sweep` "
-            "again, which writes them anew."
-        ) from error
+    about = read_object(file, About)
+    groups = {base["name"]: base["identities"] for base in about["bases"] if base["name"].startswith(ADAPTERS)}
+    cells = [_result(folder / "cells" / cell["name"], cell, groups) for cell in about["cells"]]
+    bases = [_result(folder / base["name"], base, {}) for base in about["bases"]]
     return SweepResults(about, cells, bases)
 
 
@@ -114,11 +111,13 @@ def _result(own: Path, about: dict[str, Any], groups: dict[str, dict[str, str]])
         if not scores and read_record(folder, "score").identity == identities["score"]:
             scores = _scores(folder / SCORES / about["name"])
     file = own / "recipe.yaml"
+    recipe = read_yaml(file) if file.is_file() else {}
+    _check_numbers(recipe, file)
     has_pairs = "pairs" in current and (own / PAIRS).is_file()
     return Result(
         name=about["name"],
         place=about.get("place", {}),
-        recipe=read_yaml(file) if file.is_file() else {},
+        recipe=recipe,
         folder=own,
         records=current,
         summary=scores.get("summary"),
@@ -128,4 +127,16 @@ def _result(own: Path, about: dict[str, Any], groups: dict[str, dict[str, str]])
 
 
 def _scores(run: Path) -> dict[str, Any]:
-    return read_object(run / "results.json")
+    file = run / "results.json"
+    found = read_object(file, Scores)
+    if found and len(found["rows"]) != found["summary"]["problems"]:
+        raise damaged(file, f"{len(found['rows'])} rows of {found['summary']['problems']} problems")
+    return found
+
+
+def _check_numbers(recipe: dict[str, Any], file: Path) -> None:
+    for key in ("learning_rate", "pref_beta"):
+        try:
+            float(recipe.get(key) or 0)
+        except (TypeError, ValueError) as error:
+            raise damaged(file, f"{key} is no number") from error

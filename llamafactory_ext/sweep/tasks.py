@@ -20,6 +20,7 @@ from ..errors import UserError
 from ..scoring.file import unfinished_path
 from ..whole_files import write_whole
 from .records import read_object, read_record
+from .shapes import About
 from .spec import ADAPTERS, BASE, Cell, Sweep
 from .work import LLAMAFACTORY, OURS, Task
 
@@ -235,7 +236,7 @@ def write_sweep(agenda: Agenda, file: Path) -> None:
 
 
 def _check_unchanged(agenda: Agenda, kind: str, hashes_now: Mapping[str, Any]) -> None:
-    before = read_object(agenda.sweep.output / SWEEP_FILE).get(kind, {})
+    before = read_object(agenda.sweep.output / SWEEP_FILE, About).get(kind, {})
     changed = [name for name, digest in hashes_now.items() if before.get(name, digest) != digest]
     if changed and any(read_record(cell.folder, "train").state == "done" for cell in agenda.cells):
         called = "the data set " if kind == "data" else ""

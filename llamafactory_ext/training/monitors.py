@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -104,8 +105,8 @@ class RewardPlot(TrainerCallback):
 
 
 def _is_number(value: Any) -> bool:
-    """Whether it is one that a log may hold: no truth value, and no whole number that is larger than any float."""
-    return isinstance(value, float) or (type(value) is int and abs(value) < 2**53)
+    """Whether it is one that a log may hold and a figure show: no truth value, and none that is absurdly large."""
+    return type(value) in (int, float) and not 2**53 < abs(value) < float("inf")
 
 
 def read_trainer_log(path: Path) -> list[dict[str, Any]]:
@@ -114,7 +115,7 @@ def read_trainer_log(path: Path) -> list[dict[str, Any]]:
     A run that was resumed from a checkpoint logs some steps again: those of the run before it are gone from there on.
     """
     logs: list[dict[str, Any]] = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if os.path.isfile(path) else []:
         try:
             log = json.loads(line)
         except (ValueError, RecursionError):  # the last line, while it is being written, or when its run was killed

@@ -20,7 +20,7 @@ from .fields import FIELDS, LOSS_FIELDS, STAGE_FIELDS, is_dpo, is_shown, losses_
 from .loss_files import LossFiles
 
 Update = dict[Component, Component]
-AT_ONCE = 4  # loss files being read, a process each
+AT_ONCE = 4  # loss files being read, a process each; logs being drawn
 
 
 def make_fields() -> dict[str, Any]:
@@ -46,8 +46,9 @@ def extend_train_tab(engine: Any, elems: dict[str, Any], fields: dict[str, Any])
     with column.parent, column:
         curves = _Curves()
     chosen = [engine.manager.get_elem_by_id(f"top.{name}") for name in ("model_name", "finetuning_type")]
-    # The board writes into its output box whenever it has read a run's log, and when a run's folder is chosen.
-    curves.follow([elems["output_box"], elems["output_dir"], lang], [lang, *chosen, elems["output_dir"]])
+    if not engine.demo_mode:  # which trains nothing, and whose visitors have no business with runs on the machine
+        # The board writes into its output box whenever it has read a run's log, and when a run's folder is chosen.
+        curves.follow([elems["output_box"], elems["output_dir"], lang], [lang, *chosen, elems["output_dir"]])
     return elems | fields | {"reward_viewer": curves.viewer}
 
 
@@ -134,7 +135,7 @@ class _Curves:
             [self.viewer, self.warning],
             show_progress="hidden",
             show_api=False,
-            concurrency_limit=None,
+            concurrency_limit=AT_ONCE,
         )
 
     def show(self, lang: str, model_name: str | None, finetuning_type: str, output_dir: str | None) -> Update:

@@ -129,3 +129,18 @@ def test_file_hashes(tmp_path):
         "a.txt": "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad",
         "b.txt": "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855",
     }
+
+
+@pytest.mark.parametrize("changes", [{"index": -1}, {"index": 10**30}, {"token_ids": 7}, {"token_ids": [[1]]}])
+def test_an_answer_that_no_engine_gives_is_named(changes, tmp_path):
+    run = Run(tmp_path)
+    line = {"index": 0, "text": "4", "token_ids": None, "finish_reason": "stop"} | changes
+    run.path.write_text(json.dumps(line) + "\n")
+    with pytest.raises(UserError, match=r"remove (it|that line)"):
+        run.refuse_others(run.read(), 3)
+
+
+def test_a_manifest_of_endless_lists_is_named(tmp_path):
+    (tmp_path / "manifest.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match=r"manifest.json cannot be read"):
+        Run(tmp_path).manifest()

@@ -252,3 +252,58 @@ def test_commands_and_hashes_to_repeat_it_are_on_the_page(tmp_path):
     assert "ca3d163bab055381827226140568f3bef7eaac187cebd76878e0b63e9e442356" in page  # sha256 of "{}\n"
     assert " ".join(agenda.chains(agenda.cells)[0][0].words) in page
     assert "llamafactory-ext sweep sweep.yaml" in page
+
+
+def changed(path, place, value):
+    """A JSON file with another value in a place, given as keys and indices."""
+    content = json.loads(path.read_text())
+    within = content
+    for key in place[:-1]:
+        within = within[key]
+    within[place[-1]] = value
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("file", "place", "value"),
+    [
+        *(("sweep.json", (key,), value) for key in ("cells", "data", "named", "sweep") for value in ("x", None, [])),
+        *(("results.json", ("summary",), value) for value in ("x", [])),
+        ("results.json", ("summary", "strict"), []),
+        ("results.json", ("summary", "flexible"), 5),
+        ("results.json", ("summary", "degeneration"), None),
+        ("results.json", ("summary", "strict", "accuracy"), "x"),
+        ("results.json", ("summary", "strict", "accuracy"), float("nan")),
+        ("results.json", ("summary", "strict", "wilson_95"), [1]),
+        ("results.json", ("rows", 0, "strict", "correct"), "x"),
+        ("results.json", ("rows",), []),
+        *(("trainer_state.json", ("log_history",), value) for value in ([1], None, "x", [{"loss": 1.0}])),
+        *(("trainer_state.json", ("log_history", 0, "step"), value) for value in ("x", None, 1.5)),
+        *(("trainer_state.json", ("log_history", 0, "normalized_rewards/chosen"), value) for value in ("x", 1e308)),
+    ],
+)
+def test_a_changed_value_is_named(file, place, value, sweep):
+    cell = sweep.cells()[0]
+    train(sweep, cell)
+    score(sweep, cell.name, right=5)
+    report(sweep)
+    changed(next(sweep.output.rglob(file)), place, value)
+    with pytest.raises(UserError, match=rf"{re.escape(file)} is damaged \(.*\): remove it and run"):
+        report(sweep)
+
+
+def test_a_recipe_with_other_than_numbers_is_named(sweep):
+    cell = sweep.cells()[0]
+    train(sweep, cell)
+    (cell.folder / "recipe.yaml").write_text("pref_beta: {a: 1}")
+    with pytest.raises(UserError, match=r"recipe.yaml is damaged \(pref_beta is no number\)"):
+        report(sweep)
+
+
+@pytest.mark.parametrize("value", ["x", [], {"a": 1}])
+def test_a_record_with_odd_values_counts_as_none(value, sweep):
+    cell = sweep.cells()[0]
+    train(sweep, cell)
+    for key in ("seconds", "error"):
+        changed(cell.folder / "train.json", (key,), value)
+        report(sweep)

@@ -99,8 +99,8 @@ def test_a_damaged_file_of_the_sweep_is_named(tmp_path):
     for content in (b"", b"[]", b"\xff"):
         (tmp_path / "sweep.json").write_bytes(content)
         with pytest.raises(UserError, match="is damaged: remove it and run `llamafactory-ext sweep` again"):
-            read_object(tmp_path / "sweep.json")
-    assert read_object(tmp_path / "none.json") == {}
+            read_object(tmp_path / "sweep.json", dict)
+    assert read_object(tmp_path / "none.json", dict) == {}
 
 
 def test_a_log_that_is_no_file_is_nobodys(tmp_path):
