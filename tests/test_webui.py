@@ -383,6 +383,7 @@ def test_fields_become_settings(filled_in):
         ({"extra_args": '{"pref_loss_file": ["nowhere.py"]}'}, "write a value of type str"),
         ({"training_stage": "KTO", "extra_args": '{"stage": "dpo", "pref_loss_file": "x.py"}'}, "does not read"),
         ({"pref_loss": "sr_dpo", "sr_lambda": 0, "sr_prompt": "x: "}, "`sr_prompt` belongs to the refinement term"),
+        ({"pref_loss": "sr_dpo", "sr_prompt": "Costs ${ 5"}, "`sr_prompt` holds `${`"),
         ({"extra_args": "{"}, "Invalid JSON schema"),
         ({"extra_args": "[]"}, "Invalid JSON schema"),
         ({"extra_args": '{"ld_alpha": 0.5}', "pref_loss": "dpop"}, "`ld_alpha` weights the policy"),

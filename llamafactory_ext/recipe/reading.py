@@ -32,6 +32,8 @@ def read_recipe(words: list[str]) -> Settings:
             raise UserError(f"there is no recipe {path!r}: name a YAML file, then key=value to change its keys.")
         try:
             config = OmegaConf.load(path)
+        except OSError:  # which the command line says by itself
+            raise
         except Exception as error:  # whatever the YAML parser raises
             raise UserError(f"the recipe {path!r} is not YAML ({error}).") from error
     for word in words:

@@ -19,7 +19,7 @@ from ..losses.lookup import forgotten_afterwards, load_files_by
 from ..losses.registry import Loss
 from ..training.monitors import read_trainer_log, stopped_at
 from . import texts
-from .fields import FIELDS, gathered, losses_of, set_twice, spread
+from .fields import FIELDS, TEXT_KEYS, gathered, losses_of, set_twice, spread
 from .loss_files import LossFiles
 from .section import about_run
 
@@ -72,6 +72,9 @@ class PreferenceRunner(Runner):
         try:
             args = self._parse_train_args(data)
             self.loss_files.read(args.get("pref_loss_file"))
+            referring = next((key for key in TEXT_KEYS if "${" in str(args.get(key))), None)
+            if referring is not None:
+                return f"`{referring}` holds `${{`, which a recipe takes for a reference to another key: leave it out."
             with forgotten_afterwards():
                 FinetuningArguments(**{name: value for name, value in args.items() if name in names})
         except (AssertionError, TypeError, ValueError) as error:
