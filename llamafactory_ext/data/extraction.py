@@ -276,7 +276,7 @@ def _operator(gap: str, following: str) -> str | None:
     """
     if gap in ("(", ")("):
         return "×"
-    tokens = _TOKEN.findall(gap.lower())
+    tokens: list[str] = _TOKEN.findall(gap.lower())
     if tokens[-1:] == ["-"] and len(tokens) > 1 and not gap.endswith(" "):
         tokens.pop()  # the sign of the next number
     operators = [token for token in tokens if token in _OPERATORS]
