@@ -14,6 +14,7 @@ nor llamafactory_ext.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from dataclasses import astuple, dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ import typer
 from asking import ask_missing, print_left_out, print_refused
 from chat_templates import Chat, parse_chat_template_kwargs
 from engines import Sampling, Settings, make_engine
-from generations import Generation
+from generations import Generation, run_folder
 from models import BASE, Dtype, EngineName, folder_hashes, local_model, parse_adapters
 from questions import UserError, read_file
 from whole_files import write_whole
@@ -91,9 +92,10 @@ def main(
     except (UserError, OSError) as error:
         raise options.refusal("answers.py", error) from None
     for name, generations in answers.items():
-        cut_off = sum(generation.finish_reason == "length" for generation in generations.values())
-        print(f"{output / name / ANSWERS}: {len(queries)} answers, {cut_off} cut off at {max_tokens} tokens")
-        print_refused(output / name)
+        answered = [generation for generation in generations.values() if generation.refused is None]
+        cut_off = sum(generation.finish_reason == "length" for generation in answered)
+        print(f"{output / name / ANSWERS}: {len(answered)} answers, {cut_off} cut off at {max_tokens} tokens")
+        print_refused(output / name, [query.id for query in queries])
         print_left_out(output / name)
 
 
@@ -210,18 +212,21 @@ class Pair:
     b: str
 
 
-def load_pairs(a: Path, b: Path, limit: int | None = None) -> list[Pair]:
-    """Two models' answers to the same questions, in the order of the first file.
+def load_pairs(a: Path, b: Path, limit: int | None = None) -> tuple[list[Pair], list[str]]:
+    """Two models' answers to the same questions, in the order of the first file, and the ids of questions left out:
+    those that a server has refused to either model, which say nothing of its answers.
 
     Rows are matched by `id` (or `question_id`) if every row has one, else by the text of the question.
 
     Args:
-        a: a jsonl or parquet file with `question` and `answer`, or a run's folder of this script.
+        a: a jsonl or parquet file with `question` and `answer`, or a run's folder of this script, or one that holds
+            that of a single run.
         b: likewise.
         limit: only so many pairs.
 
     Raises:
-        UserError: if a row lacks a field, a question occurs twice, or the files do not answer the same questions.
+        UserError: if a row lacks a field, a question occurs twice, the files do not answer the same questions, or there
+            is none that both models were asked.
     """
     rows_a, rows_b = _answers(a), _answers(b)
     by_id = all(_id(row) for row in [*rows_a, *rows_b])
@@ -238,15 +243,20 @@ def load_pairs(a: Path, b: Path, limit: int | None = None) -> list[Pair]:
     for key, row in keyed_a.items():
         if row["question"] != keyed_b[key]["question"]:
             raise UserError(f"{a} and {b} have different questions under the id {key}: answer the same file with both.")
-    pairs = [
-        Pair(key if by_id else str(number), row["question"], row["answer"], keyed_b[key]["answer"])
-        for number, (key, row) in enumerate(keyed_a.items(), start=1)
-    ]
-    return pairs[:limit]
+    pairs, refused = [], []
+    for number, (key, row) in itertools.islice(enumerate(keyed_a.items(), start=1), limit):
+        called = key if by_id else str(number)
+        if any(each.get("refused") is not None for each in (row, keyed_b[key])):
+            refused.append(called)
+        else:
+            pairs.append(Pair(called, row["question"], row["answer"], keyed_b[key]["answer"]))
+    if not pairs:
+        raise UserError(f"A server has refused every question to {a} or {b}: answer them with answers.py again.")
+    return pairs, refused
 
 
 def _answers(path: Path) -> list[dict[str, Any]]:
-    located = _read(path / ANSWERS if path.is_dir() else path)
+    located = _read(run_folder(path, ANSWERS) / ANSWERS if path.is_dir() else path)
     for where, row in located:
         if not all(isinstance(row.get(field), str) for field in ("question", "answer")):
             raise UserError(f"{where} has no texts `question` and `answer`: name a file with both.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
@@ -101,11 +101,12 @@ def believable(
         )
 
 
-def print_refused(folder: Path) -> None:
-    """Say which problems of a run were refused, and why."""
+def print_refused(folder: Path, ids: Sequence[str] | None = None) -> None:
+    """Say which problems of a run were refused, and why; by their ids, or by their numbers from 1."""
     refused = [reply for reply in Run(folder).read().values() if reply.refused is not None]
     if refused:
-        listed = ", ".join(str(reply.index + 1) for reply in refused[:20]) + (", ..." if len(refused) > 20 else "")
+        called = [str(reply.index + 1) if ids is None else ids[reply.index] for reply in refused[:20]]
+        listed = ", ".join(called) + (", ..." if len(refused) > 20 else "")
         print(
             f"{folder}: the server refused {len(refused)} problems, which the same command asks again: {listed} "
             f"({refused[0].refused})"

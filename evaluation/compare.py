@@ -11,7 +11,7 @@ of them were asked. A problem that a run has not answered counts as wrong there.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import Annotated, Any
 import options
 import typer
 from extraction import TIERS, Tier
+from generations import GENERATIONS, run_folder
 from questions import UserError
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
@@ -36,13 +37,13 @@ class Scored:
         extractor: the version that read its answers.
         problems: by index, the id of the problem that it was asked.
         correct: by index, whether it has the problem right.
-        missing: how many problems it has no answer to.
+        missing: the indices of the problems that it has no answer to.
     """
 
     extractor: str
     problems: Mapping[int, str]
     correct: Mapping[int, bool]
-    missing: int = 0
+    missing: Set[int] = frozenset()
 
 
 @app.command(help=__doc__.replace("\n    python", "\n\n    python"), no_args_is_help=True)
@@ -70,7 +71,7 @@ def main(
             write_whole(output, json.dumps(comparisons, indent=2))
     except (UserError, OSError) as error:
         raise options.refusal("compare.py", error) from None
-    _print(comparisons, loaded, tier)
+    _print(comparisons, loaded, comparable_problems(loaded, shared), tier)
 
 
 def load_scored(folder: Path, tier: Tier | str) -> Scored:
@@ -79,7 +80,10 @@ def load_scored(folder: Path, tier: Tier | str) -> Scored:
     Raises:
         UserError: if the folder holds no scored run.
     """
+    folder = run_folder(folder, "results.json")
     file = folder / "results.json"
+    if not file.is_file() and (folder / GENERATIONS).is_file():
+        raise UserError(f"{folder} is not scored yet: run its gsm8k.py command again, which goes on.")
     if not file.is_file():
         raise UserError(f"{folder} holds no results.json: name the folder of one run, such as runs/study/base.")
     again = "score the run again with gsm8k.py --score-only"
@@ -94,7 +98,7 @@ def load_scored(folder: Path, tier: Tier | str) -> Scored:
             extractor=result["extractor"],
             problems={row["index"]: row["problem"] for row in rows},
             correct={row["index"]: row[tier]["correct"] is True for row in rows},
-            missing=sum(row["missing"] for row in rows),
+            missing={row["index"] for row in rows if row["missing"]},
         )
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(f"{file} is damaged ({type(error).__name__}: {error}): {again}.") from error
@@ -169,7 +173,7 @@ def _pair(first: str, second: str, runs: Mapping[str, Scored], problems: list[in
     }
 
 
-def _print(comparisons: list[dict[str, Any]], runs: Mapping[str, Scored], tier: str) -> None:
+def _print(comparisons: list[dict[str, Any]], runs: Mapping[str, Scored], problems: list[int], tier: str) -> None:
     from rich import box
     from rich.console import Console
     from rich.markup import escape
@@ -194,8 +198,9 @@ def _print(comparisons: list[dict[str, Any]], runs: Mapping[str, Scored], tier: 
     for name, run in runs.items():
         if len(run.problems) > first["problems"]:
             print(f"{name}: {first['problems']} of its {len(run.problems)} problems are compared, those of all runs.")
-        if run.missing:
-            print(f"{name}: {run.missing} of its {len(run.problems)} problems have no answer and count as wrong.")
+        missing = len(run.missing & set(problems))
+        if missing:
+            print(f"{name}: {missing} of the {len(problems)} problems have no answer and count as wrong.")
 
 
 if __name__ == "__main__":

@@ -110,13 +110,15 @@ def check_chats(chats: list[Chat], settings: Settings, tokenizer: Any) -> None:
         UserError: with what to change.
     """
     check_texts(chats)
-    context = settings.max_model_len or context_length(settings.model)
+    made_for = context_length(settings.model)
+    context = min(filter(None, (settings.max_model_len, made_for)), default=None)
     for number, chat in enumerate(chats, start=1):
         ids = prompt_ids(tokenizer, chat, settings.chat_template_kwargs, number)
         if context and len(ids) >= context:
+            remedy = "" if context == made_for else "raise --max-model-len, or "
             raise UserError(
-                f"The prompt of problem {number} has {len(ids)} tokens, the context {context}: raise "
-                "--max-model-len, or leave that problem out of the data."
+                f"The prompt of problem {number} has {len(ids)} tokens, the context {context}: {remedy}leave that "
+                "problem out of the data."
             )
     print_unused(tokenizer, chats[0], settings.chat_template_kwargs)
 

@@ -91,9 +91,10 @@ class Run:
     def _refuse_another(self, recorded: dict[str, Any], manifest: dict[str, Any]) -> None:
         for key in sorted({*recorded, *manifest}):
             if recorded.get(key) != manifest.get(key):
+                was, now = _parts_that_differ(recorded.get(key), manifest.get(key))
                 raise UserError(
-                    f"{self.folder} holds another run: its {key} is {_short(recorded.get(key))}, now it would be "
-                    f"{_short(manifest.get(key))}. Name another --output."
+                    f"{self.folder} holds another run: its {key} is {_short(was)}, now it would be {_short(now)}. Name "
+                    "another --output."
                 )
 
     def _drop_torn_line(self) -> None:
@@ -172,6 +173,18 @@ def _generation(fields: dict[str, Any]) -> Generation:
     return generation
 
 
+def run_folder(folder: Path, file: str) -> Path:
+    """The folder of a run: the one named if it holds the run's file, else the only one in it that does.
+
+    Raises:
+        UserError: if several do.
+    """
+    inner = sorted(path.parent for path in folder.glob(f"*/{file}"))
+    if len(inner) > 1 and not (folder / GENERATIONS).is_file():
+        raise UserError(f"{folder} holds several runs: name one, such as {inner[0]}.")
+    return inner[0] if inner and not (folder / GENERATIONS).is_file() else folder
+
+
 def file_hashes(folder: Path) -> dict[str, str]:
     """sha256 of every file directly in a model or adapter folder, by name."""
     files = sorted(path for path in folder.iterdir() if path.is_file())
@@ -182,6 +195,14 @@ def file_hashes(folder: Path) -> dict[str, str]:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _parts_that_differ(a: Any, b: Any) -> tuple[Any, Any]:
+    """Of two mappings, only what differs."""
+    if not (isinstance(a, dict) and isinstance(b, dict)):
+        return a, b
+    keys = [key for key in {**a, **b} if a.get(key) != b.get(key)]
+    return {key: a[key] for key in keys if key in a}, {key: b[key] for key in keys if key in b}
 
 
 def _short(value: Any) -> str:

@@ -96,19 +96,28 @@ def main(
     try:
         template = load_judge_prompt(prompt)
         called = _parse_names(names, a, b)
-        pairs = load_pairs(a, b, limit)
+        pairs, refused = load_pairs(a, b, limit)
         if show_prompt:
             _show(template, pairs[0], called)
             return
         if not judge or not output:
-            raise UserError(f"--{'output' if judge else 'judge'} is missing: write both, or --show-prompt.")
+            raise UserError(
+                f"--{'output' if judge else 'judge'} is missing: write --judge and --output, or --show-prompt alone."
+            )
         sampling = Sampling(temperature=temperature, max_tokens=max_tokens)
         arguments = parse_chat_template_kwargs(chat_template_kwargs)
         engine = JudgeEngine(Settings(judge, {}, sampling, arguments, base_url=base_url, concurrency=concurrency))
         replies = _judge(engine, template, pairs, output)
         rows = judge_rows(pairs, replies)
         left_out = sorted({field for reply in replies.values() for field in reply.left_out})
-        summary = {"a": called[0], "b": called[1], "judge": judge, "left_out": left_out, **summarize(rows)}
+        summary = {
+            "a": called[0],
+            "b": called[1],
+            "judge": judge,
+            "left_out": left_out,
+            "refused": refused,
+            **summarize(rows),
+        }
         write_whole(output / "results.json", json.dumps({"summary": summary, "rows": rows}, indent=1))
     except (UserError, OSError) as error:
         raise options.refusal("judge.py", error) from None
@@ -291,6 +300,9 @@ def _print_summary(summary: dict[str, Any]) -> None:
         ids = summary["unparseable"]["questions"]
         listed = ", ".join(ids[:20]) + (", ..." if len(ids) > 20 else "")
         print(f"Replies without a verdict, asked again by the same command: {count}, to questions {listed}")
+    if refused := summary["refused"]:
+        listed = ", ".join(refused[:20]) + (", ..." if len(refused) > 20 else "")
+        print(f"Questions left out, as a server refused them to A or B: {len(refused)}, {listed}")
     if "temperature" in summary["left_out"]:
         print("The judge takes no temperature: it was asked at its own, so that its verdicts may vary.")
 

@@ -64,20 +64,24 @@ def env() -> None:
 @app.command()
 def examples(
     folder: Annotated[
-        Path, typer.Argument(help="Where `examples` and `data` are written.", parser=output_path, metavar="[FOLDER]")
+        Path,
+        typer.Argument(
+            help="Where `examples`, `data` and `evaluation` are written.", parser=output_path, metavar="[FOLDER]"
+        ),
     ] = Path(),
 ) -> None:
-    """Write the recipes, DeepSpeed settings and sample data that come with the package; what is there stays.
+    """Write the recipes, DeepSpeed settings, samples and evaluation scripts of the package; what is there stays.
 
     llamafactory-ext examples
 
     llamafactory-cli train examples/metamath_qwen1.5_7b/qwen1.5-7b_lora_minor_dpo.yaml
     """
-    from .examples import write_examples
+    from .examples import FOLDERS, write_examples
 
     written = [is_new for _, is_new in write_examples(folder)]
     there = f"; {written.count(False)} were there already and stay" if not all(written) else ""
-    console.print(f"{sum(written)} files written to {folder / 'examples'} and {folder / 'data'}{there}", soft_wrap=True)
+    places = ", ".join(str(folder / name) for name in FOLDERS)
+    console.print(f"{sum(written)} files written to {places}{there}", soft_wrap=True)
 
 
 @app.command()

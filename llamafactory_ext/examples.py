@@ -1,6 +1,6 @@
-"""Recipes, DeepSpeed settings and sample data that come with the package, as `llamafactory-ext examples` writes them.
+"""Recipes, DeepSpeed settings, sample data and the evaluation, which `llamafactory-ext examples` writes out.
 
-Recipes name them by paths from the folder that holds `examples` and `data`, such as examples/deepspeed/zero3.json.
+Recipes name them by paths from the folder that holds these, such as examples/deepspeed/zero3.json.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ from pathlib import Path
 
 from .errors import UserError
 
-FOLDERS = ("examples", "data")
+FOLDERS = ("examples", "data", "evaluation")
 PACKAGE = Path(__file__).resolve().parent
 
 
 def home() -> Path:
-    """The folder that holds `examples` and `data`: the package's own, or the checkout of an editable install."""
+    """The folder that holds FOLDERS: the package's own, or the checkout of an editable install."""
     shipped = PACKAGE / "share"
     return shipped if shipped.is_dir() else PACKAGE.parent
 
 
 def write_examples(folder: Path) -> Iterator[tuple[Path, bool]]:
-    """Copy the examples into a folder, as `examples` and `data`; yields each file and whether it is new.
+    """Copy the examples into a folder, as FOLDERS; yields each file and whether it is new.
 
     A file that is there already stays as it is, whatever it holds.
 
@@ -53,8 +53,10 @@ def is_shipped(path: Path) -> bool:
     """Whether a file belongs to the examples; setup.py asks this, too.
 
     Args:
-        path: from the folder that holds `examples` and `data`.
+        path: from the folder that holds these.
     """
     if path.parts[0] == "data":
         return path.name.endswith("_sample.jsonl") or path.name in ("dataset_info.json", "arithmetic_pairs.jsonl")
+    if path.parts[0] == "evaluation":
+        return path.suffix in (".py", ".txt")
     return path.suffix in (".yaml", ".json") or (path.parts[:2] == ("examples", "custom_loss") and path.suffix == ".py")

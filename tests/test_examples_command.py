@@ -23,8 +23,12 @@ OPTIONAL = {"deepspeed", "submitit"}  # extras
 
 def test_what_is_versioned_is_shipped_but_for_scripts(tmp_path):
     written = {path.relative_to(tmp_path) for path, is_new in examples.write_examples(tmp_path) if is_new}
-    listed = subprocess.check_output(["git", "ls-files", "examples", "data"], cwd=ROOT, text=True).split()
-    scripts = {Path(path) for path in listed if path.endswith(".py") and not path.startswith("examples/custom_loss")}
+    listed = subprocess.check_output(["git", "ls-files", *examples.FOLDERS], cwd=ROOT, text=True).split()
+    scripts = {
+        Path(path)
+        for path in listed
+        if path.endswith(".py") and path.startswith(("examples/demo", "examples/reproduce"))
+    }
     assert written == set(map(Path, listed)) - scripts
     for path in written:
         assert (tmp_path / path).read_bytes() == (ROOT / path).read_bytes()

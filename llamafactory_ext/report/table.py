@@ -165,11 +165,16 @@ def method_of(cell: Result) -> str:
 def check_problems(cells: Sequence[Result]) -> None:
     """
     Raises:
-        UserError: if two cells were scored on different problems, as after a change of the data's file: neither their
-            accuracies nor their verdicts can be compared.
+        UserError: if two cells' answers were read by different rules, or given to different problems, as after a change
+            of the data's file: neither their accuracies nor their verdicts can be compared.
     """
     scored = [(cell, cell.summary) for cell in cells if cell.summary is not None]
     for (first, a), (second, b) in pairwise(scored):
+        if a.get("extractor") != b.get("extractor"):
+            raise UserError(
+                f"the answers of {first.name} and {second.name} were read by versions {a.get('extractor')} and "
+                f"{b.get('extractor')} of the extractor: score both folders again with gsm8k.py --score-only."
+            )
         if (a.get("problems_sha256"), first.correct.keys()) != (b.get("problems_sha256"), second.correct.keys()):
             raise UserError(
                 f"{first.name} and {second.name} were scored on different problems ({len(first.correct)} and "

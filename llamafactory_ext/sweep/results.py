@@ -120,7 +120,7 @@ def _result(own: Path, about: dict[str, Any], groups: dict[str, dict[str, str]])
         recipe=recipe,
         folder=own,
         records=current,
-        summary=scores.get("summary"),
+        summary=scores["summary"] | {"extractor": scores.get("extractor")} if scores else None,
         correct={row["index"]: row["strict"]["correct"] for row in scores.get("rows", [])},
         pairs=summarize(read_scores(own / PAIRS)) if has_pairs else None,
     )

@@ -66,6 +66,7 @@ class Answer(BaseModel):
 class Scores(BaseModel):
     """A run's results.json of gsm8k.py."""
 
+    extractor: str = "1"
     summary: Scored
     rows: list[Answer]
 

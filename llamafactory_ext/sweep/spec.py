@@ -12,12 +12,12 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
+from .. import examples
 from ..errors import UserError
 from ..losses.lookup import get_loss
 from ..recipe.arguments import keys_not_taken
 from ..recipe.reading import Settings, read_recipe
 
-CHECKOUT = Path(__file__).resolve().parents[2]
 SHORT = {"pref_loss": "", "learning_rate": "lr", "pref_beta": "beta", "num_train_epochs": "epochs"}
 SWEEP_OWN = ("output_dir",)  # keys of a recipe that the sweep writes itself
 MAPPING = "chat-template-kwargs"  # the one option of gsm8k.py that is a mapping
@@ -36,7 +36,7 @@ class Evaluation(_Strict):
         data: a GSM8K file, or a hub's name of it.
         engine: what generates.
         python: the interpreter of the environment that the engine lives in; None: this one (`hf` only).
-        script: gsm8k.py, where it is not that of this checkout.
+        script: gsm8k.py, where it is not the package's own.
         options: more options of its command line, by name without the dashes; `true` is a flag, `false` is left out,
             a mapping (`chat_template_kwargs`) becomes JSON.
         base: whether the untrained model is scored, too.
@@ -45,7 +45,7 @@ class Evaluation(_Strict):
     data: str
     engine: Literal["vllm", "openai", "hf"] = "vllm"
     python: str | None = None
-    script: Path = CHECKOUT / "evaluation" / "gsm8k.py"
+    script: Path = examples.home() / "evaluation" / "gsm8k.py"
     options: dict[str, JsonValue] = {}
     base: bool = True
 

@@ -457,9 +457,30 @@ def test_rows_match_by_id_or_else_by_question(tmp_path):
     a = [{"id": n, "question": "Same?", "answer": f"a{n}"} for n in (2, 1)]
     b = [{"question_id": str(n), "question": "Same?", "answer": f"b{n}"} for n in (1, 2)]
     pairs = load_pairs(write(tmp_path / "a.jsonl", a), write(tmp_path / "b.jsonl", b))
-    assert pairs == [Pair("2", "Same?", "a2", "b2"), Pair("1", "Same?", "a1", "b1")]
+    assert pairs == ([Pair("2", "Same?", "a2", "b2"), Pair("1", "Same?", "a1", "b1")], [])
     mixed = write(tmp_path / "b.jsonl", [{"question": "Same?", "answer": "b"}])
-    assert load_pairs(write(tmp_path / "a.jsonl", a[:1]), mixed) == [Pair("1", "Same?", "a2", "b")]
+    assert load_pairs(write(tmp_path / "a.jsonl", a[:1]), mixed) == ([Pair("1", "Same?", "a2", "b")], [])
+
+
+def test_what_a_server_has_refused_is_left_out(tmp_path):
+    a, b = ([{"id": f"q{n}", "question": f"{n}?", "answer": name} for n in range(3)] for name in "ab")
+    b[1] |= {"answer": "", "refused": "too long"}
+    pairs, refused = load_pairs(write(tmp_path / "a.jsonl", a), write(tmp_path / "b.jsonl", b))
+    assert [pair.id for pair in pairs] == ["q0", "q2"]
+    assert refused == ["q1"]
+    with pytest.raises(UserError, match="refused every question"):
+        load_pairs(tmp_path / "a.jsonl", write(tmp_path / "b.jsonl", [row | {"refused": "x"} for row in b]))
+
+
+def test_the_folder_of_the_only_run_is_found(tmp_path):
+    one = [{"id": 1, "question": "Q?", "answer": "a"}]
+    (tmp_path / "dpo" / "base").mkdir(parents=True)
+    path = write(tmp_path / "dpo" / "base" / "answers.jsonl", one)
+    assert load_pairs(tmp_path / "dpo", path)[0] == [Pair("1", "Q?", "a", "a")]
+    (tmp_path / "dpo" / "lora").mkdir()
+    write(tmp_path / "dpo" / "lora" / "answers.jsonl", one)
+    with pytest.raises(UserError, match=r"holds several runs: name one, such as .*base"):
+        load_pairs(tmp_path / "dpo", path)
 
 
 @pytest.mark.parametrize(

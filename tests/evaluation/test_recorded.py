@@ -89,7 +89,7 @@ def test_compare_by_hand(data, tmp_path):
         **{"baseline_accuracy": pytest.approx(4 / 12), "accuracy": pytest.approx(9 / 12)},
         **{"difference": pytest.approx(5 / 12), "p": pytest.approx(92 / 512), "p_holm": pytest.approx(92 / 512)},
     }
-    assert f"{output / 'dpo'}: 1 of its 12 problems have no answer and count as wrong." in on_one_line(result.output)
+    assert f"{output / 'dpo'}: 1 of the 12 problems have no answer and count as wrong." in on_one_line(result.output)
 
     refused = invoke(compare.app, output / "base", few / "dpo")
     assert refused.exit_code == 2

@@ -112,8 +112,10 @@ def test_the_wheel_alone_has_all_that_a_user_needs(wheel, tmp_path):
         clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
         return subprocess.check_output([command, *words], cwd=folder, text=True, env=clean | {"COLUMNS": "200"})
 
-    assert "files written to examples and data" in run("examples")
+    assert "files written to examples, data, evaluation" in run("examples")
     assert (folder / "examples" / "deepspeed" / "zero3.json").is_file()
     assert "minor_dpo" in run("losses")
+    usage = subprocess.check_output([str(environment.python), "evaluation/gsm8k.py", "--help"], cwd=folder, text=True)
+    assert "Score a model on GSM8K" in usage
     run("data", "corrupt", "data/gsm8k_sample.jsonl", "--output", "data/mine.jsonl")
     assert (folder / "data" / "mine.jsonl").is_file()

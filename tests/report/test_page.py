@@ -292,6 +292,16 @@ def test_a_changed_value_is_named(file, place, value, sweep):
         report(sweep)
 
 
+def test_answers_read_by_different_rules_are_not_compared(sweep):
+    first, second = sweep.cells()[:2]
+    for cell in (first, second):
+        train(sweep, cell)
+        score(sweep, cell.name, right=5)
+    changed(next((sweep.output / "cells" / first.name).rglob("results.json")), ("extractor",), "2")
+    with pytest.raises(UserError, match=r"were read by versions 2 and None of the extractor: score both"):
+        report(sweep)
+
+
 def test_a_recipe_with_other_than_numbers_is_named(sweep):
     cell = sweep.cells()[0]
     train(sweep, cell)
