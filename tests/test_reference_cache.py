@@ -14,7 +14,7 @@ from crashes import kill_at_random, walk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llamafactory_ext.training.reference import cache as cache
+from llamafactory_ext.training.reference import cache
 
 # The values are log-probabilities in float32, -0.0 and the smallest of them included.
 logp = st.floats(max_value=0, allow_nan=False, width=32)
@@ -147,7 +147,7 @@ import os, signal, sys
 from pathlib import Path
 import datasets, torch
 from accelerate import PartialState
-from llamafactory_ext import reference_logps
+from llamafactory_ext.training.reference import logps as reference_logps
 
 folder, log, dies_after = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 reference_logps.BATCHES_PER_FILE = 3

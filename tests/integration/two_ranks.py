@@ -115,3 +115,5 @@ def train(recipes: list[dict[str, Any]]) -> None:
 
 if __name__ == "__main__":
     train(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
+    sys.stdout.flush()
+    os._exit(0)  # all is written; gloo's threads have been seen to abort a process that ends as usual
