@@ -115,10 +115,10 @@ def check_chats(chats: list[Chat], settings: Settings, tokenizer: Any) -> None:
     for number, chat in enumerate(chats, start=1):
         ids = prompt_ids(tokenizer, chat, settings.chat_template_kwargs, number)
         if context and len(ids) >= context:
-            remedy = "" if context == made_for else "raise --max-model-len, or "
+            remedy = "" if context == made_for else "raise --max-model-len, "
             raise UserError(
-                f"The prompt of problem {number} has {len(ids)} tokens, the context {context}: {remedy}leave that "
-                "problem out of the data."
+                f"The prompt of problem {number} has {len(ids)} tokens, the context {context}: {remedy}shorten the "
+                "prompt, or leave that problem out of the data."
             )
     print_unused(tokenizer, chats[0], settings.chat_template_kwargs)
 

@@ -157,7 +157,9 @@ def parse(line: bytes) -> Fields | BadRow:
     """The fields of a line of JSON, or what is wrong with it."""
     try:
         fields = json.loads(line)
-    except (ValueError, RecursionError):  # of JSON or of UTF-8; lists in lists in lists
+    except UnicodeDecodeError:
+        return BadRow("not UTF-8: save the file in that encoding")
+    except (ValueError, RecursionError):  # lists in lists in lists
         return BadRow("not a line of JSON")
     return fields if isinstance(fields, dict) else BadRow("not a JSON object")
 

@@ -115,11 +115,11 @@ def _first_fault(file: Path, description: Any, data_args: Any) -> str | None:
             return f"{where}: {fields}: repair or remove it"
         columns |= dict.fromkeys(fields)
         for place, kind in _kinds(fields):
+            if kind == HALF:
+                return f"{where}: {place} holds {HALF}, which no tokenizer takes: remove it"
             before, first = seen.setdefault(place, (kind, _place(file, number)))
             if kind != before:
                 return f"{where}: {place} holds {kind} there, and {before} in {first}: write one kind in all rows"
-            if kind == HALF:
-                return f"{where}: {place} holds {HALF}, which no tokenizer takes"
     return _first_refused(file, columns, description, data_args) if number else f"{str(file)!r} holds no rows"
 
 

@@ -211,6 +211,7 @@ NO_PAIR = "LLaMA-Factory makes no pair of it"
         (GOOD + b'{"instruction": "a", "chosen": 3}', "line 2: 'chosen' holds a number there, and text in line 1"),
         (GOOD + b'\n{"instruction": "a"\n', "line 3: not a line of JSON"),
         (b'["a"]\n', "line 1: not a JSON object"),
+        (GOOD + b'{"instruction": "\\ud83c", "chosen": "b"}', "line 2: 'instruction' holds half a character"),
         (b'{"instruction": "\\ud83c", "chosen": "b"}', "line 1: 'instruction' holds half a character"),
         (b'{"history": [["a", "b"], ["c", 3]]}', r"'history'\[\]\[\] holds a number there, and text in line 1"),
         (b'{"history": [["a", "b", "c"]], "instruction": "a"}', f"line 1: {NO_PAIR} .too many values"),

@@ -122,7 +122,7 @@ def test_lines_keep_their_numbers(tmp_path):
     assert {n: str(rows[n]) for n in (3, 4, 5)} == {
         3: "not a line of JSON",
         4: "not a JSON object",
-        5: "not a line of JSON",
+        5: "not UTF-8: save the file in that encoding",
     }
 
 
