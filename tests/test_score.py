@@ -82,6 +82,15 @@ def test_rows_keep_their_order_and_the_datas_scores(settings, tmp_path):
     assert whole[1]["margin"] == pytest.approx(rows[1]["margin"], abs=1e-3)
 
 
+def test_scores_of_the_data_that_are_no_numbers_are_none(settings, tmp_path):
+    path = tmp_path / "data" / "pairs.jsonl"
+    rows = [json.loads(line) | {"score_chosen": "9", "score_rejected": "2"} for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    scored = run(settings(), tmp_path / "scores.jsonl")
+    assert {row["score_chosen"] for row in scored if not row["skipped"]} == {None}
+    assert summarize(scored).correlations == {}
+
+
 def test_an_adapter_is_scored_against_its_base(settings, model, tmp_path):
     adapter = tiny.make_adapter(tmp_path / "adapter", model, seed=3)
     asked = settings(ref_model=None, adapter_name_or_path=str(adapter))

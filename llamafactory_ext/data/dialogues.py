@@ -43,11 +43,11 @@ def ultrafeedback_pair(fields: Fields) -> Fields:
     system = ""
     if chosen[:1] == rejected[:1] and chosen and chosen[0][0] == "system":
         system, chosen, rejected = chosen[0][1], chosen[1:], rejected[1:]
-    scores = {name: _number(fields[name]) for name in SCORES if name in fields}
+    scores = {name: number(fields[name]) for name in SCORES if name in fields}
     return {"system": system} | _pair(chosen, rejected) | scores
 
 
-def _number(value: Any) -> float | None:
+def number(value: Any) -> float | None:
     """A score, or None for what is none: a column of texts and numbers could not be loaded."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return value if is_number and -math.inf < value < math.inf else None

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import hashes
-from ..data.dialogues import SCORES
+from ..data.dialogues import SCORES, number
 from ..errors import UserError, in_a_line
 from ..recipe.reading import Settings, data_sets, parse_recipe
 from .file import Row, ScoreFile, check_output
@@ -169,7 +169,7 @@ def _data_scores(data_args: Any, count: int) -> list[Row]:
     with suppress(UserError):  # what LLaMA-Factory has loaded, but this package does not read
         for row, _ in zip(_source_rows(about, data_args.dataset_dir), range(count), strict=False):
             fields = {} if isinstance(row.fields, BadRow) else row.fields
-            scores.append({name: fields[name] for name in SCORES if name in fields})
+            scores.append({name: number(fields[name]) for name in SCORES if name in fields})
     return scores if len(scores) == count else [{}] * count
 
 
