@@ -95,8 +95,8 @@ def main(
         answered = [generation for generation in generations.values() if generation.refused is None]
         cut_off = sum(generation.finish_reason == "length" for generation in answered)
         print(f"{output / name / ANSWERS}: {len(answered)} answers, {cut_off} cut off at {max_tokens} tokens")
-        print_refused(output / name, [query.id for query in queries])
-        print_left_out(output / name)
+        print_refused(output / name, generations.values(), [query.id for query in queries])
+        print_left_out(output / name, generations.values())
 
 
 def _generate(
@@ -256,7 +256,10 @@ def load_pairs(a: Path, b: Path, limit: int | None = None) -> tuple[list[Pair], 
 
 
 def _answers(path: Path) -> list[dict[str, Any]]:
-    located = _read(run_folder(path, ANSWERS) / ANSWERS if path.is_dir() else path)
+    if path.is_dir():
+        folder = path if (path / ANSWERS).is_file() else run_folder(path, ANSWERS)
+        path = folder / ANSWERS
+    located = _read(path)
     for where, row in located:
         if not all(isinstance(row.get(field), str) for field in ("question", "answer")):
             raise UserError(f"{where} has no texts `question` and `answer`: name a file with both.")

@@ -101,20 +101,24 @@ def believable(
         )
 
 
-def print_refused(folder: Path, ids: Sequence[str] | None = None) -> None:
+def print_refused(folder: Path, replies: Iterable[Generation], ids: Sequence[str] | None = None) -> None:
     """Say which problems of a run were refused, and why; by their ids, or by their numbers from 1."""
-    refused = [reply for reply in Run(folder).read().values() if reply.refused is not None]
+    refused = [reply for reply in replies if reply.refused is not None]
     if refused:
-        called = [str(reply.index + 1) if ids is None else ids[reply.index] for reply in refused[:20]]
-        listed = ", ".join(called) + (", ..." if len(refused) > 20 else "")
+        called = [str(reply.index + 1) if ids is None else ids[reply.index] for reply in refused]
         print(
-            f"{folder}: the server refused {len(refused)} problems, which the same command asks again: {listed} "
-            f"({refused[0].refused})"
+            f"{folder}: the server refused {len(refused)} problems, which the same command asks again: "
+            f"{first_of(called)} ({refused[0].refused})"
         )
 
 
-def print_left_out(folder: Path) -> None:
+def first_of(names: Sequence[str]) -> str:
+    """The first twenty names, and whether there are more."""
+    return ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+
+
+def print_left_out(folder: Path, replies: Iterable[Generation]) -> None:
     """Say which fields the server did not take, so that it used its own values."""
-    fields = sorted({field for reply in Run(folder).read().values() for field in reply.left_out} - {"max_tokens"})
+    fields = sorted({field for reply in replies for field in reply.left_out} - {"max_tokens"})
     if fields:
         print(f"{folder}: the server does not take {', '.join(fields)}: it was asked without, and has its own values.")

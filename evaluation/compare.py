@@ -63,15 +63,16 @@ def main(
             raise UserError("Name at least two runs to compare.")
         if tier not in TIERS:
             raise UserError(f"--tier {tier}: write {', '.join(TIERS)}.")
-        loaded = {str(folder): load_scored(folder, tier) for folder in runs}
-        if len({folder.resolve() for folder in runs}) < len(runs):
+        folders = [run_folder(folder, "results.json") for folder in runs]
+        loaded = {str(folder): load_scored(folder, tier) for folder in folders}
+        if len({folder.resolve() for folder in folders}) < len(folders):
             raise UserError("A run is named twice: name each once.")
         comparisons = compare(loaded, shared)
         if output:
             write_whole(output, json.dumps(comparisons, indent=2))
     except (UserError, OSError) as error:
         raise options.refusal("compare.py", error) from None
-    _print(comparisons, loaded, comparable_problems(loaded, shared), tier)
+    _print(comparisons, loaded, tier)
 
 
 def load_scored(folder: Path, tier: Tier | str) -> Scored:
@@ -80,7 +81,6 @@ def load_scored(folder: Path, tier: Tier | str) -> Scored:
     Raises:
         UserError: if the folder holds no scored run.
     """
-    folder = run_folder(folder, "results.json")
     file = folder / "results.json"
     if not file.is_file() and (folder / GENERATIONS).is_file():
         raise UserError(f"{folder} is not scored yet: run its gsm8k.py command again, which goes on.")
@@ -145,10 +145,14 @@ def comparable_problems(runs: Mapping[str, Scored], shared: bool) -> list[int]:
                 f"{first} was asked {len(a.problems)} problems and {second} {len(b.problems)}, {len(both)} of them the "
                 "same: write --shared to compare the runs on those."
             )
-    indices = sorted(set.intersection(*(set(run.problems) for run in runs.values())))
+    indices = sorted(_of_all(runs))
     if not indices:
         raise UserError(f"{' and '.join(runs)} share no problem: compare runs on the same data.")
     return indices
+
+
+def _of_all(runs: Mapping[str, Scored]) -> set[int]:
+    return set.intersection(*(set(run.problems) for run in runs.values()))
 
 
 def _pair(first: str, second: str, runs: Mapping[str, Scored], problems: list[int]) -> dict[str, Any]:
@@ -173,13 +177,13 @@ def _pair(first: str, second: str, runs: Mapping[str, Scored], problems: list[in
     }
 
 
-def _print(comparisons: list[dict[str, Any]], runs: Mapping[str, Scored], problems: list[int], tier: str) -> None:
+def _print(comparisons: list[dict[str, Any]], runs: Mapping[str, Scored], tier: str) -> None:
     from rich import box
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    first = comparisons[0]
+    first, problems = comparisons[0], _of_all(runs)
     title = (
         f"{tier}, {first['problems']} problems, baseline {escape(first['baseline'])}: {first['baseline_accuracy']:.1%}"
     )
@@ -198,7 +202,7 @@ def _print(comparisons: list[dict[str, Any]], runs: Mapping[str, Scored], proble
     for name, run in runs.items():
         if len(run.problems) > first["problems"]:
             print(f"{name}: {first['problems']} of its {len(run.problems)} problems are compared, those of all runs.")
-        missing = len(run.missing & set(problems))
+        missing = len(run.missing & problems)
         if missing:
             print(f"{name}: {missing} of the {len(problems)} problems have no answer and count as wrong.")
 

@@ -174,15 +174,17 @@ def _generation(fields: dict[str, Any]) -> Generation:
 
 
 def run_folder(folder: Path, file: str) -> Path:
-    """The folder of a run: the one named if it holds the run's file, else the only one in it that does.
+    """The folder of a run: the one named, unless it is only the --output that holds a single run's folder.
 
     Raises:
         UserError: if several do.
     """
     inner = sorted(path.parent for path in folder.glob(f"*/{file}"))
-    if len(inner) > 1 and not (folder / GENERATIONS).is_file():
+    if not inner or (folder / GENERATIONS).is_file():
+        return folder
+    if len(inner) > 1:
         raise UserError(f"{folder} holds several runs: name one, such as {inner[0]}.")
-    return inner[0] if inner and not (folder / GENERATIONS).is_file() else folder
+    return inner[0]
 
 
 def file_hashes(folder: Path) -> dict[str, str]:

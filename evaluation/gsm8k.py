@@ -181,19 +181,19 @@ def _recorded_runs(output: Path, data: str, data_hash: str, count: int) -> list[
 
 def _score(runs: list[Path], questions: list[Question], output: Path) -> None:
     """Score each run into its folder, and print one table over all."""
-    summaries = {}
+    summaries, answers = {}, {}
     for folder in runs:
         run = Run(folder)
-        answers = run.read()
-        run.refuse_others(answers, len(questions))
-        result = score_run(questions, answers)
+        answers[folder] = run.read()
+        run.refuse_others(answers[folder], len(questions))
+        result = score_run(questions, answers[folder])
         write_whole(folder / "results.json", json.dumps(result, indent=1))
         summaries[folder.name] = result["summary"]
     write_whole(output / "results.json", json.dumps(summaries, indent=2))
     _print_summary(summaries)
     for folder in runs:
-        print_refused(folder)
-        print_left_out(folder)
+        print_refused(folder, answers[folder].values())
+        print_left_out(folder, answers[folder].values())
     print(f"\nAll of it: {output / 'results.json'}; each answer read: {output}/*/results.json")
 
 

@@ -28,7 +28,7 @@ from typing import Annotated, Any, Literal
 import options
 import typer
 from answers import Pair, content_hash, load_pairs
-from asking import ask_missing
+from asking import ask_missing, first_of
 from chat_templates import Chat, parse_chat_template_kwargs
 from engines import Sampling, Settings
 from generations import Generation
@@ -298,11 +298,9 @@ def _print_summary(summary: dict[str, Any]) -> None:
     print(f"Verdicts for the answer shown first: {first:.1%}, second: {second:.1%}")
     if count := summary["unparseable"]["replies"]:
         ids = summary["unparseable"]["questions"]
-        listed = ", ".join(ids[:20]) + (", ..." if len(ids) > 20 else "")
-        print(f"Replies without a verdict, asked again by the same command: {count}, to questions {listed}")
+        print(f"Replies without a verdict, asked again by the same command: {count}, to questions {first_of(ids)}")
     if refused := summary["refused"]:
-        listed = ", ".join(refused[:20]) + (", ..." if len(refused) > 20 else "")
-        print(f"Questions left out, as a server refused them to A or B: {len(refused)}, {listed}")
+        print(f"Questions left out, as a server refused them to A or B: {len(refused)}, {first_of(refused)}")
     if "temperature" in summary["left_out"]:
         print("The judge takes no temperature: it was asked at its own, so that its verdicts may vary.")
 

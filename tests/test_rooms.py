@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rooms import ROOMS, imports, in_order, modules, room
+from rooms import ROOMS, ROOT, imports, in_order, modules, room
 
 LINES = 400  # of a file that fits in one's head
 
@@ -26,3 +26,9 @@ def test_no_module_imports_from_a_room_above_its_own():
 def test_files_fit_in_ones_head():
     longer = [name for name, path in modules().items() if len(path.read_text(encoding="utf-8").splitlines()) > LINES]
     assert not longer
+
+
+def test_the_readmes_map_names_every_module():
+    text = (ROOT.parent / "README.md").read_text(encoding="utf-8")
+    map_ = text[text.index("## Where things are") :]
+    assert not [name for name, path in modules().items() if path.name != "__init__.py" and path.name not in map_]

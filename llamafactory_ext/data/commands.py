@@ -31,6 +31,9 @@ SAMPLE = 1000  # prompts from which the template is learned
 
 Source = typer.Argument
 Opt = typer.Option
+Output = Annotated[
+    Path, Opt(help="The pairs; their stem becomes a data set's name.", parser=output_path, metavar="PATH")
+]
 Overwrite = Annotated[bool, Opt("--overwrite", help="Replace the output if it is there.")]
 Split = Annotated[str | None, Opt(help="Split of a hub data set or a folder (default: train); a file has none.")]
 
@@ -41,9 +44,7 @@ def metamath(
         "abacusai/MetaMath_DPO_FewShot"
     ),
     questions: Annotated[str, Opt(help="MetaMathQA: a file, or owner/name of the hub.")] = "meta-math/MetaMathQA",
-    output: Annotated[
-        Path, Opt(help="The pairs; their stem becomes a data set's name.", parser=output_path, metavar="PATH")
-    ] = Path("data/metamath_zero_shot.jsonl"),
+    output: Output = Path("data/metamath_zero_shot.jsonl"),
     prompt: Annotated[str, Opt(help="Put in front of each question.")] = "",
     lead: Annotated[str | None, Opt(help="Text before the last question (default: learned from the pairs).")] = None,
     suffix: Annotated[str | None, Opt(help="Text behind the last question (default: learned from the pairs).")] = None,
@@ -81,9 +82,7 @@ def metamath(
 @app.command()
 def corrupt(
     solutions: Annotated[str, Source(help="GSM8K, MetaMathQA or the like: a file, or owner/name of the hub.")],
-    output: Annotated[
-        Path, Opt(help="The pairs; their stem becomes a data set's name.", parser=output_path, metavar="PATH")
-    ] = Path("data/corrupted_pairs.jsonl"),
+    output: Output = Path("data/corrupted_pairs.jsonl"),
     seed: Annotated[int, Opt(help="Decides which result is changed, and to what.")] = 0,
     prompt: Annotated[str, Opt(help="Put in front of each question.", show_default="the MinorDPO paper's")] = PROMPT,
     limit: Annotated[int | None, Opt(min=1, help="Only the first solutions.")] = None,
@@ -106,9 +105,7 @@ def hh_rlhf(
     dialogues: Annotated[str, Source(help="A .jsonl.gz of the data set, or owner/name of the hub.")] = (
         "Anthropic/hh-rlhf"
     ),
-    output: Annotated[
-        Path, Opt(help="The pairs; their stem becomes a data set's name.", parser=output_path, metavar="PATH")
-    ] = Path("data/hh_rlhf.jsonl"),
+    output: Output = Path("data/hh_rlhf.jsonl"),
     split: Split = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -127,9 +124,7 @@ def ultrafeedback(
     dialogues: Annotated[str, Source(help="Rows with lists of messages: a file, or owner/name of the hub.")] = (
         "HuggingFaceH4/ultrafeedback_binarized"
     ),
-    output: Annotated[
-        Path, Opt(help="The pairs; their stem becomes a data set's name.", parser=output_path, metavar="PATH")
-    ] = Path("data/ultrafeedback.jsonl"),
+    output: Output = Path("data/ultrafeedback.jsonl"),
     split: Annotated[str | None, Opt(help="As of a hub data set or a folder (default: train_prefs).")] = None,
     overwrite: Overwrite = False,
 ) -> None:

@@ -38,6 +38,7 @@ def register_argument(name: str, metrics: MetricsFunction | None = None) -> Call
         def loss(pairs: PairLogps, **hyperparameters: Any) -> Tensor:
             return -F.logsigmoid(argument(pairs, **hyperparameters))
 
+        # A partial of named functions, unlike a function within this one, can be pickled with the recipe.
         return register_loss(name, metrics=functools.partial(_measure, loss, metrics))(loss)
 
     return register

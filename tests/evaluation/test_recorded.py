@@ -197,3 +197,11 @@ def test_records_that_do_not_belong_together_are_refused(data, tmp_path):
     refused = invoke(gsm8k.app, *score_it)
     assert refused.exit_code == 2
     assert f"{manifest} does not say what was asked" in on_one_line(refused.output)
+
+
+def test_a_run_and_the_folder_that_holds_it_are_the_same_run(data, tmp_path):
+    record_run(tmp_path / "runs" / "base", data, {0: "#### 0"})
+    assert invoke(gsm8k.app, "--score-only", "--data", data, "--output", tmp_path / "runs").exit_code == 0
+    refused = invoke(compare.app, tmp_path / "runs", tmp_path / "runs" / "base")
+    assert refused.exit_code == 2
+    assert "A run is named twice" in on_one_line(refused.output)
