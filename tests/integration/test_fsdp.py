@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from two_ranks import torchrun
+from two_ranks import end_rank, torchrun
 
 from llamafactory_ext.training import logps
 from llamafactory_ext.training.layout import padded
@@ -72,3 +72,4 @@ def loss(pairs: ResponseLogps) -> torch.Tensor:
 
 if __name__ == "__main__":
     compare(sys.argv[1])
+    end_rank()

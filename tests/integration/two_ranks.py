@@ -22,6 +22,12 @@ LOSSES = [*STOCK_LOSSES, "minor_dpo", "dpop", "sr_dpo", "sr_ipo"]
 PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
 
+def end_rank() -> None:
+    """End a rank whose work is all written: gloo's threads have been seen to abort a process that ends as usual."""
+    sys.stdout.flush()
+    os._exit(0)
+
+
 def torchrun(script: Path, *words: str, **settings: str) -> None:
     from llamafactory.extras.misc import find_available_port
 
@@ -115,5 +121,4 @@ def train(recipes: list[dict[str, Any]]) -> None:
 
 if __name__ == "__main__":
     train(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
-    sys.stdout.flush()
-    os._exit(0)  # all is written; gloo's threads have been seen to abort a process that ends as usual
+    end_rank()
