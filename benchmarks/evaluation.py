@@ -15,13 +15,14 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "evaluation"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # vLLM's environment does not have the package
 
-from engines import Job, Sampling, Settings, make_engine
-from generations import Generation, Run
-from questions import load_prompt, load_questions, messages
-from scoring import score_run
-from vllm_engine import ask_vllm, load_vllm, vllm_sampling
+from llamafactory_ext.evaluation.asking import make_engine
+from llamafactory_ext.evaluation.engines import Job, Sampling, Settings
+from llamafactory_ext.evaluation.generations import Generation, Run
+from llamafactory_ext.evaluation.questions import load_prompt, load_questions, messages
+from llamafactory_ext.evaluation.scoring import score_run
+from llamafactory_ext.evaluation.vllm_engine import ask_vllm, load_vllm, vllm_sampling
 
 
 def main() -> None:
@@ -71,7 +72,7 @@ def report_scoring(answers: list[Generation], count: int = 1319) -> None:
     """Score as many answers as GSM8K's test set has, each a real one."""
     from decimal import Decimal
 
-    from questions import Question
+    from llamafactory_ext.evaluation.questions import Question
 
     questions = [Question(index, "", Decimal(7)) for index in range(count)]
     recorded = {index: Generation(index, *_rest(answers[index % len(answers)])) for index in range(count)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,8 +11,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from . import __version__
+from .commandline import Group
 from .data.commands import app as data
-from .errors import UserError, of_system
+from .errors import UserError
+from .evaluation.commands import app as evaluation
 from .paths import output_path
 from .sweep.commands import sweep
 
@@ -21,12 +22,14 @@ if TYPE_CHECKING:
     from .scoring.summary import Summary
 
 app = typer.Typer(
+    cls=Group,
     help="Preference data, plans and checks for trainings with `llamafactory-cli train`.",
     no_args_is_help=True,
     rich_markup_mode="markdown",  # rich's own would take [default] in a text for a style
     pretty_exceptions_enable=False,
 )
 app.add_typer(data, name="data")
+app.add_typer(evaluation, name="eval")
 app.command()(sweep)
 console = Console()
 
@@ -216,13 +219,8 @@ def _show(summary: Summary, output: Path) -> None:
 
 
 def main() -> None:
-    """The console script: a wrong input, or what the system refuses, is one sentence and exit status 2."""
-    try:
-        app()
-    except (UserError, OSError) as error:
-        said = of_system(error) if isinstance(error, OSError) else error
-        print(f"llamafactory-ext: {said}", file=sys.stderr)
-        sys.exit(2)
+    """The console script."""
+    app()
 
 
 if __name__ == "__main__":

@@ -2,9 +2,6 @@
 
 A writer fills a hidden file of its own beside the target, which takes the target's name when it is on the disk: of
 several writers the last one counts. What a killed writer leaves is removed by the next one in that folder.
-
-evaluation/whole_files.py is a copy of this file, as the evaluation also runs where llamafactory_ext is not installed;
-a test compares them.
 """
 
 from __future__ import annotations

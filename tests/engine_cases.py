@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.util
 
 import pytest
-from engines import Job, Sampling, Settings
+
+from llamafactory_ext.evaluation.engines import Job, Sampling, Settings
 
 QUESTIONS = ["How many?", "Tom has 3 pens and buys 4 more pens at the market. How many pens has he?", "1 + 1?"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from generations import Generation, Run
-from questions import load_questions
+from llamafactory_ext.evaluation.generations import Generation, Run
+from llamafactory_ext.evaluation.questions import load_questions
 
 
 def write_problems(path: Path, count: int, gold: int = 0) -> Path:

@@ -9,12 +9,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import gsm8k
 import pytest
 from recorded import record_run, write_problems
 from rich.console import Console
 from tiny import make_model
 from typer.testing import CliRunner
+
+from llamafactory_ext.evaluation import gsm8k
 
 DEMO = Path(__file__).parents[1] / "examples" / "demo"
 sys.path.insert(0, str(DEMO))

@@ -18,7 +18,7 @@ from llamafactory_ext.errors import UserError
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 NAMES = {"yaml": "pyyaml"}  # where a distribution is called otherwise
-OPTIONAL = {"deepspeed", "submitit"}  # extras
+OPTIONAL = {"deepspeed", "submitit", "openai", "vllm"}  # extras, and an environment of its own
 
 
 def test_what_is_versioned_is_shipped_but_for_scripts(tmp_path):
@@ -58,4 +58,6 @@ def test_every_package_that_is_imported_is_declared():
                 imported |= {alias.name.partition(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and not node.level:
                 imported.add(node.module.partition(".")[0])
-    assert {NAMES.get(name, name) for name in imported - sys.stdlib_module_names} - OPTIONAL == declared
+    assert {NAMES.get(name, name) for name in imported - sys.stdlib_module_names} - OPTIONAL - {
+        "llamafactory_ext"
+    } == declared

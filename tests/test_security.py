@@ -21,9 +21,9 @@ CALLS |= {"subprocess.getoutput", "subprocess.getstatusoutput", "numpy.load", "n
 CALLS |= {"yaml.unsafe_load", "load_dataset", "datasets.load_dataset"}
 # What is allowed nowhere else, and why there.
 ALLOWED = {
-    ("evaluation/openai_engine.py", "openai"): "the server that --base-url names",
-    ("evaluation/models.py", "huggingface_hub"): "a model that --model names as one of the hub",
-    ("evaluation/questions.py", "load_dataset"): "a data set that --data names as one of the hub",
+    ("llamafactory_ext/evaluation/openai_engine.py", "openai"): "the server that --base-url names",
+    ("llamafactory_ext/evaluation/models.py", "huggingface_hub"): "a model that --model names as one of the hub",
+    ("llamafactory_ext/evaluation/__main__.py", "exec_module"): "this package itself",
     ("llamafactory_ext/rows.py", "datasets.load_dataset"): "a data set that the command names as one of the hub",
     ("llamafactory_ext/losses/lookup.py", "exec_module"): "the loss file that pref_loss_file names",
     ("llamafactory_ext/_startup.py", "exec_module"): "LLaMA-Factory's own modules, as Python imports them",

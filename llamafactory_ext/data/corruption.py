@@ -2,7 +2,7 @@
 
 The manner of MetaMath's DPO pairs (arXiv 2402.13228): the chosen answer is a correct solution, the rejected one is the
 same text with one intermediate result changed, and everything after it, the final answer included, as it was. What
-the final answer is, the evaluation's reader says (extraction.py): the two must not differ.
+the final answer is, the evaluation's reader says (evaluation/extraction.py): the two must not differ.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import re
 from dataclasses import dataclass
 from decimal import MAX_PREC, Context, Decimal, localcontext
 
+from ..evaluation.extraction import extract_answer
 from ..rows import BadRow, Fields, text
-from .extraction import extract_answer
 
 # The evaluation prompt of arXiv 2408.09834; a question follows on the next line.
 PROMPT = (

@@ -43,7 +43,7 @@ def sweep(
     axes:                                # or a list of such grids
       pref_loss: [sigmoid, minor_dpo]
       pref_beta: [0.1, 0.5]
-    evaluation: {data: test.jsonl, engine: hf, base: true, options: {limit: 200}}  # evaluation/gsm8k.py's; or python:
+    evaluation: {data: test.jsonl, engine: hf, base: true, options: {limit: 200}}  # of `eval gsm8k`; or python:
     held_out: {dataset: test_pairs, max_samples: 500}  # pairs to score
     gpus_per_cell: 1                     # without GPUs, at_once: cells at a time
     launcher: {timeout_min: 720}         # of submitit's AutoExecutor, or of Ray's client

@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
-from .. import examples
 from ..errors import UserError
 from ..losses.lookup import get_loss
 from ..recipe.arguments import keys_not_taken
@@ -30,13 +29,13 @@ class _Strict(BaseModel):
 
 
 class Evaluation(_Strict):
-    """How trained models are scored: what `evaluation/gsm8k.py` is called with.
+    """How trained models are scored: what `llamafactory-ext eval gsm8k` is called with.
 
     Args:
         data: a GSM8K file, or a hub's name of it.
         engine: what generates.
         python: the interpreter of the environment that the engine lives in; None: this one (`hf` only).
-        script: gsm8k.py, where it is not the package's own.
+        script: a gsm8k.py of the user's own, in place of `llamafactory-ext eval gsm8k`.
         options: more options of its command line, by name without the dashes; `true` is a flag, `false` is left out,
             a mapping (`chat_template_kwargs`) becomes JSON.
         base: whether the untrained model is scored, too.
@@ -45,7 +44,7 @@ class Evaluation(_Strict):
     data: str
     engine: Literal["vllm", "openai", "hf"] = "vllm"
     python: str | None = None
-    script: Path = examples.home() / "evaluation" / "gsm8k.py"
+    script: Path | None = None
     options: dict[str, JsonValue] = {}
     base: bool = True
 
@@ -200,8 +199,8 @@ def read_sweep(path: Path) -> Sweep:
 
 
 def _check_evaluation(evaluation: Evaluation) -> None:
-    if not evaluation.script.is_file():
-        raise UserError(f"there is no {evaluation.script}: name evaluation/gsm8k.py as `script` under `evaluation`.")
+    if evaluation.script is not None and not evaluation.script.is_file():
+        raise UserError(f"there is no {evaluation.script}: leave `script` under `evaluation` out, or name a file.")
     for key, value in evaluation.options.items():
         if key.replace("_", "-") in EVALUATION_OWN:
             raise UserError(f"`{key}` is written by the sweep itself: remove it from `options` under `evaluation`.")

@@ -17,6 +17,7 @@ from ..data.files import file_of, registered
 from ..distributions import version
 from ..environment import PACKAGES
 from ..errors import UserError
+from ..evaluation import GSM8K
 from ..scoring.file import unfinished_path
 from ..whole_files import write_whole
 from .records import read_object, read_record
@@ -109,7 +110,8 @@ class Agenda:
     def _score(self, name: str, folder: Path, model: str, *more: str, runs: Sequence[str] = (MODEL_ITSELF,)) -> Task:
         evaluation = self.sweep.evaluation
         assert evaluation is not None
-        words = [evaluation.python or sys.executable, str(evaluation.script), "--engine", evaluation.engine]
+        script = GSM8K if evaluation.script is None else (str(evaluation.script),)
+        words = [evaluation.python or sys.executable, *script, "--engine", evaluation.engine]
         words += ["--model", model, "--data", evaluation.data, "--output", str(folder / SCORES)]
         words += option_words(evaluation.options)
         return Task(

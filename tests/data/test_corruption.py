@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llamafactory_ext.data import extraction
 from llamafactory_ext.data.corruption import PROMPT, Problem, corrupt_row, corrupt_steps, make_pair, parse_solution
+from llamafactory_ext.evaluation import extraction
 from llamafactory_ext.rows import BadRow
 
 GSM8K = Path(os.environ.get("GSM8K_DIR", Path(__file__).parents[3] / "shared" / "data" / "gsm8k"))
@@ -125,13 +125,6 @@ def test_any_solution_gives_a_pair_or_a_reason(solution, ending, seed):
     assert re.fullmatch(r"[\d,.]*", rejected[start : len(rejected) - end]), (chosen, rejected)
     if extraction.extract_answer(chosen.rpartition("\n")[2]) is not None:
         assert extraction.extract_answer(chosen) == extraction.extract_answer(rejected)
-
-
-def test_answers_are_read_as_the_evaluation_reads_them():
-    """One reader in two places, as the evaluation runs without the package, and the package without the evaluation."""
-    assert (
-        Path(extraction.__file__).read_bytes() == (Path(__file__).parents[2] / "evaluation/extraction.py").read_bytes()
-    )
 
 
 @given(

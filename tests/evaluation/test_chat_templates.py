@@ -8,18 +8,23 @@ import re
 import shutil
 from pathlib import Path
 
-import answers
-import gsm8k
 import pytest
 import tiny
-from chat_templates import RESERVED, parse_chat_template_kwargs, prompt_ids, template_variables
 from engine_cases import QUESTIONS
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from models import load_tokenizer
 from transformers import PreTrainedTokenizerBase
 from typer.testing import CliRunner
+
+from llamafactory_ext.evaluation import answers, gsm8k
+from llamafactory_ext.evaluation.chat_templates import (
+    RESERVED,
+    parse_chat_template_kwargs,
+    prompt_ids,
+    template_variables,
+)
+from llamafactory_ext.evaluation.models import load_tokenizer
 
 NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
 # Gemma's, which wants user and assistant in turns.
@@ -61,7 +66,7 @@ def refusal(result, output) -> str:
     assert result.exit_code == 2
     assert not output.exists()
     (line,) = result.output.strip().splitlines()
-    assert re.match(r"(gsm8k|answers|judge)\.py: ", line)
+    assert re.match(r"main: ", line)
     return line
 
 
@@ -94,7 +99,7 @@ FAILING = {
     "{{ messages | tojson(indent='x', y=1) }}": "TypeError",
     "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}": "RecursionError",
     "{% include 'other.jinja' %}": "TypeError: no loader for this environment specified",
-    "{{ raise_exception('Only a tool may speak.\nReally.') }}": "(Only a tool may speak. Really.)",
+    "{{ raise_exception('Only a tool may speak.\nReally.') }}": "(Only a tool may speak.)",
     "{{ raise_exception() }}": "TypeError",
 }
 

@@ -11,9 +11,10 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from extraction import TIERS, extract_answer, read_answer
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+
+from llamafactory_ext.evaluation.extraction import TIERS, extract_answer, read_answer
 
 SO = "So the answer is: "
 GSM8K = Path(os.environ.get("GSM8K_DIR", Path(__file__).parents[3] / "shared" / "data" / "gsm8k"))
@@ -546,9 +547,8 @@ def test_long_texts_are_read_in_linear_time():
     No time is asserted; the limit only ends a test that would hang.
     """
     code = (
-        "import sys; from extraction import TIERS, extract_answer\n"
+        "import sys; from llamafactory_ext.evaluation.extraction import TIERS, extract_answer\n"
         "for unit in sys.argv[1:]:\n"
         "    for tier in TIERS: extract_answer(unit * (300_000 // len(unit)), tier)\n"
     )
-    evaluation = Path(__file__).parents[2] / "evaluation"
-    subprocess.run([sys.executable, "-c", code, *UNITS], cwd=evaluation, check=True, timeout=300)
+    subprocess.run([sys.executable, "-c", code, *UNITS], check=True, timeout=300)

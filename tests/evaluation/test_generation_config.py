@@ -6,15 +6,17 @@ import json
 import shutil
 from pathlib import Path
 
-import gsm8k
 import pytest
 import tiny
 from engine_cases import jobs, settings
-from engines import Sampling, make_engine
-from generations import Generation
 from transformers import GenerationConfig
-from transformers_engine import TransformersEngine
 from typer.testing import CliRunner
+
+from llamafactory_ext.evaluation import gsm8k
+from llamafactory_ext.evaluation.asking import make_engine
+from llamafactory_ext.evaluation.engines import Sampling
+from llamafactory_ext.evaluation.generations import Generation
+from llamafactory_ext.evaluation.transformers_engine import TransformersEngine
 
 OWN_END = 1  # the tokenizer's
 GREEDY, DRAWN = Sampling(max_tokens=24), Sampling(temperature=0.8, max_tokens=24, seed=3)

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 from crashes import kill_at_random, walk
-from generations import GENERATIONS, MANIFEST, Generation, Run, file_hashes
-from questions import UserError
 
-EVALUATION = Path(__file__).parents[2] / "evaluation"
+from llamafactory_ext.errors import UserError
+from llamafactory_ext.evaluation.generations import GENERATIONS, MANIFEST, Generation, Run
+from llamafactory_ext.evaluation.models import folder_hashes
 
 
 def fill(folder: Path, *indices: int) -> None:
@@ -90,8 +90,11 @@ def test_another_run_is_refused(tmp_path):
 def test_two_processes_cannot_write_at_once(tmp_path):
     with Run(tmp_path) as run:
         run.open({})
-        code = f"from pathlib import Path; from generations import Run; Run(Path({str(tmp_path)!r})).open({{}})"
-        other = subprocess.run([sys.executable, "-c", code], cwd=EVALUATION, capture_output=True, text=True)
+        code = (
+            "from pathlib import Path; from llamafactory_ext.evaluation.generations import Run; "
+            f"Run(Path({str(tmp_path)!r})).open({{}})"
+        )
+        other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "Another process writes" in other.stderr
 
 
@@ -121,11 +124,11 @@ def test_killed_at_random_moments_every_answer_is_there_once(tmp_path):
     kill_at_random(answer(100, seconds=0.001), tmp_path / "run", result=on_disk)
 
 
-def test_file_hashes(tmp_path):
+def test_folder_hashes(tmp_path):
     (tmp_path / "b.txt").write_bytes(b"")
     (tmp_path / "a.txt").write_bytes(b"abc")
     (tmp_path / "folder").mkdir()
-    assert file_hashes(tmp_path) == {
+    assert folder_hashes(str(tmp_path)) == {
         "a.txt": "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad",
         "b.txt": "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855",
     }

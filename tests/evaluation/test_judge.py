@@ -14,15 +14,15 @@ from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import answers
-import judge
 import pytest
 import tiny
-from answers import Pair, Query, load_pairs, load_queries
-from generations import GENERATIONS, Generation, Run
-from judge import JUDGE_PROMPT, both_orders, judge_rows, outcome, parse_verdict, summarize
-from questions import UserError
 from typer.testing import CliRunner
+
+from llamafactory_ext.errors import UserError
+from llamafactory_ext.evaluation import answers, judge
+from llamafactory_ext.evaluation.answers import Pair, Query, load_pairs, load_queries
+from llamafactory_ext.evaluation.generations import GENERATIONS, Generation, Run
+from llamafactory_ext.evaluation.judge import JUDGE_PROMPT, both_orders, judge_rows, outcome, parse_verdict, summarize
 
 PLACES = re.compile(
     r"<request>\n(.*)\n</request>\n\n<answer_a>\n(.*)\n</answer_a>\n\n<answer_b>\n(.*)\n</answer_b>", re.DOTALL
@@ -363,7 +363,9 @@ def test_killed_and_resumed(files, server, tmp_path):
     server.judge = patient
     a, b = files
     words = ["--a", a, "--b", b, "--judge", "gpt", "--base-url", server.url, "--output", tmp_path, "--concurrency", "1"]
-    process = subprocess.Popen([sys.executable, judge.__file__, *map(str, words)], env=os.environ)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "llamafactory_ext.evaluation", "judge", *map(str, words)], env=os.environ
+    )
     while len(server.requests) < 6 or len(Run(tmp_path).read()) < 5:
         assert process.poll() is None
         time.sleep(0.02)
@@ -495,7 +497,7 @@ def test_the_folder_of_the_only_run_is_found(tmp_path):
         ),
         ([{"question": "Q?"}], rows("b"), r"a\.jsonl, line 1 has no texts"),
         (rows("a"), [{"question": "Q?", "answer": None}], r"b\.jsonl, line 1 has no texts"),
-        (["Q?"], rows("b"), "is no object"),
+        (["Q?"], rows("b"), "line 1 is not a JSON object"),
         ([], rows("b"), "holds no rows"),
     ],
 )
@@ -508,7 +510,7 @@ def test_files_that_are_no_pairs(tmp_path, a, b, message):
     ("words", "message"),
     [
         (("--judge", ""), "--judge is missing"),
-        (("--a", "nowhere.jsonl"), "There is no data file nowhere.jsonl"),
+        (("--a", "nowhere.jsonl"), "'nowhere.jsonl' is not there"),
         (("--names", "dpo"), "write two different names"),
         (("--names", "dpo,dpo"), "write two different names"),
         (("--prompt", "nowhere.txt"), "There is no prompt file"),
@@ -604,5 +606,5 @@ def test_answers_without_a_model(tmp_path):
     data = write(tmp_path / "q.jsonl", [{"prompt": "Hi?"}])
     result = invoke(answers.app, "--engine", "hf", "--model", "/no/model", "--data", data, "--output", tmp_path / "out")
     assert result.exit_code == 2
-    assert "answers.py: There is no model at /no/model" in result.output
+    assert "There is no model at /no/model" in result.output
     assert not (tmp_path / "out").exists()

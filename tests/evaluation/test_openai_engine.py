@@ -7,12 +7,14 @@ import math
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-import gsm8k
 import pytest
 from engine_cases import QUESTIONS, answers, jobs, settings
-from engines import Job, make_engine
-from transformers_engine import TransformersEngine
 from typer.testing import CliRunner
+
+from llamafactory_ext.evaluation import gsm8k
+from llamafactory_ext.evaluation.asking import make_engine
+from llamafactory_ext.evaluation.engines import Job
+from llamafactory_ext.evaluation.transformers_engine import TransformersEngine
 
 
 def invoke(*words: object):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 
-import compare
-import gsm8k
 import pytest
 from recorded import record_run, write_problems
 from typer.testing import CliRunner
+
+from llamafactory_ext.evaluation import compare, gsm8k
 
 
 def invoke(app, *words: object):
@@ -161,7 +161,7 @@ def test_a_gold_answer_is_a_number(gold, tmp_path):
         (".", ": Is a directory. Mend that"),
         ("test.jsonl/x.json", "test.jsonl: File exists. Mend that"),
         ("", "it is empty: write a path."),
-        ("~nosuch/x", "~nosuch/x: Could not determine home directory."),
+        ("~nosuch/x", "Could not determine home directory."),
     ],
 )
 def test_what_cannot_be_written_is_a_sentence(output, words, data, tmp_path, monkeypatch):

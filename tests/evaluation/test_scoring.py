@@ -9,13 +9,15 @@ from decimal import Decimal
 from pathlib import Path
 
 import pytest
-from compare import Scored, compare, load_scored
-from degeneration import ends_in_loop, inspect_output, is_degenerate, seq_rep, zlib_ratio
-from generations import Generation
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from questions import PAPER_PROMPT, Question, UserError, load_prompt, load_questions, messages
-from scoring import score_run
+
+from llamafactory_ext.errors import UserError
+from llamafactory_ext.evaluation.compare import Scored, compare, load_scored
+from llamafactory_ext.evaluation.degeneration import ends_in_loop, inspect_output, is_degenerate, seq_rep, zlib_ratio
+from llamafactory_ext.evaluation.generations import Generation
+from llamafactory_ext.evaluation.questions import PAPER_PROMPT, Question, load_prompt, load_questions, messages
+from llamafactory_ext.evaluation.scoring import score_run
 
 GSM8K = Path(os.environ.get("GSM8K_DIR", Path(__file__).parents[3] / "shared" / "data" / "gsm8k"))
 PROSE = "Tom has 3 boxes of 4 pens, so 3 * 4 = 12 pens. He gives away 5 of them, which leaves 12 - 5 = 7 pens."
@@ -233,7 +235,7 @@ def test_questions_of_jsonl_and_parquet(tmp_path):
     [
         ([], "holds no problems"),
         ([{"question": "Q?"}], "line 1 has no fields"),
-        ([["Q?", "A"]], "line 1 has no fields"),
+        ([["Q?", "A"]], "line 1 is not a JSON object"),
         ([{"question": "Q?", "answer": "5"}], "must end in a line `#### N`"),
         ([{"question": "Q?", "answer": "#### five"}], "must end in a line `#### N`"),
     ],
@@ -244,10 +246,10 @@ def test_bad_data_is_refused(tmp_path, rows, message):
 
 
 def test_missing_and_broken_data_files_are_refused(tmp_path):
-    with pytest.raises(UserError, match="There is no data file"):
+    with pytest.raises(UserError, match="is not there"):
         load_questions(str(tmp_path / "nowhere.jsonl"))
     (tmp_path / "broken.jsonl").write_text("{")
-    with pytest.raises(UserError, match="line 1 is not JSON"):
+    with pytest.raises(UserError, match="line 1 is not a line of JSON"):
         load_questions(str(tmp_path / "broken.jsonl"))
 
 

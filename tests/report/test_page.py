@@ -8,12 +8,12 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-import gsm8k
 import pytest
 from recorded import record_run, write_problems
 from typer.testing import CliRunner
 
 from llamafactory_ext.errors import UserError
+from llamafactory_ext.evaluation import gsm8k
 from llamafactory_ext.report.page import write_report
 from llamafactory_ext.report.table import groups
 from llamafactory_ext.sweep.records import Record

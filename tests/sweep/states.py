@@ -11,9 +11,9 @@ import os
 import sys
 from pathlib import Path
 
-import generations  # noqa: F401  (once for all forks)
 from crashes import kill_at_random, walk
 
+import llamafactory_ext.evaluation.generations  # noqa: F401  (once for all forks)
 from llamafactory_ext.sweep.records import read_record
 from llamafactory_ext.sweep.work import Task, carry_out, ended
 
@@ -36,8 +36,8 @@ assert (checkpoint / "weights").read_text() == "half"
 SCORE = """
 import sys
 from pathlib import Path
-from generations import Generation, Run
-from whole_files import write_whole
+from llamafactory_ext.evaluation.generations import Generation, Run
+from llamafactory_ext.whole_files import write_whole
 scores = Path(sys.argv[1]) / "scores"
 with Run(scores / "base") as run:
     done = run.open({"problems": 2})

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from chat_templates import parse_chat_template_kwargs
 
 from llamafactory_ext.errors import UserError
+from llamafactory_ext.evaluation.chat_templates import parse_chat_template_kwargs
 from llamafactory_ext.sweep.progress import Watcher
 from llamafactory_ext.sweep.records import Record
 from llamafactory_ext.sweep.spec import Sweep

@@ -7,8 +7,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from generations import file_hashes
-from questions import UserError, one_line
+from .. import hashes
+from ..errors import UserError, in_a_line
 
 BASE = "base"  # the run of the model itself, beside those of its adapters
 
@@ -66,7 +66,7 @@ def parse_adapters(words: list[str], engine: EngineName) -> dict[str, str]:
 
 def folder_hashes(folder: str | None) -> dict[str, str] | None:
     """sha256 of the files of a model or adapter; None where there is no folder."""
-    return file_hashes(Path(folder)) if folder and Path(folder).is_dir() else None
+    return hashes.of_model(Path(folder), ["*"]) if folder and Path(folder).is_dir() else None
 
 
 def load_tokenizer(model: str) -> Any:
@@ -81,7 +81,7 @@ def load_tokenizer(model: str) -> Any:
         tokenizer: Any = AutoTokenizer.from_pretrained(model)
     except Exception as error:
         raise UserError(
-            f"The tokenizer of {model} does not load ({one_line(error)}): correct its files, or add what is missing."
+            f"The tokenizer of {model} does not load ({in_a_line(error)}): correct its files, or add what is missing."
         ) from error
     template = tokenizer.chat_template
     if template and isinstance(template, dict) and "default" not in template:
@@ -133,4 +133,4 @@ def _text_config(model: str) -> Any:
     try:
         return AutoConfig.from_pretrained(model).get_text_config()
     except Exception as error:
-        raise UserError(f"The config.json of {model} cannot be read ({one_line(error)}): correct it.") from error
+        raise UserError(f"The config.json of {model} cannot be read ({in_a_line(error)}): correct it.") from error

@@ -13,10 +13,10 @@ from collections.abc import Generator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from chat_templates import Chat, print_unused, prompt_ids
-from generations import Generation
-from models import context_length
-from questions import UserError
+from ..errors import UserError
+from .chat_templates import Chat, print_unused, prompt_ids
+from .generations import Generation
+from .models import context_length
 
 
 @dataclass(frozen=True)
@@ -70,21 +70,6 @@ class Engine(Protocol):
         Raises:
             UserError: if the engine fails; what it answered before has been yielded.
         """
-
-
-def make_engine(name: str, settings: Settings) -> Engine:
-    """The engine by name; nothing is loaded before `generate`."""
-    if name == "vllm":
-        from vllm_engine import VllmEngine
-
-        return VllmEngine(settings)
-    if name == "openai":
-        from openai_engine import OpenAIEngine
-
-        return OpenAIEngine(settings)
-    from transformers_engine import TransformersEngine
-
-    return TransformersEngine(settings)
 
 
 def check_texts(chats: list[Chat]) -> None:

@@ -8,7 +8,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import Any
+
+from ..errors import UserError
+from ..rows import HUB_NAME, BadRow, Fields, Row, read_rows
 
 # The prompt of arXiv 2408.09834, to the letter; the question follows on the next line.
 PAPER_PROMPT = (
@@ -16,15 +18,6 @@ PAPER_PROMPT = (
     "using the brief format So the answer is: . Below is the question:\n{question}"
 )
 PROMPTS = {"paper": PAPER_PROMPT, "plain": "{question}"}
-
-
-class UserError(Exception):
-    """Something that the user can mend; the message says how."""
-
-
-def one_line(error: Exception) -> str:
-    """What a library says of an error, as part of a sentence."""
-    return " ".join(str(error).split())
 
 
 @dataclass(frozen=True)
@@ -45,14 +38,7 @@ def load_questions(source: str, split: str = "test", limit: int | None = None) -
     Raises:
         UserError: if the source does not exist, is empty, or a row lacks `question` or an answer that ends in `#### N`.
     """
-    path = Path(source)
-    if path.is_file():
-        rows = read_file(path)
-    elif path.suffix in (".jsonl", ".json", ".parquet") or path.is_absolute() or source.startswith("."):
-        raise UserError(f"There is no data file {source}: write the path of a jsonl or parquet file, or openai/gsm8k.")
-    else:
-        rows = _read_hub(source, split)
-
+    rows = located_rows(source, split)
     questions = [_question(index, row) for index, row in enumerate(rows)][:limit]
     if not questions:
         raise UserError(f"{source} holds no problems: write a file with rows of `question` and `answer`.")
@@ -68,43 +54,27 @@ def _content(question: Question) -> bytes:
     return json.dumps([question.text, str(question.gold)]).encode()
 
 
-def read_file(path: Path) -> Iterable[tuple[str, dict[str, Any]]]:
-    """The rows of a jsonl or parquet file, each with where it is.
+def located_rows(source: str, split: str = "train") -> list[tuple[str, Fields]]:
+    """The rows of a data file, or of a hub's data set in its subset `main`, each with where it is.
 
     Raises:
-        UserError: for a line that is not JSON.
+        UserError: as `read_rows` does, and for a row that is none.
     """
-    if path.suffix == ".parquet":
-        import pyarrow.parquet
-
-        rows = pyarrow.parquet.read_table(path).to_pylist()
-        return [(f"{path}, row {number}", row) for number, row in enumerate(rows, start=1)]
-
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
-        if line.strip():
-            try:
-                rows.append((f"{path}, line {number}", json.loads(line)))
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}, line {number} is not JSON ({error}): write one object per line.") from error
-    return rows
+    is_hub = HUB_NAME.fullmatch(source) and not Path(source).exists()
+    rows = read_rows(f"{source}:main" if is_hub and ":" not in source else source, split)
+    unit = "line" if source.endswith((".jsonl", ".gz")) else "row"
+    return [_located(f"{source}, {unit} {row.number}", row) for row in rows]
 
 
-def _read_hub(name: str, split: str) -> Iterable[tuple[str, dict[str, Any]]]:
-    from datasets import load_dataset
-
-    try:
-        data = load_dataset(name, "main", split=split)
-    except Exception as error:
-        raise UserError(
-            f"{name} could not be read from the hub ({error}): name a local jsonl or parquet file."
-        ) from error
-    return [(f"{name}, row {number}", row) for number, row in enumerate(data, start=1)]
+def _located(where: str, row: Row) -> tuple[str, Fields]:
+    if isinstance(row.fields, BadRow):
+        raise UserError(f"{where} is {row.fields}: write one object per line.")
+    return where, row.fields
 
 
-def _question(index: int, located: tuple[str, dict[str, Any]]) -> Question:
+def _question(index: int, located: tuple[str, Fields]) -> Question:
     where, row = located
-    if not isinstance(row, dict) or not {"question", "answer"} <= set(row):
+    if not {"question", "answer"} <= set(row):
         raise UserError(f"{where} has no fields `question` and `answer`: name data with both.")
     _, marker, final = str(row["answer"]).rpartition("####")
     try:

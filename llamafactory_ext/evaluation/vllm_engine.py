@@ -11,11 +11,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from chat_templates import Chat
-from engines import Job, Settings, check_chats, package_versions
-from generations import Generation
-from models import end_tokens, load_tokenizer
-from questions import UserError, one_line
+from ..errors import UserError, in_a_line
+from .chat_templates import Chat
+from .engines import Job, Settings, check_chats, package_versions
+from .generations import Generation
+from .models import end_tokens, load_tokenizer
 
 FINISHED = ()  # what a replica sends last
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM can be configured for
@@ -57,7 +57,7 @@ class VllmEngine:
             raise
         except Exception as error:
             raise UserError(
-                f"vLLM does not answer ({type(error).__name__}: {one_line(error)}): see what it has printed above; "
+                f"vLLM does not answer ({type(error).__name__}: {in_a_line(error)}): see what it has printed above; "
                 "what was answered is kept, and the same command goes on from there."
             ) from error
 
@@ -119,7 +119,7 @@ def _check_generation_config(model: str) -> None:
         GenerationConfig.from_pretrained(model)
     except Exception as error:
         raise UserError(
-            f"{model}/generation_config.json does not load ({one_line(error)}): correct it, or remove it."
+            f"{model}/generation_config.json does not load ({in_a_line(error)}): correct it, or remove it."
         ) from error
 
 

@@ -7,7 +7,7 @@ import re
 import sys
 from typing import Any
 
-from questions import UserError, one_line
+from ..errors import UserError, in_a_line
 
 Chat = list[dict[str, str]]
 
@@ -71,7 +71,7 @@ def _sentence(tokenizer: Any, chat: Chat, arguments: dict[str, Any], problem: in
     from jinja2 import TemplateError
 
     # `raise_exception` of a template raises a TemplateError: its message is the template's own.
-    said = one_line(error) if type(error) is TemplateError else f"{type(error).__name__}: {one_line(error)}"
+    said = in_a_line(error) if type(error) is TemplateError else f"{type(error).__name__}: {in_a_line(error)}"
     refusal = f"The chat template of {tokenizer.name_or_path} does not take"
     if chat[0]["role"] == "system" and _takes(tokenizer, chat[1:], arguments):
         return f"{refusal} a system turn ({said}): leave out --system, or `system` in the data."

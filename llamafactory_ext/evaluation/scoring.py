@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from decimal import Decimal
 from typing import Any
 
-from degeneration import inspect_output
-from extraction import TIERS, VERSION, read_answer
-from generations import Generation
-from questions import Question, problems_hash
-from statsmodels.stats.proportion import proportion_confint
+from .degeneration import inspect_output
+from .extraction import TIERS, VERSION, read_answer
+from .generations import Generation
+from .questions import Question, problems_hash
 
 SIGNS = ("degenerate", "loop", "cut_off", "empty")
 
@@ -51,6 +50,8 @@ def score_run(questions: list[Question], generations: Mapping[int, Generation]) 
 
 
 def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    from statsmodels.stats.proportion import proportion_confint
+
     count = len(rows)
     tiers: dict[str, Any] = {}
     for tier in TIERS:

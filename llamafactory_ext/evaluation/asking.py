@@ -7,15 +7,74 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
-from chat_templates import Chat
-from engines import Engine, Job
-from generations import MANIFEST, Generation, Run
-from questions import UserError
 from tqdm import tqdm
+
+from ..errors import UserError
+from .chat_templates import Chat
+from .engines import Engine, Job, Settings
+from .generations import MANIFEST, Generation, Run
+from .models import folder_hashes
+from .options import Options
 
 
 def is_answered(reply: Generation) -> bool:
     return reply.refused is None
+
+
+def ask_models(
+    options: Options,
+    chats: list[Chat],
+    about: dict[str, Any],
+    output: Path,
+    watch: Callable[[Generation], str] = lambda reply: "",
+) -> dict[str, dict[int, Generation]]:
+    """Ask a model and its adapters what they have not answered yet, in one load; returns the answers of each run.
+
+    The manifest holds everything that the answers depend on: a run is resumed only with the same one.
+
+    Args:
+        options: which models, and how they answer.
+        chats: the problems in their order.
+        about: what else the answers and their reading depend on, for the manifest.
+        output: holds a folder per run.
+        watch: see `ask_missing`.
+
+    Raises:
+        UserError: see `ask_missing`; also if an option is wrong or a problem cannot be asked, before anything is loaded
+            or written.
+    """
+    settings = options.settings()
+    engine = make_engine(options.engine, settings)
+    engine.check(chats)
+    manifest = {
+        **about,
+        "model": {"name": options.model, "files": folder_hashes(settings.model)},
+        "system": options.system,
+        "chat_template_kwargs": settings.chat_template_kwargs,
+        "sampling": vars(settings.sampling),
+        "sent": engine.parameters(),
+        "engine": {"name": str(options.engine), "dtype": settings.dtype, "versions": engine.versions()},
+    }
+    runs = {
+        name: (output / name, {**manifest, "adapter": folder_hashes(settings.adapters.get(name))})
+        for name in options.runs(settings)
+    }
+    return ask_missing(engine, chats, runs, watch=watch)
+
+
+def make_engine(name: str, settings: Settings) -> Engine:
+    """The engine by name; nothing is loaded before `generate`."""
+    if name == "vllm":
+        from .vllm_engine import VllmEngine
+
+        return VllmEngine(settings)
+    if name == "openai":
+        from .openai_engine import OpenAIEngine
+
+        return OpenAIEngine(settings)
+    from .transformers_engine import TransformersEngine
+
+    return TransformersEngine(settings)
 
 
 def ask_missing(

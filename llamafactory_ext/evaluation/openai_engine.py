@@ -7,10 +7,10 @@ from collections.abc import Generator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from typing import Any
 
-from chat_templates import Chat
-from engines import Job, Settings, check_texts, package_versions
-from generations import Generation
-from questions import UserError
+from ..errors import UserError
+from .chat_templates import Chat
+from .engines import Job, Settings, check_texts, package_versions
+from .generations import Generation
 
 # What a server says of one request, not of all: too long a prompt, or content that it does not take.
 REFUSED = (400, 413, 422)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from dataclasses import fields as dataclass_fields
 from pathlib import Path
@@ -14,8 +12,9 @@ from types import TracebackType
 from typing import Any
 
 from filelock import FileLock, Timeout
-from questions import UserError
-from whole_files import write_whole
+
+from ..errors import UserError
+from ..whole_files import write_whole
 
 MANIFEST, GENERATIONS = "manifest.json", "generations.jsonl"
 CHUNK = 32  # answers per fsync: what a power cut may cost, never what a kill may double
@@ -185,18 +184,6 @@ def run_folder(folder: Path, file: str) -> Path:
     if len(inner) > 1:
         raise UserError(f"{folder} holds several runs: name one, such as {inner[0]}.")
     return inner[0]
-
-
-def file_hashes(folder: Path) -> dict[str, str]:
-    """sha256 of every file directly in a model or adapter folder, by name."""
-    files = sorted(path for path in folder.iterdir() if path.is_file())
-    with ThreadPoolExecutor() as pool:  # hashing releases the GIL
-        return dict(zip([path.name for path in files], pool.map(_sha256, files), strict=True))
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _parts_that_differ(a: Any, b: Any) -> tuple[Any, Any]:

@@ -7,11 +7,11 @@ from contextlib import nullcontext
 from functools import cached_property
 from typing import Any
 
-from chat_templates import Chat, apply_chat_template, check_question_is_read
-from engines import Job, Settings, check_chats, package_versions
-from generations import Generation
-from models import end_tokens, load_tokenizer
-from questions import UserError, one_line
+from ..errors import UserError, in_a_line
+from .chat_templates import Chat, apply_chat_template, check_question_is_read
+from .engines import Job, Settings, check_chats, package_versions
+from .generations import Generation
+from .models import end_tokens, load_tokenizer
 
 
 class TransformersEngine:
@@ -64,7 +64,7 @@ class TransformersEngine:
             if self.settings.adapters:
                 model = _with_adapters(model, self.settings.adapters)
         except Exception as error:
-            said = one_line(error)
+            said = in_a_line(error)
             raise UserError(f"The model does not load ({said}): correct --model, --adapter or --dtype.") from error
         model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
@@ -79,7 +79,7 @@ class TransformersEngine:
                         answers = self._answer(model, config, batch)
                     except Exception as error:
                         raise UserError(
-                            f"transformers does not answer ({one_line(error)}): lower --batch-size or --max-tokens; "
+                            f"transformers does not answer ({in_a_line(error)}): lower --batch-size or --max-tokens; "
                             "what was answered is kept, and the same command goes on from there."
                         ) from error
                 yield from zip(batch, answers, strict=True)

@@ -1,0 +1,97 @@
+"""The options that the evaluation's commands share."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import wraps
+from typing import Annotated, Any, get_type_hints
+
+from typer import Option
+
+from ..paths import output_path
+from .chat_templates import parse_chat_template_kwargs
+from .engines import Sampling, Settings
+from .models import BASE, Dtype, EngineName, local_model, parse_adapters
+
+ChatTemplateKwargs = Annotated[
+    str,
+    Option(help="""Arguments of the chat template, as JSON: '{"enable_thinking": false}', if trained like that."""),
+]
+
+
+def written_to(help: str) -> Any:
+    """A folder or file to be written."""
+    return Option(help=help, parser=output_path, metavar="PATH")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Which models are asked, by what, and how they are to answer: the options of `gsm8k` and `answers`."""
+
+    model: Annotated[
+        str, Option(help="A model folder or hub name; with --engine openai, the name it is served by.")
+    ] = ""
+    engine: Annotated[EngineName, Option(help="What generates.")] = EngineName.vllm
+    adapter: Annotated[list[str] | None, Option(help="NAME=DIR of a LoRA adapter; several in one load.")] = None
+    skip_base: Annotated[bool, Option("--skip-base", help="Ask the adapters only.")] = False
+    limit: Annotated[int | None, Option(min=1, help="Only the first problems.")] = None
+    system: Annotated[str | None, Option(help="Text of the system turn where the data has none, also ''.")] = None
+    chat_template_kwargs: ChatTemplateKwargs = "{}"
+    temperature: Annotated[float, Option(min=0, help="0: greedy.")] = 0.0
+    top_p: Annotated[float, Option(min=0, max=1)] = 1.0
+    repetition_penalty: Annotated[float, Option(min=0.01, help="1: none. Always sent.")] = 1.0
+    max_tokens: Annotated[int, Option(min=1, help="Of an answer.")] = 1024
+    seed: Annotated[int, Option(min=0, max=2**32 - 1)] = 0
+    dtype: Annotated[Dtype, Option(help="Compare engines in float32.")] = Dtype.auto
+    tensor_parallel: Annotated[int, Option(min=1, help="vllm: GPUs per copy of the model.")] = 1
+    data_parallel: Annotated[int, Option(min=1, help="vllm: copies of the model.")] = 1
+    max_model_len: Annotated[int | None, Option(min=1, help="vllm: context length.")] = None
+    batch_size: Annotated[int, Option(min=1, help="hf: problems at a time.")] = 16
+    base_url: Annotated[str, Option(help="openai: the server.")] = "http://127.0.0.1:8000/v1"
+    concurrency: Annotated[int, Option(min=1, help="openai: requests at a time.")] = 64
+
+    def settings(self) -> Settings:
+        """What the engine is made with; fetches the model if it is a hub's.
+
+        Raises:
+            UserError: if there is no such model or adapter, or the template's arguments are none.
+        """
+        return Settings(
+            model=local_model(self.model, self.engine),
+            adapters=parse_adapters(self.adapter or [], self.engine),
+            sampling=Sampling(self.temperature, self.top_p, self.repetition_penalty, self.max_tokens, self.seed),
+            chat_template_kwargs=parse_chat_template_kwargs(self.chat_template_kwargs),
+            dtype=self.dtype.value,
+            tensor_parallel=self.tensor_parallel,
+            data_parallel=self.data_parallel,
+            max_model_len=self.max_model_len,
+            batch_size=self.batch_size,
+            base_url=self.base_url,
+            concurrency=self.concurrency,
+        )
+
+    def runs(self, settings: Settings) -> list[str]:
+        """The names of what is asked: the model itself, and its adapters."""
+        return [*([] if self.skip_base and settings.adapters else [BASE]), *settings.adapters]
+
+
+def with_options(command: Callable[..., None]) -> Callable[..., None]:
+    """A command with the parameter `options: Options`, as Typer wants it: the fields of that are options of its own."""
+    own = [each for each in inspect.signature(command, eval_str=True).parameters.values() if each.name != "options"]
+    kinds, known = get_type_hints(Options, include_extras=True), fields(Options)
+    shared = [
+        inspect.Parameter(each.name, inspect.Parameter.KEYWORD_ONLY, default=each.default, annotation=kinds[each.name])
+        for each in known
+    ]
+
+    @wraps(command)
+    def main(**words: Any) -> None:
+        command(options=Options(**{each.name: words.pop(each.name) for each in known}), **words)
+
+    del main.__wrapped__  # whose signature and annotations Typer would read
+    signature = inspect.Signature([*(each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in own), *shared])
+    main.__signature__ = signature  # type: ignore[attr-defined]
+    main.__annotations__ = {each.name: each.annotation for each in signature.parameters.values()}
+    return main
