@@ -1,4 +1,4 @@
-"""`llamafactory-ext`: what belongs to a training but is none."""
+"""`llamafactory-ext`: preparing, planning, scoring and comparing trainings."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def options(
 
 @app.command()
 def env() -> None:
-    """Versions, whether the plugin acts, devices, and conflicts with their fix; ends with 1 if there are conflicts."""
+    """Show versions, devices, whether the plugin is active, and conflicts with their fix (then exit status 1)."""
     from .environment import findings
 
     has_conflict, width = False, len("llamafactory-ext needs")
@@ -75,7 +75,7 @@ def examples(
         ),
     ] = Path(),
 ) -> None:
-    """Write the recipes, DeepSpeed settings, samples and evaluation scripts of the package; what is there stays.
+    """Write the package's recipes, DeepSpeed settings, samples and evaluation scripts; existing files are kept.
 
     llamafactory-ext examples
 
@@ -84,17 +84,17 @@ def examples(
     from .examples import FOLDERS, write_examples
 
     written = [is_new for _, is_new in write_examples(folder)]
-    there = f"; {written.count(False)} were there already and stay" if not all(written) else ""
+    there = f"; {written.count(False)} existed and were kept" if not all(written) else ""
     places = ", ".join(str(folder / name) for name in FOLDERS)
     console.print(f"{sum(written)} files written to {places}{there}", soft_wrap=True)
 
 
 @app.command()
 def losses(
-    name: Annotated[str | None, typer.Argument(help="Only this one.")] = None,
-    pref_loss_file: Annotated[str | None, typer.Option(help="Also a file of yours, as in the recipe.")] = None,
+    name: Annotated[str | None, typer.Argument(help="Show this one only.")] = None,
+    pref_loss_file: Annotated[str | None, typer.Option(help="Also the losses of this file, as in the recipe.")] = None,
 ) -> None:
-    """Every `pref_loss`: its equation, source, and YAML keys with their defaults.
+    """List every `pref_loss`: its equation, source, and YAML keys with their defaults.
 
     llamafactory-ext losses
 
@@ -118,7 +118,7 @@ def losses(
         table.add_row(each, escape(loss.description), escape(keys))
     console.print(table)
     console.print(
-        "D_w, D_l: log pi/pi_ref of the chosen and the rejected answer; sigma: the logistic function.", markup=False
+        "D_w, D_l: log pi/pi_ref of the chosen and the rejected response; sigma: the logistic function.", markup=False
     )
 
 
@@ -137,12 +137,12 @@ def plan(
         typer.Option(min=1, help="Typical length of a sequence, as `data check` shows it (default: cutoff_len)."),
     ] = None,
     answer_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of the longest answer (default: cutoff_len).")
+        int | None, typer.Option(min=1, help="Tokens of the longest response (default: cutoff_len).")
     ] = None,
 ) -> None:
-    """Steps, tokens and memory per GPU by part, from the model's config alone; what to change if it does not fit.
+    """Plan steps, tokens and memory per GPU from the model's config alone; says what to change if it does not fit.
 
-    Ends with 0 if it fits, 1 if not, 2 if it cannot be planned. Memory is planned for sequences of cutoff_len.
+    Exit status: 0 if it fits, 1 if not, 2 if it cannot be planned. Memory is planned for cutoff_len tokens.
 
     llamafactory-ext plan recipe.yaml --gpus 8 --gpu-memory 80
 
@@ -169,9 +169,9 @@ def report(
         Path | None, typer.Option(help="A folder (default: FOLDER/report).", parser=output_path, metavar="PATH")
     ] = None,
 ) -> None:
-    """One page of a sweep: figures, tests against DPO, every cell, and all that is needed to repeat it.
+    """Make one page of a sweep: figures, tests against DPO, every cell, and what is needed to repeat it.
 
-    The page needs no network; its figures are beside it as PNG and SVG, its tables as CSV.
+    The page needs no network; figures and tables are also files beside it.
 
     llamafactory-ext report outputs/metamath
     """
@@ -186,15 +186,18 @@ def score(
     output: Annotated[
         Path,
         typer.Option(
-            help="A .jsonl or .parquet file; appears when all pairs are scored.", parser=output_path, metavar="PATH"
+            help="A .jsonl or .parquet file, which appears when all pairs are scored.",
+            parser=output_path,
+            metavar="PATH",
         ),
     ],
     batch_size: Annotated[int, typer.Option(min=1, help="Pairs at a time.")] = 4,
 ) -> None:
-    """Score pairs offline: logratios, margins and what the recipe's loss makes of them, pair by pair.
+    """Score pairs offline: log-ratios, margins, the recipe's loss and its metrics, pair by pair.
 
-    The reference is `ref_model`, or with an adapter the model without it. Interrupted, the same command goes on. If the
-    data has scores of both answers (score_chosen, score_rejected), their difference is correlated with the margins.
+    The reference is `ref_model`, or with an adapter the model without it. If the data has scores of both responses
+    (score_chosen, score_rejected), their difference is correlated with the margins. Interrupted: run the same command
+    to resume.
 
     llamafactory-ext score recipe.yaml model_name_or_path=outputs/dpo ref_model=Qwen/Qwen1.5-7B-Chat --output dpo.jsonl
 
@@ -211,7 +214,7 @@ def score(
     summary = summarize(read_scores(output))
     if not summary.pairs:
         raise UserError(
-            f"none of {summary.skipped} rows is a pair that LLaMA-Factory trains on, so {output} holds no scores: "
+            f"none of {summary.skipped} rows is a pair that LLaMA-Factory would train on, so {output} holds no scores: "
             "`llamafactory-ext data check` on the same recipe says why."
         )
     _show(summary, output)
@@ -226,10 +229,12 @@ def _show(summary: Summary, output: Path) -> None:
         table.add_row("accuracy under the augmented prompt", f"{summary.augmented_accuracy:.1%}")
     console.print(table)
     if summary.skipped:
-        console.print(f"[yellow]{summary.skipped} rows are no pairs that LLaMA-Factory trains on: see `skipped`.")
+        console.print(
+            f"[yellow]{summary.skipped} rows skipped, because LLaMA-Factory would not train on them (column `skipped`)."
+        )
     for margin, methods in summary.correlations.items():
         values = ", ".join(f"{name} {value:.3f} (p = {p:.2g})" for name, (value, p) in methods.items())
-        console.print(f"{margin} against the difference of the data's scores: {values}")
+        console.print(f"correlation of {margin} with the data's scores: {values}")
 
 
 def main() -> None:

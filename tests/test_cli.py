@@ -98,7 +98,7 @@ def test_corrupt_reports_every_row(tmp_path):
         (["corrupt", str(DATA / "gsm8k_sample.jsonl"), "--output", "y.csv"], "must end in .jsonl"),
         (["metamath", "x.jsonl", "--lead", "Q: "], "--lead and --suffix"),
         (["check", "absent.yaml"], "there is no recipe 'absent.yaml'"),
-        (["check", "dataset"], "'dataset' is neither a .yaml file nor key=value"),
+        (["check", "dataset"], "'dataset' is neither a YAML file nor key=value"),
     ],
 )
 def test_wrong_input_is_one_sentence(words, message, tmp_path):

@@ -136,7 +136,7 @@ def test_no_pair_at_all_is_said(settings, tmp_path, capsys):
     words = [f"{key}={value}" for key, value in settings().items()]
     result = CliRunner().invoke(cli.app, ["score", *words, "--output", str(tmp_path / "scores.jsonl")])
     assert result.exit_code == 2
-    assert "none of 5 rows is a pair that LLaMA-Factory trains on" in result.output
+    assert "none of 5 rows is a pair that LLaMA-Factory would train on" in result.output
 
 
 def test_an_interrupted_run_goes_on(settings, tmp_path):
@@ -146,7 +146,7 @@ def test_an_interrupted_run_goes_on(settings, tmp_path):
     assert not output.exists()
     unfinished.write_text(unfinished.read_text(encoding="utf-8") + '{"index": 2, "mar', encoding="utf-8")
 
-    refused = "was begun with other settings, data or models: its "
+    refused = "was started with other settings, data or models: its "
     with pytest.raises(UserError, match=refused):
         run(settings(pref_beta=0.5), output)
     pairs = Path(settings()["dataset_dir"], "pairs.jsonl")
@@ -187,7 +187,7 @@ def test_refused(settings, changes, message, tmp_path):
 
 def test_outputs_that_are_refused(tmp_path):
     (tmp_path / "there.jsonl").touch()
-    for name, message in (("a.csv", "must end in .jsonl or .parquet"), ("there.jsonl", "is there already")):
+    for name, message in (("a.csv", "does not end in .jsonl or .parquet"), ("there.jsonl", "exists and is complete")):
         with pytest.raises(UserError, match=message):
             check_output(tmp_path / name)
 
@@ -227,7 +227,7 @@ def test_a_recorded_table_by_hand(tmp_path, capsys, monkeypatch):
         "margin 2 ",
         "loss 0.625 ",
         "accuracy (margin > 0) 75.0%",
-        "1 rows are no pairs",
+        "1 rows skipped",
         "Pearson 0.632 (p = ",
         "Spearman 0.800 (p = ",
         "Kendall 0.667 (p = ",
@@ -290,4 +290,4 @@ def test_command_line_survives_kill(settings, tmp_path):
 
     again = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert again.returncode == 2
-    assert "is there already" in again.stderr
+    assert "exists and is complete" in again.stderr

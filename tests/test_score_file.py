@@ -29,7 +29,7 @@ def score(count, batch_size=2, seconds=0.0):
                 for _ in file.fill(count, rows, batch_size):
                     time.sleep(seconds)
         except UserError as error:
-            assert "it is complete" in str(error)  # noqa: PT017
+            assert "is complete" in str(error)  # noqa: PT017
 
     return work
 
@@ -65,7 +65,7 @@ def test_a_torn_beginning_is_begun_anew_and_another_one_refused(torn, tmp_path):
     unfinished_path(output).write_bytes(torn)
     if torn.endswith(b"\n"):
         with pytest.raises(
-            UserError, match=r"was begun with other settings.*: its settings is null, now it would be 1"
+            UserError, match=r"was started with other settings.*: its settings is null, now it would be 1"
         ):
             ScoreFile(output, MANIFEST).check()
     else:
@@ -88,7 +88,7 @@ def test_a_file_that_somebody_else_has_put_there_stays(tmp_path):
     with ScoreFile(output, MANIFEST):
         pass
     output.write_text("mine")
-    with pytest.raises(UserError, match="is there already"), ScoreFile(output, MANIFEST) as file:
+    with pytest.raises(UserError, match="exists and is complete"), ScoreFile(output, MANIFEST) as file:
         list(file.fill(3, rows, 1))
     assert output.read_text() == "mine"
 
@@ -116,12 +116,12 @@ def test_a_row_that_nobody_has_scored_is_named(row, words, tmp_path):
 def test_a_row_of_no_pair_is_refused_before_anything_is_scored(tmp_path):
     file = ScoreFile(tmp_path / "scores.jsonl", {})
     file.path.write_text(file.head + json.dumps({"index": 9, "skipped": True}) + "\n")
-    with file, pytest.raises(UserError, match="holds a pair 9, and there are 3"):
+    with file, pytest.raises(UserError, match="holds pair 10 of 3"):
         next(file.fill(3, None, 1))
 
 
 def test_what_is_no_file_is_refused(tmp_path):
     file = ScoreFile(tmp_path / "scores.jsonl", {})
     os.mkfifo(file.path)
-    with pytest.raises(UserError, match="is no file: remove it"):
+    with pytest.raises(UserError, match="is not a file: remove it"):
         file.check()

@@ -201,7 +201,7 @@ def test_a_picture_that_is_not_there_is_a_row_at_which_the_training_stops(family
     report = check_pairs(settings)
     assert report.problems["rows at which the training stops"] == 1
     assert "row 2: " in report.stop
-    with pytest.raises(UserError, match="a training would stop at row 2, too: "):
+    with pytest.raises(UserError, match="row 2 cannot be tokenized: "):
         list(score_pairs(settings | {"ref_model": str(models[1])}, tmp_path / "scores.jsonl"))
 
 

@@ -1,4 +1,4 @@
-"""The plugin's YAML keys: defaults, help text, and the checks that stop a wrong recipe before any weights load."""
+"""The plugin's YAML keys: defaults, help, and checks that stop a wrong recipe before any weights load."""
 
 from __future__ import annotations
 
@@ -79,12 +79,14 @@ class PreferenceArguments(FinetuningArguments):
     )
     dpop_lambda: float | None = field(
         default=None,
-        metadata={"help": "The weight of DPOP's penalty on a chosen answer below the reference (dpop: 50)."},
+        metadata={
+            "help": "The weight of DPOP's penalty on a chosen response that falls below the reference (dpop: 50)."
+        },
     )
     ipo_length_normalize: bool | None = field(
         default=None,
         metadata={
-            "help": "Whether ipo and sr_ipo compare means per token or sums over the answer (ipo: true, sr_ipo: false)."
+            "help": "Whether ipo and sr_ipo use means per token, not sums over the response (ipo: true, sr_ipo: false)."
         },
     )
     sr_lambda: float | None = field(
@@ -92,7 +94,7 @@ class PreferenceArguments(FinetuningArguments):
         metadata={
             "help": (
                 "The weight of the refinement term of Sr-DPO and Sr-IPO (sr_dpo, sr_ipo: 0.3; minor_dpo, dpop: 0). "
-                "Above 0, every step also scores the answers under a prompt that asks for quality."
+                "Above 0, every step also scores the responses under a prompt that asks for quality."
             )
         },
     )
@@ -109,8 +111,8 @@ class PreferenceArguments(FinetuningArguments):
         default=None,
         metadata={
             "help": (
-                "Whether what both answers of a pair begin with is computed once. null: where that is exact; "
-                "true: an error where it is not; false: a row per answer, as in LLaMA-Factory."
+                "Whether the prefix that both responses of a pair share is computed once. null: where that is exact; "
+                "true: an error where it is not; false: a row per response, as in LLaMA-Factory."
             )
         },
     )
@@ -118,14 +120,16 @@ class PreferenceArguments(FinetuningArguments):
         default=None,
         metadata={
             "help": (
-                "Whether the reference's log-probabilities are computed once, before training, and kept on disk for "
+                "Whether the reference's log-probabilities are precomputed before training and cached on disk for "
                 "later runs. null: where that is exact; true: an error where it is not; false: in every step."
             )
         },
     )
     ref_log_probs_cache_dir: str | None = field(
         default=None,
-        metadata={"help": "Where they are kept (default: llamafactory_ext in the user's cache folder)."},
+        metadata={
+            "help": "The folder of that cache (default: llamafactory_ext/references in the user's cache folder)."
+        },
     )
     pref_loss_file: str | None = field(
         default=None,
@@ -334,7 +338,7 @@ def _check_refinement(args: PreferenceArguments, loss: Loss, hyperparameters: di
         raise ValueError(f"`sr_prompt` holds half a character ({args.sr_prompt!r}): write it as text.")
     if not ("sr_lambda" in loss.parameters and hyperparameters["sr_lambda"]):
         raise ValueError(
-            f"`sr_prompt` belongs to the refinement term, which pref_loss {loss.name!r} is trained without here: "
+            f"`sr_prompt` belongs to the refinement term, which this recipe's {loss.name!r} has none of: "
             "write an `sr_lambda` above 0 with sr_dpo, sr_ipo, minor_dpo or dpop, or remove `sr_prompt`."
         )
 

@@ -1,4 +1,4 @@
-"""A recipe's tokenizer and pairs, by LLaMA-Factory's own functions; where those stop, a sentence says at which line."""
+"""Load a recipe's tokenizer and pairs with LLaMA-Factory's functions; errors name the file and the line."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def load_tokenization(model_args: Any, data_args: Any) -> Tokenization:
     except Exception as error:  # whatever transformers, and a chat template that is tried out, raise
         name = model_args.model_name_or_path
         hint = "" if data_args.template else " Write a `template`, as none is named."
-        raise UserError(f"the tokenizer of {name!r} cannot be used: {in_a_line(error)}.{hint}") from error
+        raise UserError(f"the tokenizer of {name!r} cannot be used: {in_a_line(error).rstrip('.')}.{hint}") from error
     return Tokenization(tokenizer, tools["processor"], template, own_template)
 
 
@@ -85,7 +85,7 @@ def source_files(description: Any, dataset_dir: str) -> list[Path]:
 
 def _in_words(error: Exception) -> str:
     if isinstance(error, StopIteration):  # LLaMA-Factory asks for a first row
-        return "they hold no rows: write at least one"
+        return "they hold no rows: add at least one"
     return in_a_line(error)
 
 
@@ -112,14 +112,14 @@ def _first_fault(file: Path, description: Any, data_args: Any) -> str | None:
     for number, fields in _numbered(file):
         where = f"{str(file)!r}, {_place(file, number)}"
         if isinstance(fields, BadRow):
-            return f"{where}: {fields}: repair or remove it"
+            return f"{where}: {fields}: correct or remove it"
         columns |= dict.fromkeys(fields)
         for place, kind in _kinds(fields):
             if kind == HALF:
                 return f"{where}: {place} holds {HALF}, which no tokenizer takes: remove it"
             before, first = seen.setdefault(place, (kind, _place(file, number)))
             if kind != before:
-                return f"{where}: {place} holds {kind} there, and {before} in {first}: write one kind in all rows"
+                return f"{where}: {place} holds {kind} there, and {before} in {first}: write the same kind in all rows"
     return _first_refused(file, columns, description, data_args) if number else f"{str(file)!r} holds no rows"
 
 
@@ -135,12 +135,12 @@ def _first_refused(file: Path, columns: Fields, description: Any, data_args: Any
         try:
             converter({**columns, **fields})
         except KeyError as error:
-            what = f"it has no {error}, which dataset_info.json names"
+            what = f"it has no column {error}, which dataset_info.json names"
             if error.args == (None,):
                 what = f"dataset_info.json names no column for what formatting {description.formatting!r} needs"
             return f"{where}: {what}"
         except Exception as error:  # whatever the converter does not expect
-            return f"{where}: LLaMA-Factory makes no pair of it ({in_a_line(error)})"
+            return f"{where}: LLaMA-Factory cannot make a pair from it ({in_a_line(error)})"
     return None
 
 

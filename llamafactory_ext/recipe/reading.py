@@ -1,4 +1,4 @@
-"""A recipe read as `llamafactory-cli train` reads it, without starting anything."""
+"""Read and check a recipe as `llamafactory-cli train` does, without starting anything."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def read_recipe(words: list[str]) -> Settings:
     if words and words[0].endswith((".yaml", ".yml", ".json")):
         path, *words = words
         if not Path(path).is_file():
-            raise UserError(f"there is no recipe {path!r}: name a YAML file, then key=value to change its keys.")
+            raise UserError(f"there is no recipe {path!r}: write a YAML file, then key=value words to change its keys.")
         try:
             config = OmegaConf.load(path)
         except OSError:  # which the command line says by itself
@@ -38,7 +38,7 @@ def read_recipe(words: list[str]) -> Settings:
             raise UserError(f"the recipe {path!r} is not YAML ({error}).") from error
     for word in words:
         if "=" not in word:
-            raise UserError(f"{word!r} is neither a .yaml file nor key=value: write a recipe, then key=value words.")
+            raise UserError(f"{word!r} is neither a YAML file nor key=value: write a recipe, then key=value words.")
     settings = OmegaConf.to_container(OmegaConf.merge(config, OmegaConf.from_cli(words)))
     if not isinstance(settings, dict):
         raise UserError("the recipe is not a mapping of keys to values.")
@@ -63,7 +63,7 @@ def parse_recipe(settings: Settings) -> tuple[Any, Any, Any]:
         if key not in known:
             nearest = difflib.get_close_matches(key, known, n=1)
             hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
-            raise UserError(f"{key!r} is not a key that LLaMA-Factory or the plugin knows: remove it.{hint}")
+            raise UserError(f"{key!r} is not a key of LLaMA-Factory or this plugin: correct or remove it.{hint}")
 
     parser = HfArgumentParser(kinds)
     hints = {name: hint for kind in kinds for name, hint in get_type_hints(kind).items()}
@@ -73,7 +73,7 @@ def parse_recipe(settings: Settings) -> tuple[Any, Any, Any]:
         check_numbers(settings, hints)  # which the checks of LLaMA-Factory take for granted
         raise UserError(str(error) or type(error).__name__) from error
     check_numbers(settings, hints)
-    if model_args.adapter_name_or_path is not None and finetuning_args.finetuning_type != "lora":
+    if model_args.adapter_name_or_path is not None and finetuning_args.finetuning_type not in ("lora", "oft"):
         raise UserError(
             f"LLaMA-Factory reads `adapter_name_or_path` with `finetuning_type: lora` only, not "
             f"{finetuning_args.finetuning_type!r}: write finetuning_type=lora."
@@ -85,7 +85,7 @@ def parse_recipe(settings: Settings) -> tuple[Any, Any, Any]:
 
 
 def check_numbers(settings: Settings, hints: dict[str, Any]) -> None:
-    """Refuse what is no number, or none that a key may have; no library does, and all calculate with them.
+    """Refuse values that are not the number a key needs; no library checks this, and all calculate with them.
 
     Args:
         settings: a recipe's.
@@ -104,7 +104,7 @@ def check_numbers(settings: Settings, hints: dict[str, Any]) -> None:
 
 
 def check_sizes(data_args: Any) -> None:
-    """Refuse sizes with which no data set is left.
+    """Refuse sizes that would leave no data.
 
     Raises:
         UserError: for a number below 1.
@@ -129,11 +129,11 @@ def data_sets(names: Sequence[str] | None, folder: str) -> list[Any]:
 
     named: list[Any] = list(names) if isinstance(names, list | tuple) else [] if names is None else [names]
     if not all(isinstance(name, str) for name in named):
-        raise UserError(f"dataset is {', '.join(map(repr, named))}: write names that dataset_info.json has.")
+        raise UserError(f"dataset is {', '.join(map(repr, named))}: write names from dataset_info.json.")
     try:
         return list(get_dataset_list(named, folder))
     except ValueError as error:
-        raise UserError(f"{error} Write a `dataset` of it, and its folder as `dataset_dir`.") from error
+        raise UserError(f"{error} Write a `dataset` that it lists, and its folder as `dataset_dir`.") from error
     except (TypeError, KeyError, AttributeError) as error:
         raise UserError(
             f"the dataset_info.json in {folder!r} has no entry that LLaMA-Factory can read for each of "

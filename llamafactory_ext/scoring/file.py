@@ -1,6 +1,6 @@
-"""The file of scored pairs. Unfinished, it is a hidden one: a line that says what it was begun with, then one per pair.
+"""The file of scored pairs. Until it is complete it is hidden: a line with its manifest, then a line per pair.
 
-Whoever is killed leaves whole lines, and at most a torn last one; the next run scores what is missing.
+A killed run leaves whole lines and at most one torn one at the end; the next run scores the missing pairs.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ def check_output(output: Path) -> None:
         UserError: if it is refused.
     """
     if output.suffix not in (".jsonl", ".parquet"):
-        raise UserError(f"the output {str(output)!r} must end in .jsonl or .parquet.")
+        raise UserError(f"the output {str(output)!r} does not end in .jsonl or .parquet: name one that does.")
     if output.exists() and not unfinished_path(output).exists():
         raise _is_there(output)
 
 
 def _is_there(output: Path) -> UserError:
-    return UserError(f"{str(output)!r} is there already: it is complete; remove it, or give another --output.")
+    return UserError(f"{str(output)!r} exists and is complete: remove it, or name another --output.")
 
 
 class ScoreFile:
@@ -63,7 +63,7 @@ class ScoreFile:
         """
         check_output(self.output)
         if os.path.lexists(self.path) and not self.path.is_file():
-            raise UserError(f"{str(self.path)!r} is no file: remove it, or give another --output.")
+            raise UserError(f"{str(self.path)!r} is not a file: remove it, or name another --output.")
         try:
             content = self.path.read_bytes()
         except FileNotFoundError:  # or it has just been finished by another process
@@ -72,7 +72,7 @@ class ScoreFile:
         if whole and not whole.startswith(self.head.encode()):
             difference = first_difference(_manifest(whole.split(b"\n", 1)[0]), self.manifest)
             raise UserError(
-                f"{str(self.path)!r} was begun with other settings, data or models: {difference}. Remove it, or name "
+                f"{str(self.path)!r} was started with other settings, data or models: {difference}. Remove it, or name "
                 "another --output."
             )
         return whole
@@ -83,11 +83,11 @@ class ScoreFile:
             self.lock.acquire(timeout=0)
         except Timeout:
             raise UserError(
-                f"another process scores into {str(self.output)!r}: wait for it, or give another --output."
+                f"another process scores into {str(self.output)!r}: wait for it, or name another --output."
             ) from None
         except NotImplementedError:
             raise UserError(
-                f"{str(self.output.parent)!r} is on a file system without locks: give an --output on another."
+                f"{str(self.output.parent)!r} is on a file system without locks: name an --output on another."
             ) from None
         try:
             whole = self.check()  # again: the other process may have ended since
@@ -118,7 +118,7 @@ class ScoreFile:
         """
         if any(index >= total for index in self.done):
             raise UserError(
-                f"{str(self.path)!r} holds a pair {max(self.done)}, and there are {total}: remove it, and score again."
+                f"{str(self.path)!r} holds pair {max(self.done) + 1} of {total}: remove it, then score again."
             )
         missing = [index for index in range(total) if index not in self.done]
         if missing and self.output.exists():
@@ -177,7 +177,7 @@ def read_scores(path: Path) -> list[Row]:
                 raise ValueError(f"a second row of pair {row['index']}")
         except (ValueError, RecursionError) as error:
             raise UserError(
-                f"{path}, line {number} is damaged ({error}): remove the line and run the command again."
+                f"{path}, line {number} is damaged ({error}): remove that line, then run the same command to resume."
             ) from error
         rows[row["index"]] = row
     return [rows[index] for index in sorted(rows)]

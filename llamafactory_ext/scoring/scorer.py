@@ -2,7 +2,7 @@
 
 The implicit reward of DPO (arXiv 2305.18290, section 4) is beta times the logratio: what is written are logratios and
 margins in nats, free of beta, and what the recipe's loss makes of them. What is done is on disk: interrupted at any
-moment, the same command goes on.
+moment, the same command resumes.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def score_pairs(settings: Settings, output: Path, batch_size: int = 4) -> Iterat
 
 
 def _files(settings: Settings, reference_settings: Settings) -> Row:
-    """Hashes of the local data and models, so that a file is not gone on with after one of them has changed."""
+    """Hashes of the local data and models, so that a file is not resumed after one of them has changed."""
     _, data_args, _ = parse_recipe({"stage": "dpo", **settings})
     data = {}
     for about in data_sets(data_args.dataset, data_args.dataset_dir):
@@ -97,7 +97,7 @@ def reference_of(settings: Settings) -> Settings:
         return {key: value for key, value in settings.items() if key != "adapter_name_or_path"}
     raise UserError(
         "the model would be its own reference: name another one with ref_model=, or write adapter_name_or_path= to "
-        "compare the model that has this adapter with the model that has none."
+        "compare the model with this adapter to the model without it."
     )
 
 
@@ -119,7 +119,7 @@ def load_scorer(settings: Settings, reference_settings: Settings) -> Scorer:
 
     model_args, data_args, finetuning_args = parse_recipe({"stage": "dpo", **settings})
     if len(data_args.dataset or []) != 1:
-        raise UserError("score takes one data set: name it with dataset=.")
+        raise UserError("score takes one data set: write it as dataset=NAME.")
     loss, sr_prompt = finetuning_args.loss, finetuning_args.refinement_prompt
     if not loss.needs_reference:
         raise UserError(f"pref_loss {loss.name!r} has no reference to score against: write another pref_loss.")
@@ -223,7 +223,7 @@ def _encode(scorer: Scorer, index: int) -> dict[str, list[Any]]:
     try:
         encoded: dict[str, list[Any]] = scorer.processor.preprocess_dataset(row)
     except Exception as error:  # whatever the tokenizer, the template or a picture's file raises
-        raise UserError(f"a training would stop at row {index + 1}, too: {in_a_line(error)}") from error
+        raise UserError(f"row {index + 1} cannot be tokenized: {in_a_line(error)}; correct or remove it") from error
     return encoded
 
 

@@ -1,1 +1,1 @@
-"""Many trainings from one recipe: the cells of a sweep, run, scored, and gone on with after any interruption."""
+"""Many trainings from one recipe: the cells of a sweep, trained, scored, and resumed after any interruption."""

@@ -1,4 +1,4 @@
-"""What is looked at before a sweep runs anything."""
+"""Checks that every cell of a sweep must pass before anything runs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..planning.schedule import count_pairs, make_schedule, training_args_of
 from ..recipe.reading import parse_recipe
 from .spec import Cell, Sweep
 
-# What counting the pairs depends on.
+# The keys that decide how many pairs there are.
 DATA = ("dataset", "dataset_dir", "max_samples", "val_size", "streaming", "mix_strategy", "tokenized_path")
 
 
@@ -43,11 +43,11 @@ def check(sweep: Sweep, cells: Sequence[Cell]) -> dict[str, int | None]:
 def _check_model(cell: Cell) -> None:
     model = cell.base_model
     if model.startswith(("/", ".", "outputs/")) and not Path(model).is_dir():
-        raise UserError(f"cell {cell.name}: there is no model {model}: name a folder, or a hub's name.")
+        raise UserError(f"cell {cell.name}: there is no model {model}: write a folder, or a name on the hub.")
 
 
 def _check_adapter(sweep: Sweep, cell: Cell, finetuning_args: Any) -> None:
-    """Refuse adapters that gsm8k.py could not put on the model that the recipe names."""
+    """Refuse adapters that the evaluation could not load onto the recipe's model."""
     earlier = str(cell.settings.get("adapter_name_or_path") or "").split(",")
     if len(earlier) > 1 or (earlier != [""] and finetuning_args.create_new_adapter):
         raise UserError(

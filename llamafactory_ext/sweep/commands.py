@@ -19,17 +19,21 @@ class Launcher(StrEnum):
 
 def sweep(
     file: Annotated[Path, typer.Argument(help="The sweep's YAML file.", metavar="SWEEP.yaml")],
-    only: Annotated[list[str] | None, Opt(help="Only cells whose name fits this pattern, like 'minor_dpo-*'.")] = None,
-    dry_run: Annotated[bool, Opt("--dry-run", help="Show cells, steps and time, and run nothing.")] = False,
+    only: Annotated[
+        list[str] | None, Opt(help="Only cells whose name matches this pattern, such as 'minor_dpo-*'.")
+    ] = None,
+    dry_run: Annotated[bool, Opt("--dry-run", help="Show the cells, steps and time; run nothing.")] = False,
     rerun_failed: Annotated[bool, Opt("--rerun-failed", help="Try failed cells again.")] = False,
-    train_only: Annotated[bool, Opt("--train-only", help="Score nothing; the same without it does.")] = False,
+    train_only: Annotated[
+        bool, Opt("--train-only", help="Train only; run the command again without it to score.")
+    ] = False,
     apart: Annotated[bool, Opt("--apart", hidden=True, help="Only what belongs to one cell: a cluster's job.")] = False,
     shared: Annotated[bool, Opt("--shared", hidden=True, help="Only what cells share: a cluster's last job.")] = False,
     launcher: Annotated[Launcher, Opt(help="Here, or a cluster job per cell (pip install submitit; ray[default]).")] = (
         Launcher.local
     ),
 ) -> None:
-    """Train and score a grid of recipes. Interrupted, even by kill -9, the same command goes on.
+    """Train and score a grid of recipes. Interrupted, even by kill -9: run the same command to resume.
 
     llamafactory-ext sweep examples/metamath_qwen1.5_7b/sweep.yaml --dry-run
 
@@ -49,9 +53,9 @@ def sweep(
     launcher: {timeout_min: 720}         # of submitit's AutoExecutor, or of Ray's client
     ```
 
-    Keys that a cell's loss does not take are left out of it. `llamafactory-ext report OUTPUT` makes a page of all.
+    Keys that a cell's loss does not take are dropped from its recipe. `llamafactory-ext report OUTPUT` makes the page.
 
-    Ends with 0 if all is trained, 1 if a command has failed or is not done, 2 if the file is wrong.
+    Exit status: 0 if everything is done, 1 if a command failed or is not done, 2 if the file is wrong.
     """
     from .conduct import Part, conduct
 

@@ -1,4 +1,4 @@
-"""A sweep from its file to its results: checked, run here or handed to a cluster, and shown."""
+"""Run a sweep: check it, run it here or on a cluster, and show its results."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .work import Task
 
 
 class Part(Enum):
-    """What of a sweep is run: trainings; what belongs to single cells; what they share; all of it."""
+    """The part of a sweep to run: trainings; commands of single cells; commands they share; everything."""
 
     train = "train"
     apart = "apart"
@@ -31,13 +31,13 @@ class Part(Enum):
 def conduct(
     file: Path, only: Sequence[str], launcher: str, part: Part, *, dry_run: bool = False, rerun_failed: bool = False
 ) -> bool:
-    """Run what of a sweep is not done yet; returns whether all is trained, and with `dry_run` True.
+    """Run the commands of a sweep that are not done; returns whether all are, and True with `dry_run`.
 
     Args:
         file: the sweep's YAML file.
         only: patterns of cells' names; none for all cells.
         launcher: local, slurm or ray.
-        part: what is run here; a cluster's jobs are told it by their command lines.
+        part: which commands run here; a cluster's jobs get it on their command line.
 
     Raises:
         UserError: if the file or a recipe is wrong.
@@ -65,7 +65,7 @@ def conduct(
 def _chosen(cells: Sequence[Cell], patterns: Sequence[str]) -> list[Cell]:
     chosen = [c for c in cells if not patterns or any(fnmatch.fnmatchcase(c.name, pattern) for pattern in patterns)]
     if not chosen:
-        raise UserError(f"no cell's name fits {' or '.join(patterns)}: they are {', '.join(c.name for c in cells)}.")
+        raise UserError(f"no cell matches {' or '.join(patterns)}; the cells are {', '.join(c.name for c in cells)}.")
     return chosen
 
 
@@ -87,11 +87,11 @@ def _run_here(agenda: Agenda, cells: Sequence[Cell], rerun_failed: bool, part: P
 
 
 def wait_for_earlier(tasks: Sequence[Task]) -> None:
-    """Wait for commands that outlived an earlier sweep: they may hold the very GPU that a new one would be given."""
+    """Wait for commands that an earlier, killed sweep has left running: they may hold the GPU that a new one needs."""
     with console.status("") as status:
         while going := [task for task in tasks if task.record().state == "running"]:
             names = ", ".join(f"{task.step} {task.name}" for task in going)
-            status.update(f"waiting for what an earlier run has started: {names}")
+            status.update(f"waiting for commands that an earlier run has left running: {names}")
             time.sleep(1)
 
 

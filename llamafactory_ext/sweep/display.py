@@ -1,4 +1,4 @@
-"""What `llamafactory-ext sweep` shows: the plan, running commands, and what became of every cell."""
+"""What `llamafactory-ext sweep` prints: the plan, running commands, and the state of every cell."""
 
 from __future__ import annotations
 
@@ -40,8 +40,10 @@ def show_plan(agenda: Agenda, cells: Sequence[Cell], steps: Mapping[str, int | N
     if not left:
         return
     known = sum(count for count in left if count is not None)
-    text = f"To train: {len(left)} cells, {known:,} steps{'' if None not in left else ' and some unknown'}"
-    about = f", about {_duration(pace * known)} one after another" if pace else "; time is known after the first"
+    text = f"To train: {len(left)} cells, {known:,} steps{'' if None not in left else ' and an unknown number more'}"
+    about = (
+        f", about {_duration(pace * known)} one after another" if pace else "; the time is known after the first cell"
+    )
     console.print(text + about)
 
 

@@ -1,7 +1,7 @@
-"""A cluster job per cell, through submitit (Slurm) or Ray's job interface: each job runs this same sweep with `--only`.
+"""A cluster job per cell, through submitit (Slurm) or Ray's job API: each job runs this same sweep with `--only`.
 
-What a job leaves behind is on the shared disk, as after a run here. So are the jobs' ids: the same command watches jobs
-that still go on and submits the others.
+Results are on the shared disk, as after a local run, and so are the jobs' ids: the same command watches jobs that are
+still running and submits the missing ones.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Cluster(Protocol):
             UserError: if the cluster refuses it.
         """
 
-    def goes_on(self, job: str) -> bool:
+    def is_active(self, job: str) -> bool:
         """Whether the job is queued or running."""
 
 
@@ -74,12 +74,12 @@ class Submitit:
             job = self.executor.submit(CommandFunction(list(words)))
         except FailedJobError as error:
             raise UserError(
-                f"The cluster refuses the job ({error}): correct `gpus_per_cell` or `launcher` in the sweep's file."
+                f"The cluster refused the job ({error}): correct `gpus_per_cell` or `launcher` in the sweep's file."
             ) from error
         self.jobs[job.job_id] = job
         return str(job.job_id)
 
-    def goes_on(self, job: str) -> bool:
+    def is_active(self, job: str) -> bool:
         if job not in self.jobs:
             self.jobs[job] = self.job_class(folder=self.executor.folder, job_id=job)
         return not self.jobs[job].done()
@@ -95,7 +95,7 @@ class Ray:
         entrypoint = f"cd {shlex.quote(str(Path.cwd()))} && {shlex.join(words)}"
         return str(self.client.submit_job(entrypoint=entrypoint, entrypoint_num_gpus=self.gpus))
 
-    def goes_on(self, job: str) -> bool:
+    def is_active(self, job: str) -> bool:
         try:
             return not self.client.get_job_status(job).is_terminal()
         except RuntimeError:  # of a cluster that is gone
@@ -110,11 +110,13 @@ def connect(launcher: str, sweep: Sweep) -> Cluster:
     if launcher == "slurm":
         if not {"timeout_min", "slurm_time"} & set(sweep.launcher):
             raise UserError(
-                "Slurm must be told how long a cell may take: write its minutes in the sweep's file, like "
+                "Slurm needs a time limit: write a cell's minutes in the sweep's file, such as "
                 "`launcher: {timeout_min: 720, slurm_partition: gpu}`."  # submitit's own default are five
             )
         if shutil.which("sbatch") is None:
-            raise UserError("--launcher slurm needs Slurm's sbatch, which is not here: run this on a login node.")
+            raise UserError(
+                "--launcher slurm needs Slurm's sbatch, which is not installed here: run this on a login node."
+            )
         gpus = {"gpus_per_node": sweep.gpus_per_cell or None}  # None: the job asks for none
         return Submitit("slurm", sweep.output / "jobs", {**gpus, **sweep.launcher})
     jobs = _imported("ray.job_submission", "ray[default]")
@@ -123,7 +125,7 @@ def connect(launcher: str, sweep: Sweep) -> Cluster:
     except Exception as error:  # whatever Ray raises without a cluster
         raise UserError(
             f"--launcher ray finds no cluster ({error}): name its job server under `launcher`, "
-            "like {address: http://127.0.0.1:8265}."
+            "such as {address: http://127.0.0.1:8265}."
         ) from error
 
 
@@ -146,13 +148,13 @@ def run_on_cluster(
     train_only: bool,
     watch: Callable[[Sequence[str]], None],
 ) -> None:
-    """Submit a job per cell that has something to do and no job, wait for all, and let a last job do what is left.
+    """Submit a job for each cell that needs one, wait for all of them, and run what cells share in a last job.
 
     Args:
         cluster: where to.
         agenda, file, cells: what to run.
         rerun_failed, train_only: as on the command line.
-        watch: is shown the cells whose jobs go on, every few seconds.
+        watch: called every few seconds with the cells whose jobs are active.
     """
     command = [*PROGRAM, "sweep", str(file)]
     again = ["--rerun-failed"] if rerun_failed else []
@@ -184,17 +186,17 @@ class _Jobs:
         self.waited_for: dict[str, str] = {}  # id by name
 
     def submit(self, name: str, words: Sequence[str]) -> None:
-        """Queue a job, unless one of this name goes on; another run of the sweep may be at it too."""
+        """Queue a job, unless one of this name is active; another run of the sweep may do the same at this moment."""
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(self.file.with_name(f".{self.file.name}.lock")):
             written = read_object(self.file, dict[str, dict[str, Any]])
             ids: dict[str, str] = written.setdefault(type(self.cluster).__name__, {})
-            if name not in ids or not self.cluster.goes_on(ids[name]):
+            if name not in ids or not self.cluster.is_active(ids[name]):
                 ids[name] = self.cluster.submit(name, words)
                 write_whole(self.file, json.dumps(written, indent=1))
             self.waited_for[name] = ids[name]
 
     def wait(self, watch: Callable[[Sequence[str]], None]) -> None:
-        while going := [name for name, job in self.waited_for.items() if self.cluster.goes_on(job)]:
+        while going := [name for name, job in self.waited_for.items() if self.cluster.is_active(job)]:
             watch(going)
             time.sleep(POLL)

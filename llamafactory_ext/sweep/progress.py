@@ -1,4 +1,4 @@
-"""How far running commands are, from the files that they write."""
+"""Progress of running commands, read from the files that they write."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .work import Task
 
 @dataclass
 class Progress:
-    """Where a command is.
+    """The progress of a command.
 
     Args:
-        done, total: its own units: steps, answers; total is None if unknown.
-        status: a word about it.
+        done, total: in steps or answers; total is None if unknown.
+        status: what to show beside them, such as the loss.
     """
 
     done: int = 0
@@ -28,7 +28,7 @@ class Progress:
 
 @dataclass
 class Watcher:
-    """Reads what has been added to a command's files since it looked last."""
+    """Reads what a command has added to its files since the last look."""
 
     task: Task
     now: Progress = field(default_factory=Progress)
@@ -36,8 +36,8 @@ class Watcher:
 
     def look(self) -> Progress:
         if self.task.step == "train":
-            for line in self._new_lines(self.task.makes[0] / "trainer_log.jsonl"):
-                # Anything may stand there, such as half a line of a log that has been begun anew meanwhile.
+            for line in self._new_lines(self.task.outputs[0] / "trainer_log.jsonl"):
+                # The line may be damaged, such as half a line of a log that was restarted meanwhile.
                 with suppress(ValueError, TypeError, KeyError, RecursionError):
                     log = json.loads(line)
                     loss = f"loss {log['loss']:.3f}" if "loss" in log else self.now.status
@@ -51,13 +51,13 @@ class Watcher:
         """Complete lines only; none while the command is about to remove or to write the file."""
         try:
             with path.open("rb") as file:
-                begun = self._read.get(path, 0)
-                if begun > os.fstat(file.fileno()).st_size:  # the file has been begun anew
-                    begun = 0
-                file.seek(begun)
+                start = self._read.get(path, 0)
+                if start > os.fstat(file.fileno()).st_size:  # the file was restarted
+                    start = 0
+                file.seek(start)
                 text = file.read()
         except OSError:
             return []
         whole = text[: text.rfind(b"\n") + 1]
-        self._read[path] = begun + len(whole)
+        self._read[path] = start + len(whole)
         return whole.splitlines()

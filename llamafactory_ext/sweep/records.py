@@ -31,7 +31,7 @@ class Record:
     """How a command went: `to do` where it has not begun, `interrupted` where its process is gone without a word.
 
     Args:
-        identity: of the task.
+        fingerprint: of the task.
         seconds: of the last attempt, None until it has ended.
         error: the last line of a failure.
         started: of the last attempt, in UTC.
@@ -41,7 +41,7 @@ class Record:
 
     state: State
     command: tuple[str, ...] = ()
-    identity: str = ""
+    fingerprint: str = ""
     started: str | None = None
     seconds: float | None = None
     error: str | None = None

@@ -95,20 +95,20 @@ def read_results(folder: Path) -> SweepResults:
     if not file.is_file():
         raise UserError(f"{folder} holds no {SWEEP_FILE}: name the `output` of a `llamafactory-ext sweep`.")
     about = read_object(file, About)
-    groups = {base["name"]: base["identities"] for base in about["bases"] if base["name"].startswith(ADAPTERS)}
+    groups = {base["name"]: base["fingerprints"] for base in about["bases"] if base["name"].startswith(ADAPTERS)}
     cells = [_result(folder / "cells" / cell["name"], cell, groups) for cell in about["cells"]]
     bases = [_result(folder / base["name"], base, {}) for base in about["bases"]]
     return SweepResults(about, cells, bases)
 
 
 def _result(own: Path, about: dict[str, Any], groups: dict[str, dict[str, str]]) -> Result:
-    """What a folder holds, as far as it belongs to the sweep as it is now, going by its records' identities."""
-    current = {step: read_record(own, step) for step, identity in about["identities"].items()}
-    current = {step: record for step, record in current.items() if record.identity == about["identities"][step]}
+    """What a folder holds, as far as it belongs to the sweep as it is now, going by its records' fingerprints."""
+    current = {step: read_record(own, step) for step, fingerprint in about["fingerprints"].items()}
+    current = {step: record for step, record in current.items() if record.fingerprint == about["fingerprints"][step]}
     scores = _scores(own / SCORES / MODEL_ITSELF) if "score" in current else {}
-    for group, identities in groups.items():  # adapters are scored together, beside the cells' folder
+    for group, fingerprints in groups.items():  # adapters are scored together, beside the cells' folder
         folder = own.parents[1] / group
-        if not scores and read_record(folder, "score").identity == identities["score"]:
+        if not scores and read_record(folder, "score").fingerprint == fingerprints["score"]:
             scores = _scores(folder / SCORES / about["name"])
     file = own / "recipe.yaml"
     recipe = read_yaml(file) if file.is_file() else {}

@@ -1,4 +1,4 @@
-"""Runs a sweep's commands: one after another, or one per group of GPUs."""
+"""Run a sweep's commands on this machine: one after another, or one per group of GPUs."""
 
 from __future__ import annotations
 
@@ -39,19 +39,19 @@ def slots(sweep: Sweep) -> list[Slot]:
     gpus = visible.split(",") if visible else [str(index) for index in range(count)]
     size = sweep.gpus_per_cell
     if len(gpus) < size:
-        raise UserError(f"gpus_per_cell is {size}, but there are {len(gpus)} GPUs here: write a smaller number.")
+        raise UserError(f"`gpus_per_cell` is {size}, but this machine has {len(gpus)} GPUs: write a smaller number.")
     groups = [gpus[first : first + size] for first in range(0, len(gpus) - size + 1, size)]
     return [{"CUDA_VISIBLE_DEVICES": ",".join(group)} for group in groups]
 
 
 @dataclass
 class Runner:
-    """Carries tasks out, as many at a time as there are slots.
+    """Executes tasks, as many at a time as there are slots.
 
     Args:
-        slots: the places.
-        rerun_failed: whether what failed is tried again.
-        report: is told how each command went, as soon as it has ended.
+        slots: where commands run.
+        rerun_failed: whether failed commands are tried again.
+        report: called with each command's record as soon as it ends.
     """
 
     slots: Sequence[Slot]
@@ -69,9 +69,9 @@ class Runner:
             os.environ["OMP_NUM_THREADS"] = self.slots[0]["OMP_NUM_THREADS"]
 
     def run(self, chains: Sequence[Sequence[Task]], watch: Callable[[], None]) -> None:
-        """Carry out chains of commands, each until one of it fails; `watch` is called meanwhile, again and again.
+        """Execute chains of commands, each up to its first failure; `watch` is called again and again meanwhile.
 
-        Interrupted, the commands that go on are ended, and the interruption goes up.
+        If interrupted, running commands are stopped and the interruption is raised.
         """
         with ThreadPoolExecutor(max_workers=len(self.slots)) as pool:
             futures = [pool.submit(self._chain, chain) for chain in chains]
@@ -103,7 +103,7 @@ class Runner:
             return False
         process = start(task, _environment(slot))
         self.running[task] = process
-        if self.stopping:  # since it was begun
+        if self.stopping:  # since it was started
             end(process)
         process.join()
         del self.running[task]

@@ -16,12 +16,12 @@ LARGEST = 1e100  # beyond it, no figure can be drawn
 class Cell(BaseModel):
     name: str
     place: dict[str, Any] = {}
-    identities: dict[str, str]
+    fingerprints: dict[str, str]
 
 
 class Base(BaseModel):
     name: str
-    identities: dict[str, str]
+    fingerprints: dict[str, str]
 
 
 class Asked(BaseModel):
@@ -106,7 +106,9 @@ def check_logs(logs: list[dict[str, Any]], path: Path) -> None:
         metrics = {key: value for key, value in log.items() if "/" in key or key in ("loss", "grad_norm")}
         wrong = [key for key, value in metrics.items() if not _is_drawable(value)]
         if type(log.get("step")) is not int or wrong:
-            raise damaged(path, f"log_history.{number}: {', '.join(wrong) or 'step'} is no number for a figure")
+            raise damaged(
+                path, f"log_history.{number}: {', '.join(wrong) or 'step'} is not a number that a figure can show"
+            )
 
 
 def _is_drawable(value: Any) -> bool:
@@ -117,7 +119,7 @@ def damaged(path: Path, what: str = "") -> UserError:
     """The error of a file that somebody has changed or cut."""
     detail = f" ({what})" if what else ""
     return UserError(
-        f"{path} is damaged{detail}: remove it and run `llamafactory-ext sweep` again, which writes it anew."
+        f"{path} is damaged{detail}: remove it, then run `llamafactory-ext sweep` again to write a new one."
     )
 
 

@@ -1,4 +1,4 @@
-"""A sweep's file: a base recipe, axes, and the cells that they make."""
+"""The sweep's file: a base recipe, axes, and the cells that result."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ class Evaluation(_Strict):
     Args:
         data: a GSM8K file, or a hub's name of it.
         engine: what generates.
-        python: the interpreter of the environment that the engine lives in; None: this one (`hf` only).
+        python: the interpreter of the engine's environment; None: this one (`hf` only).
         script: a gsm8k.py of the user's own, in place of `llamafactory-ext eval gsm8k`.
         options: more options of its command line, by name without the dashes; `true` is a flag, `false` is left out,
             a mapping (`chat_template_kwargs`) becomes JSON.
-        base: whether the untrained model is scored, too.
+        base: whether the untrained model is scored as well.
     """
 
     data: str
@@ -69,8 +69,8 @@ class Sweep(_Strict):
         axes: a list of values per key; or several such grids, whose cells are joined.
         output: the folder of the sweep.
         evaluation, held_out: how trained models are scored; None: they are not.
-        gpus_per_cell: the GPUs of one training; 0: it leaves those that are there alone.
-        at_once: cells at a time where there is no GPU.
+        gpus_per_cell: the GPUs of one training; 0: none, even if there are some.
+        at_once: cells at a time on a machine without GPUs.
         launcher: parameters of submitit's `AutoExecutor`, or of Ray's client.
     """
 
@@ -203,21 +203,21 @@ def _check_evaluation(evaluation: Evaluation) -> None:
         raise UserError(f"there is no {evaluation.script}: leave `script` under `evaluation` out, or name a file.")
     for key, value in evaluation.options.items():
         if key.replace("_", "-") in EVALUATION_OWN:
-            raise UserError(f"`{key}` is written by the sweep itself: remove it from `options` under `evaluation`.")
+            raise UserError(f"The sweep sets `{key}` itself: remove it from `options` under `evaluation`.")
         if key.replace("_", "-") == MAPPING:
             if not isinstance(value, dict):
                 raise UserError(
-                    f"`{key}` under `evaluation` is no mapping: write {{enable_thinking: false}}, or the like."
+                    f"`{key}` under `evaluation` is not a mapping: write one, such as {{enable_thinking: false}}."
                 )
         elif value is None or isinstance(value, dict | list):
-            raise UserError(f"`{key}` under `evaluation` is {value}: write a number, a text, true or false.")
+            raise UserError(f"`{key}` under `evaluation` is {value}: write a number, a string, true or false.")
     if evaluation.data.endswith((".jsonl", ".parquet")) and not Path(evaluation.data).is_file():
-        raise UserError(f"there is no {evaluation.data}: name the problems to score on as `data` under `evaluation`.")
+        raise UserError(f"there is no {evaluation.data}: write the file of problems as `data` under `evaluation`.")
     if evaluation.python is not None and shutil.which(evaluation.python) is None:
-        raise UserError(f"there is no {evaluation.python}: name an interpreter as `python` under `evaluation`.")
+        raise UserError(f"there is no {evaluation.python}: write an interpreter as `python` under `evaluation`.")
     if evaluation.engine == "vllm" and evaluation.python is None:
         raise UserError(
-            "vLLM lives in an environment of its own: name its interpreter as `python` under `evaluation` "
+            "vLLM needs an environment of its own: write its interpreter as `python` under `evaluation` "
             "(`make eval-env` makes .venv-eval/bin/python), or write `engine: hf`."
         )
 
@@ -228,13 +228,13 @@ def _combinations(grid: Mapping[str, Any]) -> Iterator[Settings]:
         if not values:
             raise UserError(f"the axis `{key}` has no values: write a list of them.")
         if key in SWEEP_OWN:
-            raise UserError(f"`{key}` cannot be an axis, because every cell has a folder of its own: remove it.")
+            raise UserError(f"`{key}` cannot be an axis, because the sweep sets it for every cell: remove it.")
     for point in itertools.product(*axes.values()):
         yield dict(zip(axes, point, strict=True))
 
 
 def _name(place: Mapping[str, Any]) -> str:
-    """`minor_dpo-lr1e-05-beta0.1`: what is unusual in a file's name becomes `_`."""
+    """`minor_dpo-lr1e-05-beta0.1`; characters that are unusual in a file name become `_`."""
     words = [f"{SHORT.get(key, key)}{written(value)}" for key, value in place.items()]
     return re.sub(r"[^\w.+-]", "_", "-".join(words))[:200] or "cell"
 

@@ -1,4 +1,4 @@
-"""What a sweep has to do: the commands of its cells, in their order, and what of it is done."""
+"""The commands of a sweep in their order, and which of them are done."""
 
 from __future__ import annotations
 
@@ -74,9 +74,9 @@ class Agenda:
             "train",
             cell.folder,
             (LLAMAFACTORY, "train", str(cell.recipe_file)),
-            identity=hashes.of_value({key: value for key, value in cell.settings.items() if key not in WHERE}),
-            makes=(cell.model,),
-            spoils=tuple(made),
+            fingerprint=hashes.of_value({key: value for key, value in cell.settings.items() if key not in WHERE}),
+            outputs=(cell.model,),
+            invalidates=tuple(made),
         )
 
     def trained(self, cells: Sequence[Cell]) -> list[Cell]:
@@ -103,7 +103,7 @@ class Agenda:
     def _unscored(self, group: str, model: str, runs: Sequence[str]) -> list[str]:
         """The runs of a group without results: the others are not asked again when adapters have been added."""
         folder = self.sweep.output / group
-        if read_record(folder, "score").identity != self.score_identity(model):
+        if read_record(folder, "score").fingerprint != self.score_fingerprint(model):
             return list(runs)
         return [run for run in runs if not (folder / SCORES / run / "results.json").is_file()]
 
@@ -119,12 +119,12 @@ class Agenda:
             "score",
             folder,
             (*words, *more),
-            identity=self.score_identity(model),
+            fingerprint=self.score_fingerprint(model),
             resumes=(folder / SCORES,),
             results=tuple(folder / SCORES / run / "results.json" for run in runs),
         )
 
-    def score_identity(self, model: str) -> str:
+    def score_fingerprint(self, model: str) -> str:
         """A hash of what the scores of a model depend on."""
         evaluation = self.sweep.evaluation
         asked = evaluation and evaluation.model_dump(mode="json", exclude={"python", "script", "base"})
@@ -154,8 +154,8 @@ class Agenda:
             "pairs",
             cell.folder,
             (*words, "--output", str(output)),
-            identity=hashes.of_value([held_out.model_dump(), self.held_out_pairs[cell.data_folder]]),
-            makes=(output,),
+            fingerprint=hashes.of_value([held_out.model_dump(), self.held_out_pairs[cell.data_folder]]),
+            outputs=(output,),
             resumes=(unfinished_path(output),),
             results=(output,),
         )
@@ -195,10 +195,10 @@ def write_recipes(agenda: Agenda, cells: Sequence[Cell]) -> None:
     """
     for cell in agenda.cells:
         record = read_record(cell.folder, "train")
-        if record.state in ("done", "running") and record.identity != agenda.train_task(cell).identity:
+        if record.state in ("done", "running") and record.fingerprint != agenda.train_task(cell).fingerprint:
             other = _difference(read_yaml(cell.recipe_file), cell.recipe)
             raise UserError(
-                f"{cell.folder} was trained with another `{other}`: name another `output`, or remove this folder."
+                f"{cell.folder} was trained with another `{other}`: write another `output`, or remove this folder."
             )
     for cell in cells:
         _write_if_new(cell.recipe_file, yaml.safe_dump(cell.recipe, sort_keys=False, allow_unicode=True))
@@ -221,11 +221,11 @@ def write_sweep(agenda: Agenda, file: Path) -> None:
         "command": f"{OURS} sweep {file}",
         "sweep": sweep.model_dump(mode="json"),
         "cells": [
-            {"name": c.name, "place": c.place, "identities": {t.step: t.identity for t in agenda.cell_tasks(c)}}
+            {"name": c.name, "place": c.place, "fingerprints": {t.step: t.fingerprint for t in agenda.cell_tasks(c)}}
             for c in cells
         ],
         "bases": [
-            {"name": name, "model": model, "identities": {"score": agenda.score_identity(model)}}
+            {"name": name, "model": model, "fingerprints": {"score": agenda.score_fingerprint(model)}}
             for model, name in shared
         ],
         "data": data,
@@ -243,7 +243,7 @@ def _check_unchanged(agenda: Agenda, kind: str, hashes_now: Mapping[str, Any]) -
     if changed and any(read_record(cell.folder, "train").state == "done" for cell in agenda.cells):
         called = "the data set " if kind == "data" else ""
         raise UserError(
-            f"{called}{changed[0]!r} has changed since cells in {agenda.sweep.output} were trained with it: name "
+            f"{called}{changed[0]!r} has changed since cells in {agenda.sweep.output} were trained with it: write "
             "another `output`, or remove this folder."
         )
 
@@ -276,7 +276,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         return dict(yaml.safe_load(path.read_text(encoding="utf-8")))
     except (yaml.YAMLError, TypeError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged: remove it and run `llamafactory-ext sweep` again.") from error
+        raise UserError(f"{path} is damaged: remove it, then run `llamafactory-ext sweep` again.") from error
 
 
 def _difference(recorded: dict[str, Any], now: dict[str, Any]) -> str | None:

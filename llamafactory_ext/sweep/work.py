@@ -1,9 +1,9 @@
-"""One command of a sweep: carried out in a process of its own, with a log and a record of how it ended.
+"""Execute one command of a sweep in its own process, with a log and a record of how it ended.
 
 Processes are forked from a server that has imported LLaMA-Factory once, because that import takes longer than a small
 training (with GPUs they are spawned: the import looks at CUDA, which does not survive a fork). The process itself keeps
-the record, and its log is its lock: whoever prints to it still holds it, torchrun's workers included. So both are right
-whatever becomes of the sweep: killed, and begun again, it waits for what still goes on.
+the record, and its log is its lock: every process that prints to it holds it, torchrun's workers included. So both stay
+true even if the sweep is killed: started again, it waits for commands that are still running.
 """
 
 from __future__ import annotations
@@ -44,22 +44,22 @@ class Task:
         name: of the cell that it belongs to.
         step: `train`, `score` (problems) or `pairs` (held-out pairs).
         folder: holds log and record.
-        words: the command line.
-        identity: a hash of what the results depend on: an attempt with another one is none.
-        makes: what it writes, removed before an attempt but for checkpoints to resume from.
-        resumes: what it writes and goes on from by itself, removed only where the identity has changed.
-        spoils: what has been made of its earlier results, removed before an attempt.
-        results: without them it is not done.
+        argv: the command line.
+        fingerprint: a hash of everything that the results depend on; an attempt with another one does not count.
+        outputs: what it writes; removed before an attempt, except checkpoints to resume from.
+        resumes: outputs that it resumes from by itself; removed only if the fingerprint has changed.
+        invalidates: what was made from its earlier results; removed before an attempt.
+        results: files that must exist for it to be done.
     """
 
     name: str
     step: Step
     folder: Path
-    words: tuple[str, ...]
-    identity: str = ""
-    makes: tuple[Path, ...] = ()
+    argv: tuple[str, ...]
+    fingerprint: str = ""
+    outputs: tuple[Path, ...] = ()
     resumes: tuple[Path, ...] = ()
-    spoils: tuple[Path, ...] = ()
+    invalidates: tuple[Path, ...] = ()
     results: tuple[Path, ...] = ()
 
     @property
@@ -67,9 +67,9 @@ class Task:
         return log_file(self.folder, self.step)
 
     def record(self) -> Record:
-        """How it went, going by what it is now: an attempt with other settings, or without results, does not count."""
+        """How it went. An attempt with another fingerprint, or without its results, does not count."""
         record = read_record(self.folder, self.step)
-        if record.identity != self.identity:
+        if record.fingerprint != self.fingerprint:
             return Record("to do")
         if record.state == "done" and not all(path.exists() for path in self.results):
             return Record("to do")
@@ -82,18 +82,18 @@ class Task:
 # --- in the process of the command -----------------------------------------------------------------------------------
 
 
-def carry_out(task: Task, environment: Mapping[str, str]) -> None:
+def execute(task: Task, environment: Mapping[str, str]) -> None:
     """Run the command here, unless it is done when the log is free; ends the process with 1 if it fails."""
     os.environ.update(environment)
     _own(task.log)
     if task.record().state == "done":
         return
     with _recorded(task, resumed=prepare(task)):
-        run_here(task.words)
+        run_here(task.argv)
 
 
 def _own(log: Path) -> None:
-    """Wait until nobody prints to the log; from here on, this process and those that it starts do."""
+    """Wait until no process holds the log, then take it for this process and those that it starts."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as file:
         hold(file)
@@ -103,15 +103,15 @@ def _own(log: Path) -> None:
 
 
 def prepare(task: Task) -> bool:
-    """Remove what cannot be gone on from, and what was made of results that are about to be made anew.
+    """Remove what cannot be resumed from, and what was made from results that are about to be replaced.
 
     Returns:
-        Whether something is left to go on from.
+        Whether something is left to resume from.
     """
-    is_same = written_record(task.folder, task.step).identity == task.identity
+    is_same = written_record(task.folder, task.step).fingerprint == task.fingerprint
     kept = [path for path in task.resumes if is_same and path.exists()]
-    kept += [path for path in task.makes if is_same and keep_checkpoints(path)]
-    for path in (*task.makes, *task.resumes, *task.spoils):
+    kept += [path for path in task.outputs if is_same and keep_checkpoints(path)]
+    for path in (*task.outputs, *task.resumes, *task.invalidates):
         if path not in kept:
             remove(path)
     return bool(kept)
@@ -119,11 +119,11 @@ def prepare(task: Task) -> bool:
 
 @contextmanager
 def _recorded(task: Task, resumed: bool) -> Iterator[None]:
-    begun = time.monotonic()
+    start = time.monotonic()
     now = datetime.now(UTC).isoformat(timespec="milliseconds")
-    record = Record("running", task.words, task.identity, now, resumed=resumed)
+    record = Record("running", task.argv, task.fingerprint, now, resumed=resumed)
     task.write(record)
-    print(f"\n{record.started} $ {' '.join(task.words)}", flush=True)
+    print(f"\n{record.started} $ {' '.join(task.argv)}", flush=True)
     try:
         yield
     except KeyboardInterrupt:  # no failure: it is left as interrupted
@@ -132,9 +132,9 @@ def _recorded(task: Task, resumed: bool) -> Iterator[None]:
         if isinstance(error, SystemExit) and error.code == INTERRUPTED:  # typer's way to say the same
             raise
         if not isinstance(error, SystemExit) or error.code not in (None, 0):
-            task.write(replace(record, state="failed", error=_last_line(error), seconds=time.monotonic() - begun))
+            task.write(replace(record, state="failed", error=_last_line(error), seconds=time.monotonic() - start))
             raise
-    task.write(replace(record, state="done", seconds=time.monotonic() - begun))
+    task.write(replace(record, state="done", seconds=time.monotonic() - start))
 
 
 def _last_line(error: BaseException) -> str:
@@ -165,33 +165,33 @@ def keep_checkpoints(folder: Path) -> bool:
     return bool(whole)
 
 
-def run_here(words: tuple[str, ...]) -> None:
+def run_here(argv: tuple[str, ...]) -> None:
     """A command line in this process where it is Python's and this interpreter's, else in another.
 
     Raises:
         SystemExit: as the command ends, if it says so.
     """
-    program, *arguments = words
+    program, *arguments = argv
     if program == sys.executable:
         sys.argv = arguments
         sys.path.insert(0, str(Path(arguments[0]).parent))
         runpy.run_path(arguments[0], run_name="__main__")
     elif program in MODULES:
-        sys.argv = list(words)
+        sys.argv = list(argv)
         runpy.run_module(MODULES[program], run_name="__main__")
     else:
-        sys.exit(subprocess.run(words, check=False).returncode)
+        sys.exit(subprocess.run(argv, check=False).returncode)
 
 
 # --- in the process of the sweep -------------------------------------------------------------------------------------
 
 
 def start(task: Task, environment: Mapping[str, str]) -> BaseProcess:
-    """Begin a command in a process of its own."""
+    """Start a command in its own process."""
     fork = multiprocessing.get_context("forkserver")
     fork.set_forkserver_preload(PRELOADED)
     process_of = multiprocessing.get_context("spawn").Process if "CUDA_VISIBLE_DEVICES" in environment else fork.Process
-    process = process_of(target=carry_out, args=(task, dict(environment)), name=f"{task.step} {task.name}")
+    process = process_of(target=execute, args=(task, dict(environment)), name=f"{task.step} {task.name}")
     with _out_of_reach_of_ctrl_c():
         process.start()
     return process
@@ -219,7 +219,7 @@ def end(process: BaseProcess) -> None:
 
 
 def ended(task: Task, process: BaseProcess) -> Record:
-    """How a command whose process is gone has gone; what it could not record any more is recorded here."""
+    """The record of a command whose process has ended; if it could not write one any more, it is written here."""
     status = process.exitcode or 0
     record = task.record()
     if record.state in ("done", "failed"):
@@ -228,9 +228,11 @@ def ended(task: Task, process: BaseProcess) -> Record:
         return replace(record, state="interrupted")
     error = f"ended by {f'signal {-status}' if status < 0 else f'status {status}'}"
     if status == -signal.SIGKILL:
-        error += " (which is what the system does where memory is short)"
+        error += " (the system does this when memory runs out)"
     if status == 0:
-        error = f"ended well, but left no {task.results[0].name}" if task.results else "ended without a record"
-    record = Record("failed", task.words, task.identity, record.started, error=error, resumed=record.resumed)
+        error = (
+            f"ended without an error, but wrote no {task.results[0].name}" if task.results else "ended without a record"
+        )
+    record = Record("failed", task.argv, task.fingerprint, record.started, error=error, resumed=record.resumed)
     task.write(record)
     return record

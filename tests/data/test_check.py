@@ -202,7 +202,7 @@ def test_a_chat_template_is_asked_to_think_as_the_recipe_does(thinking, model, s
 
 
 GOOD = b'{"instruction": "a", "chosen": "b", "rejected": "c", "history": []}\n'
-NO_PAIR = "LLaMA-Factory makes no pair of it"
+NO_PAIR = "LLaMA-Factory cannot make a pair from it"
 
 
 @pytest.mark.parametrize(
@@ -216,7 +216,10 @@ NO_PAIR = "LLaMA-Factory makes no pair of it"
         (b'{"history": [["a", "b"], ["c", 3]]}', r"'history'\[\]\[\] holds a number there, and text in line 1"),
         (b'{"history": [["a", "b", "c"]], "instruction": "a"}', f"line 1: {NO_PAIR} .too many values"),
         (b'{"instruction": 3, "history": null, "chosen": "b"}', f"line 1: {NO_PAIR} .sequence item"),
-        (b'{"prompt": "a", "history": [], "chosen": "b", "rejected": "c"}', "line 1: it has no 'instruction', which"),
+        (
+            b'{"prompt": "a", "history": [], "chosen": "b", "rejected": "c"}',
+            "line 1: it has no column 'instruction', which",
+        ),
         (b"", "holds no rows"),
         (b"\n", "holds no rows"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 3\n", "a pointer of Git LFS"),

@@ -54,7 +54,7 @@ def record(sweep, name, step, how):
     """Write a record of the sweep's own task."""
     agenda = Agenda(sweep, sweep.cells())
     task = next(t for chain in agenda.chains(agenda.cells) for t in chain if (t.name, t.step) == (name, step))
-    task.write(replace(how, command=task.words, identity=task.identity))
+    task.write(replace(how, command=task.argv, fingerprint=task.fingerprint))
 
 
 def score(sweep, name, right, problems=10, sha256="of the problems"):
@@ -250,7 +250,7 @@ def test_commands_and_hashes_to_repeat_it_are_on_the_page(tmp_path):
     train(sweep, sweep.cells()[0])
     page, _ = report(sweep)
     assert "ca3d163bab055381827226140568f3bef7eaac187cebd76878e0b63e9e442356" in page  # sha256 of "{}\n"
-    assert " ".join(agenda.chains(agenda.cells)[0][0].words) in page
+    assert " ".join(agenda.chains(agenda.cells)[0][0].argv) in page
     assert "llamafactory-ext sweep sweep.yaml" in page
 
 
@@ -288,7 +288,7 @@ def test_a_changed_value_is_named(file, place, value, sweep):
     score(sweep, cell.name, right=5)
     report(sweep)
     changed(next(sweep.output.rglob(file)), place, value)
-    with pytest.raises(UserError, match=rf"{re.escape(file)} is damaged \(.*\): remove it and run"):
+    with pytest.raises(UserError, match=rf"{re.escape(file)} is damaged \(.*\): remove it, then run"):
         report(sweep)
 
 

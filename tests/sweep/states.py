@@ -15,7 +15,7 @@ from crashes import kill_at_random, walk
 
 import llamafactory_ext.evaluation.generations  # noqa: F401  (once for all forks)
 from llamafactory_ext.sweep.records import read_record
-from llamafactory_ext.sweep.work import Task, carry_out, ended
+from llamafactory_ext.sweep.work import Task, ended, execute
 
 SCRIPTS: dict[str, str] = {}
 # What a training does: a checkpoint, whose state comes last; then the model. It goes on from a whole checkpoint.
@@ -52,13 +52,13 @@ def tasks(folder):
     """A cell: its training, and its scoring."""
     cell = folder / "cell"
     train, score = (
-        {"name": "cell", "step": step, "folder": cell, "words": (sys.executable, SCRIPTS[step], str(cell))}
+        {"name": "cell", "step": step, "folder": cell, "argv": (sys.executable, SCRIPTS[step], str(cell))}
         for step in ("train", "score")
     )
     results = {"resumes": (cell / "scores",), "results": (cell / "scores" / "base" / "results.json",)}
     return [
-        Task(**train, identity="one", makes=(cell / "model",), spoils=(cell / "scores",)),
-        Task(**score, identity="two", **results),
+        Task(**train, fingerprint="one", outputs=(cell / "model",), invalidates=(cell / "scores",)),
+        Task(**score, fingerprint="two", **results),
     ]
 
 
@@ -66,7 +66,7 @@ def sweep(folder):
     """The commands of the cell, one after another, as a sweep with `--rerun-failed` carries them out."""
     for task in tasks(folder):
         if task.record().state != "done":
-            carry_out(task, {})
+            execute(task, {})
             assert task.record().state == "done"
 
 
@@ -86,7 +86,7 @@ def essence(name, content):
         return None
     if name in ("cell/train.json", "cell/score.json"):
         record = json.loads(content)
-        return [record["state"], record["identity"], record["resumed"], record["error"]]
+        return [record["state"], record["fingerprint"], record["resumed"], record["error"]]
     return content
 
 

@@ -52,7 +52,7 @@ def submit(sweep, tmp_path, monkeypatch):
 def test_a_job_per_cell_and_none_for_what_is_done(sweep, tmp_path, monkeypatch):
     done, *_ = sweep.cells()
     task = Agenda(sweep, sweep.cells()).train_task(done)
-    task.write(Record("done", task.words, task.identity))
+    task.write(Record("done", task.argv, task.fingerprint))
     seen, watched = submit(sweep, tmp_path, monkeypatch)
     assert set(seen) == {"seed2", "seed3"}
     assert "'sweep'" in seen["seed2"]
@@ -71,7 +71,7 @@ class Held:
         self.submitted.append(name)
         return f"job-{name}"
 
-    def goes_on(self, job):
+    def is_active(self, job):
         self.asked += 1
         return self.asked < 10
 
@@ -147,7 +147,7 @@ def test_adapters_are_trained_by_a_job_each_and_scored_by_one(tmp_path, monkeypa
             self.submitted.append((name, words[words.index("s.yaml") + 1 :]))
             if name != launch.TOGETHER:  # what the job would do
                 task = next(task for task in trainings if task.name == name)
-                task.write(Record("done", task.words, task.identity))
+                task.write(Record("done", task.argv, task.fingerprint))
             return name
 
     cluster = Recorded()
@@ -163,7 +163,7 @@ def test_a_failed_cell_gets_no_job_but_with_rerun_failed(sweep):
     agenda = Agenda(sweep, sweep.cells())
     for cell in agenda.cells:
         task = agenda.train_task(cell)
-        task.write(Record("failed", task.words, task.identity))
+        task.write(Record("failed", task.argv, task.fingerprint))
     for rerun_failed, submitted in ((False, []), (True, ["seed1", "seed2", "seed3"])):
         cluster = Held()
         run(cluster, sweep, rerun_failed=rerun_failed)

@@ -39,5 +39,5 @@ def test_gpus_that_are_not_wanted_are_not_seen(slots_with):
 
 
 def test_more_gpus_than_there_are(slots_with):
-    with pytest.raises(UserError, match="gpus_per_cell is 4, but there are 2 GPUs here"):
+    with pytest.raises(UserError, match="`gpus_per_cell` is 4, but this machine has 2 GPUs"):
         slots_with(2, gpus_per_cell=4)

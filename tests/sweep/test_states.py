@@ -98,7 +98,7 @@ def test_a_record_that_is_damaged_newer_or_without_its_log(content, state, tmp_p
 def test_a_damaged_file_of_the_sweep_is_named(tmp_path):
     for content in (b"", b"[]", b"\xff"):
         (tmp_path / "sweep.json").write_bytes(content)
-        with pytest.raises(UserError, match="is damaged: remove it and run `llamafactory-ext sweep` again"):
+        with pytest.raises(UserError, match="is damaged: remove it, then run `llamafactory-ext sweep` again"):
             read_object(tmp_path / "sweep.json", dict)
     assert read_object(tmp_path / "none.json", dict) == {}
 

@@ -1,4 +1,4 @@
-"""What a sweep has to do: names, identities, what is refused, how far it is."""
+"""What a sweep has to do: names, fingerprints, what is refused, how far it is."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def make(tmp_path):
 
 
 def done(task):
-    task.write(Record("done", task.words, task.identity))
+    task.write(Record("done", task.argv, task.fingerprint))
     for path in task.results:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("{}")
@@ -45,7 +45,7 @@ def test_names_of_models_do_not_depend_on_which_cells_are_asked_for(make):
     agenda = make({"model_name_or_path": ["one", "two"]})
     (task,) = agenda.base_tasks(agenda.cells[1:])
     assert task.name == "base.2"
-    assert task.words[task.words.index("--model") + 1] == "two"
+    assert task.argv[task.argv.index("--model") + 1] == "two"
 
 
 def test_a_score_belongs_to_its_model(make):
@@ -130,20 +130,20 @@ def test_a_folder_of_data_is_all_its_files(make, tmp_path):
 def test_only_adapters_without_scores_are_asked(make):
     agenda = make({"seed": [1, 2]}, finetuning_type="lora")
     (task,) = agenda.adapter_tasks(agenda.cells[:1])
-    assert [word for word in task.words if word.startswith("seed")] == [f"seed1={agenda.cells[0].model}"]
+    assert [word for word in task.argv if word.startswith("seed")] == [f"seed1={agenda.cells[0].model}"]
     done(task)
     assert agenda.adapter_tasks(agenda.cells[:1])[0].record().state == "done"
     (task,) = agenda.adapter_tasks(agenda.cells)
     assert task.record().state == "to do"
-    assert [word for word in task.words if word.startswith("seed")] == [f"seed2={agenda.cells[1].model}"]
-    assert "--skip-base" in task.words
+    assert [word for word in task.argv if word.startswith("seed")] == [f"seed2={agenda.cells[1].model}"]
+    assert "--skip-base" in task.argv
 
 
 def test_options_of_the_evaluation_as_words(make):
     """YAML's true is a flag, its false none; a number stays a number, also 1."""
     options = {"limit": 1, "top-p": 0.5, "trust_remote_code": True, "verbose": False, "system": "", "dtype": "true"}
     agenda = make({"seed": [1]}, options=options)
-    (words,) = [task.words for task in agenda.cell_tasks(agenda.cells[0]) if task.step == "score"]
+    (words,) = [task.argv for task in agenda.cell_tasks(agenda.cells[0]) if task.step == "score"]
     after = words[words.index("--output") + 2 :]
     assert after == ("--limit=1", "--top-p=0.5", "--trust-remote-code", "--system=", "--dtype=true")
 
@@ -153,17 +153,17 @@ def test_arguments_of_the_chat_template_reach_the_evaluation_as_json(make):
     text = "chat_template_kwargs: {enable_thinking: false, level: 2, language: 'it''s', none: null, parts: [a, {b: c}]}"
     options = yaml.safe_load(text)
     agenda = make({"seed": [1]}, options=options)
-    (words,) = [task.words for task in agenda.cell_tasks(agenda.cells[0]) if task.step == "score"]
+    (words,) = [task.argv for task in agenda.cell_tasks(agenda.cells[0]) if task.step == "score"]
     (word,) = [word for word in words if word.startswith("--chat-template-kwargs=")]
     assert parse_chat_template_kwargs(word.partition("=")[2]) == options["chat_template_kwargs"]
     other = make({"seed": [1]}, options={"chat_template_kwargs": {"enable_thinking": True}})
-    assert other.score_identity("model") != agenda.score_identity("model")
+    assert other.score_fingerprint("model") != agenda.score_fingerprint("model")
 
 
 def test_training_a_cell_anew_spoils_what_was_made_of_it(make):
     agenda = make({"seed": [1]}, finetuning_type="lora")
     (cell,) = agenda.cells
-    spoils = {str(path.relative_to(agenda.sweep.output)) for path in agenda.train_task(cell).spoils}
+    spoils = {str(path.relative_to(agenda.sweep.output)) for path in agenda.train_task(cell).invalidates}
     assert spoils == {
         "cells/seed1/scores",
         "cells/seed1/pairs.jsonl",
@@ -176,7 +176,7 @@ def test_losses_without_reference_have_no_held_out_margins(make):
     agenda = make({"pref_loss": ["sigmoid", "orpo"]})
     steps = [[task.step for task in agenda.cell_tasks(cell)] for cell in agenda.cells]
     assert steps == [["train", "score", "pairs"], ["train", "score"]]
-    assert "max_samples=null" in agenda.cell_tasks(agenda.cells[0])[2].words
+    assert "max_samples=null" in agenda.cell_tasks(agenda.cells[0])[2].argv
 
 
 def test_another_recipe_for_any_trained_cell_is_refused(make):

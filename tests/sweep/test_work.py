@@ -25,7 +25,7 @@ def task(folder, code, **changes):
     return Task(**{"name": "cell", "step": "train", "folder": folder, "words": (sys.executable, str(script))} | changes)
 
 
-def carry_out(command, environment=None):
+def execute(command, environment=None):
     process = start(command, environment or {})
     process.join(60)
     return ended(command, process)
@@ -34,7 +34,7 @@ def carry_out(command, environment=None):
 def test_a_command_that_ends_well(tmp_path):
     command = task(tmp_path / "cell", "import os; print('hello', os.environ['WORD'])")
     assert command.record() == Record("to do")
-    record = carry_out(command, {"WORD": "there"})
+    record = execute(command, {"WORD": "there"})
     assert (record.state, record.error) == ("done", None)
     assert record.seconds > 0
     assert "hello there" in command.log.read_text()
@@ -52,18 +52,18 @@ def test_a_command_that_ends_well(tmp_path):
     ],
 )
 def test_a_command_that_fails(code, error, tmp_path):
-    record = carry_out(task(tmp_path / "cell", code))
+    record = execute(task(tmp_path / "cell", code))
     assert record.state == "failed"
     assert record.error.startswith(error)
 
 
 def test_an_exit_status_of_0_is_no_failure(tmp_path):
-    assert carry_out(task(tmp_path / "cell", "import sys; sys.exit(0)")).state == "done"
+    assert execute(task(tmp_path / "cell", "import sys; sys.exit(0)")).state == "done"
 
 
 def test_another_interpreter(tmp_path):
-    command = task(tmp_path / "cell", "", words=("/bin/sh", "-c", "echo from a shell; exit 4"))
-    assert carry_out(command).error == "ended with status 4"
+    command = task(tmp_path / "cell", "", argv=("/bin/sh", "-c", "echo from a shell; exit 4"))
+    assert execute(command).error == "ended with status 4"
     assert "from a shell" in command.log.read_text()
 
 
@@ -73,14 +73,14 @@ def test_a_record_of_other_settings_does_not_count_and_what_it_left_is_removed(t
         folder.mkdir(parents=True)
     (made / "checkpoint-2" / "trainer_state.json").write_text("{}")
     places = {"makes": (made,), "resumes": (resumed,)}
-    carry_out(task(tmp_path / "cell", "", identity="one"))
-    other = task(tmp_path / "cell", "", identity="another", **places)
+    execute(task(tmp_path / "cell", "", fingerprint="one"))
+    other = task(tmp_path / "cell", "", fingerprint="another", **places)
     assert other.record() == Record("to do")
     assert read_record(tmp_path / "cell", "train").state == "done"
-    prepare(task(tmp_path / "cell", "", identity="one", **places))
+    prepare(task(tmp_path / "cell", "", fingerprint="one", **places))
     assert made.exists()
     assert resumed.exists()
-    assert carry_out(other).state == "done"
+    assert execute(other).state == "done"
     assert not made.exists()
     assert not resumed.exists()
 
@@ -88,9 +88,9 @@ def test_a_record_of_other_settings_does_not_count_and_what_it_left_is_removed(t
 def test_without_its_results_a_command_is_not_done(tmp_path):
     result = tmp_path / "cell" / "result"
     write = f"open({str(result)!r}, 'w')"
-    assert carry_out(task(tmp_path / "cell", "", results=(result,))).error == "ended well, but left no result"
+    assert execute(task(tmp_path / "cell", "", results=(result,))).error == "ended well, but left no result"
     command = task(tmp_path / "cell", write, results=(result,))
-    assert carry_out(command).state == "done"
+    assert execute(command).state == "done"
     result.unlink()
     assert command.record().state == "to do"
 
@@ -98,13 +98,13 @@ def test_without_its_results_a_command_is_not_done(tmp_path):
 def test_what_was_made_of_earlier_results_is_removed(tmp_path):
     scores = tmp_path / "cell" / "scores"
     scores.mkdir(parents=True)
-    carry_out(task(tmp_path / "cell", "", spoils=(scores,)))
+    execute(task(tmp_path / "cell", "", invalidates=(scores,)))
     assert not scores.exists()
 
 
 def test_a_command_that_is_ended_takes_what_it_started_with_it_and_is_no_failure(tmp_path):
     started = tmp_path / "started"
-    command = task(tmp_path / "cell", "", words=("/bin/sh", "-c", f"echo $$ > {started}; exec sleep 100"))
+    command = task(tmp_path / "cell", "", argv=("/bin/sh", "-c", f"echo $$ > {started}; exec sleep 100"))
     process = start(command, {})
     wait_for(lambda: started.exists() and started.read_text().strip())
     end(process)
@@ -116,7 +116,7 @@ def test_a_command_that_is_ended_takes_what_it_started_with_it_and_is_no_failure
 
 def test_what_a_killed_command_has_started_still_counts_as_running(tmp_path):
     started = tmp_path / "started"
-    command = task(tmp_path / "cell", "", words=("/bin/sh", "-c", f"echo $$ > {started}; sleep 2"))
+    command = task(tmp_path / "cell", "", argv=("/bin/sh", "-c", f"echo $$ > {started}; sleep 2"))
     process = start(command, {})
     wait_for(lambda: started.exists() and started.read_text().strip())
     os.kill(process.pid, signal.SIGKILL)
@@ -133,7 +133,7 @@ assert not pathlib.Path({str(model)!r}).exists()
 pathlib.Path({str(model)!r}).mkdir()
 while pathlib.Path({str(tmp_path / "wait")!r}).exists(): time.sleep(0.05)
 """
-    command = task(tmp_path / "cell", code, makes=(model,))
+    command = task(tmp_path / "cell", code, outputs=(model,))
     (tmp_path / "wait").touch()
     process = start(command, {})
     wait_for(model.is_dir)
@@ -142,7 +142,7 @@ while pathlib.Path({str(tmp_path / "wait")!r}).exists(): time.sleep(0.05)
     process.join()
     assert command.record().state == "interrupted"
     (tmp_path / "wait").unlink()
-    assert carry_out(command).state == "done"
+    assert execute(command).state == "done"
 
 
 def test_a_command_waits_for_one_that_a_killed_sweep_has_left_and_takes_its_result(tmp_path):
@@ -168,8 +168,8 @@ if not checkpoint.exists():
     (checkpoint / "trainer_state.json").write_text("{{}}")
     sys.exit(1)
 """
-    command = task(tmp_path / "cell", code, makes=(checkpoint.parent,))
-    assert [(record.state, record.resumed) for record in (carry_out(command), carry_out(command))] == [
+    command = task(tmp_path / "cell", code, outputs=(checkpoint.parent,))
+    assert [(record.state, record.resumed) for record in (execute(command), execute(command))] == [
         ("failed", False),
         ("done", True),
     ]
