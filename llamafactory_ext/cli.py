@@ -11,12 +11,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from . import __version__
-from .commandline import Group
+from .commandline import Group, progress
 from .data.commands import app as data
 from .errors import UserError
 from .evaluation.commands import app as evaluation
 from .paths import output_path
 from .sweep.commands import sweep
+from .training.reference.commands import app as cache
 
 if TYPE_CHECKING:
     from .scoring.summary import Summary
@@ -30,6 +31,7 @@ app = typer.Typer(
 )
 app.add_typer(data, name="data")
 app.add_typer(evaluation, name="eval")
+app.add_typer(cache, name="cache")
 app.command()(sweep)
 console = Console()
 
@@ -89,9 +91,15 @@ def examples(
 
 @app.command()
 def losses(
+    name: Annotated[str | None, typer.Argument(help="Only this one.")] = None,
     pref_loss_file: Annotated[str | None, typer.Option(help="Also a file of yours, as in the recipe.")] = None,
 ) -> None:
-    """Every `pref_loss`: its equation, source, and YAML keys with their defaults."""
+    """Every `pref_loss`: its equation, source, and YAML keys with their defaults.
+
+    llamafactory-ext losses
+
+    llamafactory-ext losses my_loss --pref-loss-file my_loss.py
+    """
     from .losses.lookup import get_loss, load_loss_file, loss_names
     from .recipe.arguments import keys_of
 
@@ -101,10 +109,13 @@ def losses(
         except ValueError as error:
             raise UserError(str(error)) from error
     table = Table("pref_loss", "loss per pair", "keys", show_lines=True)
-    for name in loss_names():
-        loss = get_loss(name)
+    for each in [name] if name is not None else loss_names():
+        try:
+            loss = get_loss(each)
+        except ValueError as error:
+            raise UserError(str(error)) from error
         keys = "\n".join(f"{key}: {_as_yaml(value)}" for key, value in keys_of(loss).items())
-        table.add_row(name, escape(loss.description), escape(keys))
+        table.add_row(each, escape(loss.description), escape(keys))
     console.print(table)
     console.print(
         "D_w, D_l: log pi/pi_ref of the chosen and the rejected answer; sigma: the logistic function.", markup=False
@@ -187,20 +198,23 @@ def score(
 
     llamafactory-ext score recipe.yaml model_name_or_path=outputs/dpo ref_model=Qwen/Qwen1.5-7B-Chat --output dpo.jsonl
 
-    llamafactory-ext score recipe.yaml adapter_name_or_path=outputs/lora dataset=test_pairs --output lora.parquet
+    llamafactory-ext score recipe.yaml finetuning_type=lora adapter_name_or_path=outputs/lora --output lora.parquet
     """
-    from tqdm import tqdm
-
     from .recipe.reading import read_recipe
     from .scoring.file import read_scores
     from .scoring.scorer import score_pairs
     from .scoring.summary import summarize
 
-    with tqdm(desc="scoring", unit=" pairs", disable=None) as bar:
+    with progress("scoring", "pairs") as show:
         for done, total in score_pairs(read_recipe(recipe), output, batch_size):
-            bar.total = total
-            bar.update(done - bar.n)
-    _show(summarize(read_scores(output)), output)
+            show(done, total)
+    summary = summarize(read_scores(output))
+    if not summary.pairs:
+        raise UserError(
+            f"none of {summary.skipped} rows is a pair that LLaMA-Factory trains on, so {output} holds no scores: "
+            "`llamafactory-ext data check` on the same recipe says why."
+        )
+    _show(summary, output)
 
 
 def _show(summary: Summary, output: Path) -> None:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
 from .errors import UserError, of_system
+
+LINE_SECONDS = 30  # between two lines of progress, where no bar can be drawn
 
 
 class _Refusing:
@@ -29,3 +34,25 @@ class Command(_Refusing, TyperCommand):
 
 class Group(_Refusing, TyperGroup):
     """Such commands together."""
+
+
+@contextmanager
+def progress(what: str, unit: str) -> Iterator[Callable[[int, int], None]]:
+    """How far a command is, on stderr: a bar on a terminal, else a line every half a minute.
+
+    What is yielded is called with the units that are done and their number.
+    """
+    from tqdm import tqdm
+
+    last = time.monotonic()
+
+    def show(done: int, total: int) -> None:
+        nonlocal last
+        bar.total = total
+        bar.update(done - bar.n)
+        if bar.disable and time.monotonic() - last > LINE_SECONDS:
+            last = time.monotonic()
+            print(f"{what}: {done} of {total} {unit}", file=sys.stderr, flush=True)
+
+    with tqdm(desc=what, unit=f" {unit}", disable=None) as bar:  # None: where stderr is no terminal
+        yield show

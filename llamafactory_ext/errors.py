@@ -32,5 +32,6 @@ def in_a_line(error: BaseException) -> str:
         error = error.__cause__
     if isinstance(error, KeyError):
         return f"there is no {error}"
-    said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1]) or type(error).__name__
     return said if len(said) <= LONGEST else f"{said[:LONGEST]}…"

@@ -124,6 +124,11 @@ def _announce(model_args: Any, training_args: Any, finetuning_args: Any) -> None
         )
 
 
+def _is_ours(name: str) -> bool:
+    """A metric of pairs, or the loss of one of several evaluation sets: LLaMA-Factory writes neither."""
+    return "/" in name or (name.startswith("eval_") and name.endswith("_loss"))
+
+
 def _metrics_in_trainer_log(callbacks: list[Any]) -> list[Any]:
     """A callback for each of LLaMA-Factory's `LogCallback`s, whose lines hold a fixed choice of metrics otherwise."""
     from llamafactory.train.callbacks import LogCallback
@@ -135,7 +140,7 @@ def _metrics_in_trainer_log(callbacks: list[Any]) -> list[Any]:
 
         def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             # The line is written by a thread, later: the metrics must be bound to it now.
-            metrics = {name: value for name, value in state.log_history[-1].items() if "/" in name}
+            metrics = {name: value for name, value in state.log_history[-1].items() if _is_ours(name)}
             write = functools.partial(type(self.log_callback)._write_log, self.log_callback)
             self.log_callback._write_log = lambda output_dir, logs: write(output_dir, {**logs, **metrics})
 

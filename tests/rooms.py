@@ -21,6 +21,7 @@ ROOMS = (
     "whole_files",
     "paths",
     "hashes",
+    "manifests",
     "rows",
     "plots",
     "distributions",

@@ -77,7 +77,7 @@ def test_resolved_loss(settings, described, needs_reference):
         ({"pref_loss": "dpop", "dpop_lambda": -1}, "`dpop_lambda` is -1: write a finite number of at least 0"),
         ({"pref_loss": "dpop", "dpop_lambda": math.inf}, "`dpop_lambda` is inf"),
         ({"pref_loss": "dpop", "dpop_lambda": "50"}, "`dpop_lambda` is '50'"),
-        ({"dpop_lambda": 50}, "`dpop_lambda` is not a hyper-parameter of pref_loss 'sigmoid', which takes `beta`"),
+        ({"dpop_lambda": 50}, "`dpop_lambda` is not a hyper-parameter of pref_loss 'sigmoid', which takes `pref_beta`"),
         ({"pref_loss": "minor_dpo", "dpop_lambda": 50}, "remove `dpop_lambda`"),
         ({"pref_loss": "dpop", "simpo_gamma": 1.0}, "remove `simpo_gamma`"),
         ({"pref_loss": "hinge", "ipo_length_normalize": True}, "remove `ipo_length_normalize`"),

@@ -176,3 +176,14 @@ def test_a_model_that_is_stretched_in_its_config_trains(train, model, tmp_path):
     config[key] = {**(config[key] or {}), "rope_type": "linear", "factor": 2.0}
     (copy / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 512}), encoding="utf-8")
     assert train(model=copy, cutoff_len=512) == pytest.approx(0.6931, abs=1e-3)
+
+
+def test_the_best_model_by_a_loss_that_is_not_there(train, no_loading):
+    sets = {"eval_dataset": "pairs,pairs_eval", "eval_on_each_dataset": True, "eval_strategy": "steps", "eval_steps": 1}
+    with pytest.raises(ValueError, match="such as `metric_for_best_model: eval_pairs_loss`"):
+        train(**sets, load_best_model_at_end=True, save_strategy="steps", save_steps=1)
+
+
+def test_a_number_of_samples_that_leaves_none(train, no_loading):
+    with pytest.raises(ValueError, match="max_samples is -1: write a whole number of at least 1"):
+        train(max_samples=-1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -13,8 +14,10 @@ import safetensors.numpy
 from crashes import kill_at_random, walk
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
-from llamafactory_ext.training.reference import cache
+from llamafactory_ext import cli
+from llamafactory_ext.training.reference import cache, folders
 
 # The values are log-probabilities in float32, -0.0 and the smallest of them included.
 logp = st.floats(max_value=0, allow_nan=False, width=32)
@@ -73,9 +76,9 @@ def test_a_user_without_a_home_has_a_folder(monkeypatch):
 
     monkeypatch.setattr(Path, "home", unknown)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    assert cache.default_folder() == Path("/.cache/llamafactory_ext/references")
+    assert folders.default_folder() == Path("/.cache/llamafactory_ext/references")
     monkeypatch.setenv("XDG_CACHE_HOME", "/elsewhere")
-    assert cache.default_folder() == Path("/elsewhere/llamafactory_ext/references")
+    assert folders.default_folder() == Path("/elsewhere/llamafactory_ext/references")
 
 
 def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
@@ -191,3 +194,86 @@ def test_one_process_computes_and_the_other_waits(tmp_path):
     processes = [fill(folder, log) for _ in range(2)]
     assert [process.wait(timeout=300) for process in processes] == [0, 0]
     assert sum(map(int, log.read_text().split())) == 40
+
+
+# --- llamafactory-ext cache ------------------------------------------------------------------------------------------
+
+
+def run_cache(*words: object):
+    return CliRunner().invoke(cli.app, ["cache", *map(str, words)], env={"COLUMNS": "200"})
+
+
+@pytest.fixture
+def references(tmp_path):
+    """Two references, one of them of forty days ago: three pairs in two files, and one pair."""
+    new, old = tmp_path / "aa11", tmp_path / "ab22"
+    cache.append(new, {KEYS[0]: (-1.0, -2.0), KEYS[1]: (-3.0, -4.0)}, {"model": "org/new", **ABOUT})
+    cache.append(new, {KEYS[2]: (-1.0, -2.0)}, {"model": "org/new", **ABOUT})
+    cache.append(old, {KEYS[0]: (-1.0, -2.0)}, {"model": "org/old", **ABOUT})
+    before = time.time() - 40 * 24 * 60 * 60
+    for path in old.iterdir():
+        os.utime(path, (before, before))
+    return tmp_path
+
+
+def test_cache_lists_models_pairs_and_sizes(references):
+    result = run_cache("--folder", references)
+    assert result.exit_code == 0
+    rows = [line.replace("│", " ").split()[:3] for line in result.output.splitlines()]
+    assert ["aa11", "org/new", "3"] in rows
+    assert ["ab22", "org/old", "1"] in rows
+    assert [each.folder.name for each in folders.list_references(references)] == ["aa11", "ab22"]
+    assert sum(each.size for each in folders.list_references(references)) == sum(
+        path.stat().st_size for path in references.glob("*/*")
+    )
+
+
+def test_cache_of_a_folder_that_is_empty_or_not_there(tmp_path):
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        assert "holds no reference log-probabilities" in run_cache("--folder", folder).output
+
+
+@pytest.mark.parametrize(
+    ("words", "left"),
+    [(["aa"], {"ab22"}), (["ab22"], {"aa11"}), (["--older-than", "30"], {"aa11"}), (["--all"], set())],
+)
+def test_cache_clear(references, words, left):
+    result = run_cache("clear", "--folder", references, *words)
+    assert result.exit_code == 0, result.output
+    assert {path.name for path in references.iterdir()} == left
+    assert f"{2 - len(left)} of 2 references removed" in result.output
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "--older-than DAYS or --all"),
+        (["a"], "2 begin like that"),
+        (["b"], "none begins"),
+        ([""], "is no reference"),
+    ],
+)
+def test_cache_clear_that_says_too_little_removes_nothing(references, words, message):
+    result = run_cache("clear", "--folder", references, *words)
+    assert result.exit_code == 2
+    assert message in result.output
+    assert len(folders.list_references(references)) == 2
+
+
+def test_cache_clear_leaves_what_a_training_writes_and_what_is_not_its_own(references):
+    mine = references / "ab22" / "notes.txt"
+    mine.write_text("mine")
+    with cache.lock(references / "aa11", 0):
+        refused = run_cache("clear", "--folder", references, "aa")
+        assert refused.exit_code == 2
+        assert "a training is computing aa11" in refused.output
+    assert len(cache.read(references / "aa11")) == 3
+    assert run_cache("clear", "--folder", references, "--all").exit_code == 0
+    assert mine.read_text() == "mine"
+
+
+def test_a_damaged_file_counts_no_pairs(references):
+    (references / "aa11" / "half.safetensors").write_bytes(b"half")
+    (references / "ab22" / "about.json").write_text("[")
+    pairs = {each.folder.name: (each.model, each.pairs) for each in folders.list_references(references)}
+    assert pairs == {"aa11": ("org/new", 3), "ab22": ("", 1)}

@@ -15,6 +15,7 @@ import pytest
 import tiny
 from llamafactory.train import tuner
 from rich.console import Console
+from typer.testing import CliRunner
 
 from llamafactory_ext import cli
 from llamafactory_ext.errors import UserError
@@ -95,12 +96,47 @@ def test_an_adapter_is_scored_against_its_base(settings, model, tmp_path):
     adapter = tiny.make_adapter(tmp_path / "adapter", model, seed=3)
     asked = settings(ref_model=None, adapter_name_or_path=str(adapter))
     assert reference_of(asked) == settings(ref_model=None)
+    with pytest.raises(UserError, match="with `finetuning_type: lora` only, not 'full': write finetuning_type=lora"):
+        run(asked | {"finetuning_type": "full"}, tmp_path / "none.jsonl")
     rows = run(asked, tmp_path / "scores.jsonl")
     assert all(abs(row["margin"]) > 1e-4 for row in rows if not row["skipped"])
 
     both = settings(ref_model=str(model), adapter_name_or_path=str(adapter))
     again = run(both, tmp_path / "again.jsonl")
     assert [row.get("margin") for row in again] == [row.get("margin") for row in rows]
+
+
+def test_a_reference_has_its_adapters_whatever_is_trained(settings, model, tmp_path):
+    """As in a training: the model with this adapter is the reference, and so every log-ratio is far from 0."""
+    adapter = tiny.make_adapter(tmp_path / "adapter", model, seed=3)
+    asked = settings(ref_model=str(model), ref_model_adapters=str(adapter), finetuning_type="full")
+    rows = [row for row in run(asked, tmp_path / "scores.jsonl") if not row["skipped"]]
+    assert all(abs(row["chosen_logratio"]) > 1e-4 for row in rows)
+
+
+@pytest.mark.parametrize("stage", ["sft", "rm", "kto"])
+def test_other_stages_are_refused(stage, settings, tmp_path):
+    with pytest.raises(UserError, match=f"of stage dpo, not '{stage}': write stage=dpo"):
+        run(settings(stage=stage), tmp_path / "scores.jsonl")
+
+
+def test_weights_that_would_be_drawn_anew_are_refused(settings, tmp_path):
+    """With tokens that the model has already, nothing is drawn, and nothing refused."""
+    tokens = {"add_tokens": "<a>,<b>", "resize_vocab": True}
+    with pytest.raises(UserError, match=r"resize_vocab and add_tokens: .* new random weights"):
+        run(settings(**tokens), tmp_path / "scores.jsonl")
+    known = settings(add_tokens="!", resize_vocab=True)
+    assert run(known, tmp_path / "known.jsonl") == run(settings(), tmp_path / "plain.jsonl")
+
+
+def test_no_pair_at_all_is_said(settings, tmp_path, capsys):
+    path = tmp_path / "data" / "pairs.jsonl"
+    rows = [json.loads(line) | {"rejected": None} for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    words = [f"{key}={value}" for key, value in settings().items()]
+    result = CliRunner().invoke(cli.app, ["score", *words, "--output", str(tmp_path / "scores.jsonl")])
+    assert result.exit_code == 2
+    assert "none of 5 rows is a pair that LLaMA-Factory trains on" in result.output
 
 
 def test_an_interrupted_run_goes_on(settings, tmp_path):
@@ -110,7 +146,7 @@ def test_an_interrupted_run_goes_on(settings, tmp_path):
     assert not output.exists()
     unfinished.write_text(unfinished.read_text(encoding="utf-8") + '{"index": 2, "mar', encoding="utf-8")
 
-    refused = "was begun with other settings, data or models: remove it"
+    refused = "was begun with other settings, data or models: its "
     with pytest.raises(UserError, match=refused):
         run(settings(pref_beta=0.5), output)
     pairs = Path(settings()["dataset_dir"], "pairs.jsonl")

@@ -64,7 +64,9 @@ def test_a_torn_beginning_is_begun_anew_and_another_one_refused(torn, tmp_path):
     output = tmp_path / "scores.jsonl"
     unfinished_path(output).write_bytes(torn)
     if torn.endswith(b"\n"):
-        with pytest.raises(UserError, match="was begun with other settings"):
+        with pytest.raises(
+            UserError, match=r"was begun with other settings.*: its settings is null, now it would be 1"
+        ):
             ScoreFile(output, MANIFEST).check()
     else:
         score(3)(tmp_path)

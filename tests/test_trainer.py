@@ -309,6 +309,8 @@ def test_each_evaluation_set_has_its_own_metrics(train):
         assert all(len(found) >= 2 for found in values.values()), name
         assert not [log for log in logs if f"eval_{name}" in log]
     assert steps(output, "eval_pairs_logps/chosen") != steps(output, "eval_pairs_eval_logps/chosen")
+    lines = [json.loads(line) for line in (output / "trainer_log.jsonl").read_text().splitlines()]
+    assert [line["eval_pairs_loss"] for line in lines if "eval_pairs_loss" in line] == steps(output, "eval_pairs_loss")
     state = json.loads((output / "trainer_state.json").read_text(encoding="utf-8"))
     assert state["best_metric"] == max(steps(output, "eval_pairs_rewards/accuracies"))
     written = json.loads((output / "eval_results.json").read_text())

@@ -14,6 +14,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ..errors import UserError
+from ..manifests import first_difference
 from ..whole_files import write_whole
 
 MANIFEST, GENERATIONS = "manifest.json", "generations.jsonl"
@@ -88,13 +89,8 @@ class Run:
             raise UserError(f"{file} cannot be read ({error}): name another --output.") from error
 
     def _refuse_another(self, recorded: dict[str, Any], manifest: dict[str, Any]) -> None:
-        for key in sorted({*recorded, *manifest}):
-            if recorded.get(key) != manifest.get(key):
-                was, now = _parts_that_differ(recorded.get(key), manifest.get(key))
-                raise UserError(
-                    f"{self.folder} holds another run: its {key} is {_short(was)}, now it would be {_short(now)}. Name "
-                    "another --output."
-                )
+        if (difference := first_difference(recorded, manifest)) is not None:
+            raise UserError(f"{self.folder} holds another run: {difference}. Name another --output.")
 
     def _drop_torn_line(self) -> None:
         """Cut off a last line that a kill left unfinished; its problem is asked again."""
@@ -184,16 +180,3 @@ def run_folder(folder: Path, file: str) -> Path:
     if len(inner) > 1:
         raise UserError(f"{folder} holds several runs: name one, such as {inner[0]}.")
     return inner[0]
-
-
-def _parts_that_differ(a: Any, b: Any) -> tuple[Any, Any]:
-    """Of two mappings, only what differs."""
-    if not (isinstance(a, dict) and isinstance(b, dict)):
-        return a, b
-    keys = [key for key in {**a, **b} if a.get(key) != b.get(key)]
-    return {key: a[key] for key in keys if key in a}, {key: b[key] for key in keys if key in b}
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 120 else f"{text[:117]}..."

@@ -184,10 +184,15 @@ def extend(base: type) -> type:
 
 def keys_of(loss: Loss) -> dict[str, Any]:
     """The YAML keys of a loss's hyper-parameters and their defaults; those of a user's loss are `pref_loss_args`."""
+    defaults = {"beta": PREF_BETA, **loss.defaults()}
+    return {_key_of(name): defaults.get(name, "(required)") for name in loss.parameters}
+
+
+def _key_of(parameter: str) -> str:
+    """The YAML key that a parameter of a loss function is given by."""
     keys = {"beta": "pref_beta"} | {keyword: key for key, keyword in OWN_KEYS.items()}
     keys |= {keyword: key for key, (keyword, _) in STOCK_KEYS.items()}
-    defaults = {"beta": PREF_BETA, **loss.defaults()}
-    return {keys.get(name, f"pref_loss_args.{name}"): defaults.get(name, "(required)") for name in loss.parameters}
+    return keys.get(parameter, f"pref_loss_args.{parameter}")
 
 
 def keys_not_taken(settings: Mapping[str, Any]) -> list[str]:
@@ -264,7 +269,7 @@ def _from_keys(args: PreferenceArguments, loss: Loss) -> dict[str, Any]:
         if keyword not in loss.parameters:
             raise ValueError(
                 f"`{key}` is not a hyper-parameter of pref_loss {loss.name!r}, which takes "
-                f"{_listed(loss.parameters)}: remove `{key}`."
+                f"{_listed(keys_of(loss))}: remove `{key}`."
             )
     return {keyword: getattr(args, key) for key, keyword in given.items()}
 

@@ -73,6 +73,11 @@ def parse_recipe(settings: Settings) -> tuple[Any, Any, Any]:
         check_numbers(settings, hints)  # which the checks of LLaMA-Factory take for granted
         raise UserError(str(error) or type(error).__name__) from error
     check_numbers(settings, hints)
+    if model_args.adapter_name_or_path is not None and finetuning_args.finetuning_type != "lora":
+        raise UserError(
+            f"LLaMA-Factory reads `adapter_name_or_path` with `finetuning_type: lora` only, not "
+            f"{finetuning_args.finetuning_type!r}: write finetuning_type=lora."
+        )
     for key in ("model_name_or_path", "ref_model", "dataset_dir"):
         if not isinstance(settings.get(key, ""), str | None):
             raise UserError(f"{key} is {settings[key]!r}: write a path or a name.")

@@ -5,7 +5,6 @@ Whoever is killed leaves whole lines, and at most a torn last one; the next run 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ..errors import UserError
+from ..manifests import first_difference
 from ..whole_files import whole_file, whole_path, write_whole
 
 Row = dict[str, Any]
@@ -51,8 +51,8 @@ class ScoreFile:
 
     def __init__(self, output: Path, manifest: Row) -> None:
         self.output, self.path = output, unfinished_path(output)
-        digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-        self.head = json.dumps({"manifest": digest}) + "\n"
+        self.manifest = json.loads(json.dumps(manifest, sort_keys=True, default=str))
+        self.head = json.dumps({"manifest": self.manifest}) + "\n"
         self.lock = FileLock(output.with_name(f".{output.name}.lock"))
 
     def check(self) -> bytes:
@@ -70,9 +70,10 @@ class ScoreFile:
             content = b""
         whole = content[: content.rfind(b"\n") + 1]
         if whole and not whole.startswith(self.head.encode()):
+            difference = first_difference(_manifest(whole.split(b"\n", 1)[0]), self.manifest)
             raise UserError(
-                f"{str(self.path)!r} was begun with other settings, data or models: remove it, or give another "
-                "--output."
+                f"{str(self.path)!r} was begun with other settings, data or models: {difference}. Remove it, or name "
+                "another --output."
             )
         return whole
 
@@ -145,6 +146,14 @@ class ScoreFile:
             with whole_file(self.output) as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
         self.path.unlink()
+
+
+def _manifest(head: bytes) -> Any:
+    """What a first line says that a file was begun with; None if it says nothing."""
+    try:
+        return dict(json.loads(head)).get("manifest")
+    except (ValueError, TypeError, RecursionError):
+        return None
 
 
 def read_scores(path: Path) -> list[Row]:

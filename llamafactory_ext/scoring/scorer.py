@@ -55,6 +55,8 @@ def score_pairs(settings: Settings, output: Path, batch_size: int = 4) -> Iterat
         UserError: if the recipe is wrong, the output is refused, another process writes to it, or it was begun with
             other settings.
     """
+    if settings.get("stage", "dpo") != "dpo":
+        raise UserError(f"score reads recipes of stage dpo, not {settings['stage']!r}: write stage=dpo.")
     reference_settings = reference_of(settings)
     check_output(output)
     manifest = {"settings": settings, "reference": reference_settings, "files": _files(settings, reference_settings)}
@@ -88,6 +90,7 @@ def reference_of(settings: Settings) -> Settings:
             "model_name_or_path": settings["ref_model"],
             "adapter_name_or_path": settings.get("ref_model_adapters"),
             "quantization_bit": settings.get("ref_model_quantization_bit"),
+            "finetuning_type": "lora",  # as in training, so that the reference has its adapters
         }
         return plain | {key: value for key, value in named.items() if value is not None}
     if settings.get("adapter_name_or_path") is not None:
@@ -145,17 +148,26 @@ def load_scorer(settings: Settings, reference_settings: Settings) -> Scorer:
 
 
 def _load_model(settings: Settings, tokenizer: Any) -> torch.nn.Module:
-    from llamafactory.model import load_model
+    from llamafactory.model import load_config, load_model
+
+    from ..training.reference.model import ADDING_TOKENS, drawn_weights
 
     model_args, _, finetuning_args = parse_recipe({"stage": "dpo", **settings})
     model_args.device_map = "auto"
+    drawn = drawn_weights(model_args)
     try:
-        model: torch.nn.Module = load_model(tokenizer, model_args, finetuning_args, is_trainable=False).eval()
+        size = load_config(model_args).get_text_config().vocab_size
+        model: Any = load_model(tokenizer, model_args, finetuning_args, is_trainable=False).eval()
     except Exception as error:  # whatever transformers, peft and the readers of weights raise
         raise UserError(f"the model {model_args.model_name_or_path!r} cannot be loaded: {in_a_line(error)}") from error
+    if drawn and (not set(drawn) <= ADDING_TOKENS or model.config.get_text_config().vocab_size != size):
+        raise UserError(
+            f"{' and '.join(drawn)}: {model_args.model_name_or_path!r} would be given new random weights, on which its "
+            "scores would depend. Put them into a copy first, with `llamafactory-cli export`, and name that copy."
+        )
     if model_args.infer_dtype != "auto" and getattr(model, "quantization_method", None) is None:
         model.to(model_args.compute_dtype)  # LLaMA-Factory leaves a half-precision checkpoint as it is
-    return model
+    return model  # type: ignore[no-any-return]
 
 
 def _data_scores(data_args: Any, count: int) -> list[Row]:

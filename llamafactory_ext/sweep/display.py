@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
 from rich.table import Table
 
-from .progress import Watcher
+from .progress import Progress, Watcher
 from .records import Record
 from .results import read_results
 from .spec import Cell
@@ -18,6 +20,7 @@ from .tasks import Agenda
 from .work import Task
 
 console = Console()
+LINE_SECONDS = 30  # between two lines about a running command, where no bar can be drawn
 COLOURS = {"done": "green", "failed": "red", "interrupted": "yellow", "running": "cyan"}
 
 
@@ -71,9 +74,10 @@ class Display:
     def __init__(self) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         remaining = (TimeRemainingColumn(), TextColumn("{task.fields[status]}"))
-        self.progress = Progress(*columns, *remaining, console=console, speed_estimate_period=1e9)
+        self.progress = Bars(*columns, *remaining, console=console, speed_estimate_period=1e9)
         self.bars: dict[Task, tuple[Any, Watcher]] = {}
         self.left = 0
+        self.last_lines = time.monotonic()
 
     def __enter__(self) -> Display:
         self.progress.start()
@@ -99,6 +103,10 @@ class Display:
             bar, watcher = self.bars[task]
             now = watcher.look()
             self.progress.update(bar, completed=now.done, total=now.total, status=now.status)
+        if not console.is_terminal and time.monotonic() - self.last_lines > LINE_SECONDS:
+            self.last_lines = time.monotonic()
+            for task in running:
+                console.print(_line(task, self.bars[task][1].now), soft_wrap=True, highlight=False, markup=False)
         for task in [task for task in self.bars if task not in running]:
             self.progress.remove_task(self.bars.pop(task)[0])
 
@@ -111,6 +119,19 @@ class Display:
             self.progress.console.print(
                 f"[red]{task.step} {task.name}: {escape(record.error or record.state)}; see {task.log}"
             )
+
+
+def _line(task: Task, now: Progress) -> str:
+    """How far a command is, for a log."""
+    unit = "steps" if task.step == "train" else "done"
+    done = (
+        "starting"
+        if not now.done
+        else f"{now.done} {unit}"
+        if now.total is None
+        else f"{now.done} of {now.total} {unit}"
+    )
+    return ", ".join(filter(None, [f"{task.step} {task.name}: {done}", now.status]))
 
 
 def show_results(agenda: Agenda, cells: Sequence[Cell]) -> bool:
@@ -133,7 +154,7 @@ def show_results(agenda: Agenda, cells: Sequence[Cell]) -> bool:
     for failure in failures:
         console.print(f"[red]failed:[/] {escape(failure)}")
     if failures:
-        console.print("Try them again with --rerun-failed.")
+        console.print("To try them again, add --rerun-failed.")
     if interrupted:
-        console.print(f"Interrupted, to be gone on with by the same command: {', '.join(interrupted)}")
+        console.print(f"Interrupted; run the same command to resume: {', '.join(interrupted)}")
     return not failures and not interrupted

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..errors import not_possible
-from ..recipe.reading import data_sets
+from ..recipe.reading import check_sizes, data_sets
 from .layout import COUNTED_PADDING, SHARED_NOISE
 from .reference.model import INSISTED, STREAMED, PendingReference, drawn_weights, not_the_same_weights
 
@@ -23,10 +23,23 @@ def check_recipe(model_args: Any, data_args: Any, training_args: Any, finetuning
     Raises:
         ValueError: with one sentence, at the first thing that cannot be trained.
     """
+    check_sizes(data_args)
+    _check_best_model(data_args, training_args)
     _check_insisted(data_args, training_args, finetuning_args)
     _check_streaming(data_args, training_args)
     _check_random_weights(model_args, data_args, training_args, finetuning_args)
     _check_rope_scaling(model_args)
+
+
+def _check_best_model(data_args: Any, training_args: Any) -> None:
+    """With a loss per data set there is no `eval_loss`, which transformers chooses by unless told otherwise."""
+    is_overall = training_args.metric_for_best_model in (None, "loss", "eval_loss")
+    if data_args.eval_on_each_dataset and training_args.load_best_model_at_end and is_overall:
+        names = data_args.eval_dataset or ["NAME"]
+        raise ValueError(
+            "`load_best_model_at_end: true` chooses by `eval_loss`, which there is not with `eval_on_each_dataset: "
+            f"true`: write the loss of one of the data sets, such as `metric_for_best_model: eval_{names[0]}_loss`."
+        )
 
 
 def _check_insisted(data_args: Any, training_args: Any, finetuning_args: Any) -> None:

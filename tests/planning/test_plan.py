@@ -651,7 +651,12 @@ def untied_model(tmp_path_factory):
     return make_model(tmp_path_factory.mktemp("untied") / "model", **SHAPE, tie_word_embeddings=False)
 
 
-@pytest.mark.parametrize("name", RUNS)
+FAST = ("float32, chunks", "bfloat16, checkpointing", "refined, lora", "lora, named reference in every step")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in RUNS]
+)
 def test_the_parts_are_what_a_training_holds(name, larger_model, untied_model, long_pairs, tmp_path, monkeypatch):
     if "qlora" in name:
         pytest.importorskip("bitsandbytes")

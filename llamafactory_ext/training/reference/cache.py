@@ -20,6 +20,7 @@ from filelock import FileLock, Timeout
 from llamafactory.extras import logging
 
 from ...whole_files import write_whole
+from .folders import ABOUT, LOCK, ROWS
 
 logger = logging.get_logger()  # LLaMA-Factory's own, whose lines reach the console and the web UI
 
@@ -28,15 +29,6 @@ Logps = dict[bytes, tuple[float, float]]
 
 KEY_BYTES = 16
 TOKENS = tuple(f"{side}_{column}" for side in ("chosen", "rejected") for column in ("input_ids", "labels"))
-
-
-def default_folder() -> Path:
-    """Where references are kept if the recipe names no folder."""
-    try:
-        home = Path.home()
-    except RuntimeError:  # a container's user without a name; Docker gives it this one
-        home = Path("/")
-    return Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache") / "llamafactory_ext" / "references"
 
 
 def pair_key(pair: Mapping[str, Any]) -> bytes:
@@ -51,7 +43,7 @@ def pair_key(pair: Mapping[str, Any]) -> bytes:
 def read(folder: Path) -> Logps:
     """Everything that the folder holds; empty if there is none. Damaged files are named in a warning."""
     logps: Logps = {}
-    for path in sorted(path for path in folder.glob("*.safetensors") if not path.is_symlink()):
+    for path in sorted(path for path in folder.glob(ROWS) if not path.is_symlink()):
         try:
             content = path.read_bytes()
         except FileNotFoundError:  # replaced by another process a moment ago
@@ -90,8 +82,8 @@ def append(folder: Path, logps: Logps, about: Mapping[str, Any]) -> Path:
         OSError: if the folder cannot be written, or the disk is full; what was there is untouched.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "about.json").exists():
-        write_whole(folder / "about.json", json.dumps(about, indent=2, sort_keys=True))
+    if not (folder / ABOUT).exists():
+        write_whole(folder / ABOUT, json.dumps(about, indent=2, sort_keys=True))
     content = safetensors.numpy.save(
         {
             "keys": np.frombuffer(b"".join(logps), dtype=np.uint8).reshape(len(logps), KEY_BYTES),
@@ -109,7 +101,7 @@ def merge(folder: Path, about: Mapping[str, Any]) -> None:
     Raises:
         OSError: as for `append`.
     """
-    files = list(folder.glob("*.safetensors"))
+    files = list(folder.glob(ROWS))
     if len(files) > 1:
         whole = append(folder, read(folder), about)
         for path in files:
@@ -127,7 +119,7 @@ def lock(folder: Path, seconds: float) -> FileLock | None:
         OSError, NotImplementedError: if the folder cannot be written, or its file system has no locks.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
+    lock = FileLock(folder / LOCK)
     try:
         lock.acquire(timeout=seconds)
     except Timeout:

@@ -29,6 +29,7 @@ from ..layout import depends_on_batch
 from ..refinement import BATCH_PREFIX, PROMPT_IDS, augmented_pair
 from . import cache as cache
 from .cache import Logps
+from .folders import default_folder
 from .model import INSISTED, PendingReference, describe, drawn_weights, folder_name, not_the_same_weights, obstacle
 
 if TYPE_CHECKING:
@@ -74,9 +75,9 @@ def known_beforehand(
     references = None
     if about is not None:
         directory = pending.finetuning_args.ref_log_probs_cache_dir
-        parent = named_path("ref_log_probs_cache_dir", directory) if directory else cache.default_folder()
+        parent = named_path("ref_log_probs_cache_dir", directory) if directory else default_folder()
         folder = parent / folder_name(about)
-        references = ReferenceLogps(folder, about, datasets)
+        references = ReferenceLogps(folder, {"model": pending.model_args.model_name_or_path, **about}, datasets)
         if wanted is None and references.missing and _epochs(args, datasets[0]) < 1:
             references, reason = None, "the run ends before it has trained on every pair"
     elif reason is None:

@@ -84,6 +84,10 @@ class PendingReference:
         return self.is_first_policy and bool(drawn_weights(self.model_args))
 
 
+# Keys for which rows are added to the embedding: none where the tokenizer and the model have them already.
+ADDING_TOKENS = {"resize_vocab", "add_tokens", "add_special_tokens", "new_special_tokens_config"}
+
+
 def drawn_weights(model_args: Any) -> list[str]:
     """The keys for which LLaMA-Factory gives a model random weights, other ones each time that it loads it."""
     keys = [key for key in ("train_from_scratch", "resize_vocab", "add_tokens") if getattr(model_args, key)]
