@@ -20,7 +20,7 @@ NEVER_cpu := torchvision torchaudio torchcodec
 # many containers: there, each process would compile all that it imports.
 COMPILED := --compile-bytecode
 
-.PHONY: help venv browser demo model reproduce test test-fast test-wheel test-compat check format bench bench-data gpu-wheels clean
+.PHONY: help venv browser demo model reproduce test test-fast test-wheel test-compat check format docs bench bench-data gpu-wheels clean
 
 help:
 	@echo "make demo         train DPO, DPOP and MinorDPO on a small model, score and plot them (DATA=, MODEL=)"
@@ -37,6 +37,7 @@ help:
 	@echo "make bench-data   time and memory of \`llamafactory-ext data metamath\`, and of the reference's look-up, at full size"
 	@echo "make gpu-wheels   fetch what benchmarks/gpu.py needs on a machine with a GPU and no network (20 MiB)"
 	@echo "make check        lint, format and type checks"
+	@echo "make docs         the documentation as a site in build/docs; a dead link is an error"
 	@echo "make venv         only set up the environment in $(VENV)"
 	@echo "make clean        remove the environments and everything that was made"
 
@@ -114,6 +115,10 @@ check: venv
 format: venv
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Not --quiet: it keeps the warnings, too, from --strict.
+docs: venv
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: venv
 	$(BIN)/python benchmarks/training.py $(ARGS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from rooms import ROOMS, ROOT, imports, in_order, modules, room
 
 LINES = 400  # of a file that fits in one's head
@@ -28,7 +30,10 @@ def test_files_fit_in_ones_head():
     assert not longer
 
 
-def test_the_readmes_map_names_every_module():
-    text = (ROOT.parent / "README.md").read_text(encoding="utf-8")
+def test_the_map_names_every_module_and_no_other():
+    text = (ROOT.parent / "docs" / "how_it_works.md").read_text(encoding="utf-8")
     map_ = text[text.index("## Where things are") :]
     assert not [name for name, path in modules().items() if path.name != "__init__.py" and path.name not in map_]
+    package = map_[: map_.index("llamafactory_ext.pth")]
+    there = {path.name for path in modules().values()}
+    assert not [name for name in re.findall(r"\w+\.py", package) if name not in there | {"rooms.py"}]

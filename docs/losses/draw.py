@@ -13,7 +13,7 @@ from llamafactory_ext.plots import CURVES, new_figure, save
 HERE = Path(__file__).parent
 BETAS = {"simpo": 2.0}  # its paper's
 BETA = 0.1  # of the others
-TOKENS = 20  # of an answer, where a loss takes means per token
+TOKENS = 20  # of a response, where a loss takes means per token
 
 
 def main() -> None:
@@ -25,18 +25,18 @@ def main() -> None:
 
 
 def draw(name: str, left: Axes, right: Axes) -> None:
-    """The loss, and how hard it pushes each answer, along a chosen and along a rejected log-ratio."""
+    """The loss, and how hard it pushes each response, along a chosen and along a rejected log-ratio."""
     x = torch.linspace(-60, 60, 481, dtype=torch.float64)
     start = 0.0
-    label = "log-ratio of the answer, the other's at 0 (nats)"
+    label = "log-ratio of the response, the other's at 0 (nats)"
     if not get_loss(name).needs_reference:
         x, start = torch.linspace(-60, -0.5, 481, dtype=torch.float64), -30.0
         label = f"log-probability of its {TOKENS} tokens (nats)"
     for side in ("chosen", "rejected"):
         values = {"chosen": torch.full_like(x, start), "rejected": torch.full_like(x, start), side: x}
         loss, push = along(name, values["chosen"], values["rejected"], side)
-        left.plot(x, loss, color=CURVES[side], label=f"along the {side} answer")
-        right.plot(x, push, color=CURVES[side], label=f"{side} answer")
+        left.plot(x, loss, color=CURVES[side], label=f"along the {side} response")
+        right.plot(x, push, color=CURVES[side], label=f"{side} response")
     left.set_title(f"{name}: loss of a pair, β = {BETAS.get(name, BETA):g}")
     right.set_title("gradient with respect to its log-probability")
     for axes in (left, right):
