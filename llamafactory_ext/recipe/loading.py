@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import json
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -39,6 +41,7 @@ def load_tokenization(model_args: Any, data_args: Any) -> Tokenization:
     from llamafactory.data import get_template_and_fix_tokenizer
     from llamafactory.model import load_tokenizer
 
+    _check_template(data_args.template)
     try:
         tools = load_tokenizer(model_args)
         tokenizer = tools["tokenizer"]
@@ -47,8 +50,21 @@ def load_tokenization(model_args: Any, data_args: Any) -> Tokenization:
     except Exception as error:  # whatever transformers, and a chat template that is tried out, raise
         name = model_args.model_name_or_path
         hint = "" if data_args.template else " Write a `template`, as none is named."
-        raise UserError(f"the tokenizer of {name!r} cannot be used: {in_a_line(error).rstrip('.')}.{hint}") from error
+        raise UserError(f"the tokenizer of {name!r} cannot be used: {in_a_line(error).rstrip('.,')}.{hint}") from error
+    if not tokenizer("a", add_special_tokens=False)["input_ids"]:  # what transformers makes of a folder without files
+        raise UserError(
+            f"{model_args.model_name_or_path!r} holds no tokenizer: add its files, such as tokenizer.json, there."
+        )
     return Tokenization(tokenizer, tools["processor"], template, own_template)
+
+
+def _check_template(name: str | None) -> None:
+    from llamafactory.data.template import TEMPLATES
+
+    if name is not None and name not in TEMPLATES:
+        nearest = difflib.get_close_matches(name, TEMPLATES, n=1)
+        hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+        raise UserError(f"template is {name!r}, which LLaMA-Factory does not have: correct it.{hint}")
 
 
 def load_pairs(model_args: Any, data_args: Any) -> Any:
@@ -92,6 +108,8 @@ def _in_words(error: Exception) -> str:
 def _faults(descriptions: Iterable[Any], data_args: Any) -> Iterator[str]:
     """What keeps local files from being loaded, each with the file and the line."""
     for description in descriptions:
+        if not description.ranking:
+            yield f'{description.dataset_name} is not marked as pairs in dataset_info.json: write "ranking": true there'
         wanted = description.num_samples
         if wanted is not None and (type(wanted) is not int or wanted < 1):
             yield f"num_samples is {wanted!r} in dataset_info.json: write a whole number of at least 1"
@@ -106,6 +124,8 @@ def _faults(descriptions: Iterable[Any], data_args: Any) -> Iterator[str]:
 
 def _first_fault(file: Path, description: Any, data_args: Any) -> str | None:
     """The first row of a file that does not go with those before, or that LLaMA-Factory cannot make a pair of."""
+    if file.suffix == ".jsonl" and (twice := _first_key_written_twice(file)) is not None:
+        return twice
     seen: dict[str, tuple[str, str]] = {}
     columns: Fields = {}
     number = 0
@@ -121,6 +141,27 @@ def _first_fault(file: Path, description: Any, data_args: Any) -> str | None:
             if kind != before:
                 return f"{where}: {place} holds {kind} there, and {before} in {first}: write the same kind in all rows"
     return _first_refused(file, columns, description, data_args) if number else f"{str(file)!r} holds no rows"
+
+
+def _first_key_written_twice(file: Path) -> str | None:
+    """Which Python's json takes, with the last value, and pyarrow does not."""
+
+    def check(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        fields = dict(pairs)
+        if len(fields) < len(pairs):
+            keys = [key for key, _ in pairs]
+            raise KeyError(next(key for key in keys if keys.count(key) > 1))
+        return fields
+
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                json.loads(line, object_pairs_hook=check)
+            except KeyError as error:
+                return f"{str(file)!r}, line {number}: it has the key {error} twice: remove one"
+            except (ValueError, RecursionError):  # told by who reads the rows
+                continue
+    return None
 
 
 def _first_refused(file: Path, columns: Fields, description: Any, data_args: Any) -> str | None:

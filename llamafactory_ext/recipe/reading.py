@@ -81,7 +81,20 @@ def parse_recipe(settings: Settings) -> tuple[Any, Any, Any]:
     for key in ("model_name_or_path", "ref_model", "dataset_dir"):
         if not isinstance(settings.get(key, ""), str | None):
             raise UserError(f"{key} is {settings[key]!r}: write a path or a name.")
+    for key in ("model_name_or_path", "ref_model", "adapter_name_or_path", "ref_model_adapters"):
+        check_folders(key, settings.get(key))
     return model_args, data_args, finetuning_args
+
+
+def check_folders(key: str, value: Any) -> None:
+    """Refuse paths of models or adapters that do not exist; the hub would be asked for them.
+
+    Raises:
+        UserError: for a path that leads nowhere; what might be a name on the hub is none.
+    """
+    for name in value.split(",") if isinstance(value, str) else ():
+        if name.startswith(("/", ".", "outputs/")) and not Path(name).exists():
+            raise UserError(f"{key}: there is no {name}: write an existing folder, or a name on the hub.")
 
 
 def check_numbers(settings: Settings, hints: dict[str, Any]) -> None:

@@ -159,7 +159,9 @@ def _load_model(settings: Settings, tokenizer: Any) -> torch.nn.Module:
         size = load_config(model_args).get_text_config().vocab_size
         model: Any = load_model(tokenizer, model_args, finetuning_args, is_trainable=False).eval()
     except Exception as error:  # whatever transformers, peft and the readers of weights raise
-        raise UserError(f"the model {model_args.model_name_or_path!r} cannot be loaded: {in_a_line(error)}") from error
+        adapters = f" with {', '.join(model_args.adapter_name_or_path)}" if model_args.adapter_name_or_path else ""
+        name = f"{model_args.model_name_or_path!r}{adapters}"
+        raise UserError(f"the model {name} cannot be loaded: {in_a_line(error)}") from error
     if drawn and (not set(drawn) <= ADDING_TOKENS or model.config.get_text_config().vocab_size != size):
         raise UserError(
             f"{' and '.join(drawn)}: {model_args.model_name_or_path!r} would be given new random weights, on which its "

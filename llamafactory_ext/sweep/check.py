@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
@@ -33,17 +32,10 @@ def check(sweep: Sweep, cells: Sequence[Cell]) -> dict[str, int | None]:
             schedule = make_schedule(training_args, counted[data], max(1, sweep.gpus_per_cell), data_args.cutoff_len)
         except ValueError as error:
             raise UserError(f"cell {cell.name}: {error}") from error
-        _check_model(cell)
         if cell.is_adapter and (sweep.evaluation or sweep.held_out):
             _check_adapter(sweep, cell, finetuning_args)
         steps[cell.name] = schedule.steps
     return steps
-
-
-def _check_model(cell: Cell) -> None:
-    model = cell.base_model
-    if model.startswith(("/", ".", "outputs/")) and not Path(model).is_dir():
-        raise UserError(f"cell {cell.name}: there is no model {model}: write a folder, or a name on the hub.")
 
 
 def _check_adapter(sweep: Sweep, cell: Cell, finetuning_args: Any) -> None:

@@ -14,7 +14,7 @@ from llamafactory.hparams import get_train_args
 from llamafactory.model import load_tokenizer
 from llamafactory.train.dpo import workflow
 from rich.console import Console
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GPT2Config
 
 from llamafactory_ext import patching, seam
 from llamafactory_ext.data.check import check_pairs, common_prefix, render
@@ -220,6 +220,7 @@ NO_PAIR = "LLaMA-Factory cannot make a pair from it"
             b'{"prompt": "a", "history": [], "chosen": "b", "rejected": "c"}',
             "line 1: it has no column 'instruction', which",
         ),
+        (GOOD + b'{"instruction": "a", "chosen": "b", "chosen": "c"}', "line 2: it has the key 'chosen' twice"),
         (b"", "holds no rows"),
         (b"\n", "holds no rows"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 3\n", "a pointer of Git LFS"),
@@ -231,6 +232,23 @@ def test_data_that_cannot_be_loaded(content, message, settings, tmp_path):
     with pytest.raises(UserError, match=f"the data sets pairs cannot be loaded: .*{message}") as raised:
         check_pairs(recipe)
     assert ".." not in str(raised.value).replace("://", "")
+
+
+def test_data_that_is_not_marked_as_pairs(settings, tmp_path):
+    recipe = settings(row("1 + 1?", "2", "3"))
+    info = tmp_path / "data" / "dataset_info.json"
+    described = json.loads(info.read_text())
+    del described["pairs"]["ranking"]
+    info.write_text(json.dumps(described))
+    with pytest.raises(UserError, match=r'pairs\.jsonl is not marked as pairs .*: write "ranking": true there'):
+        check_pairs(recipe)
+
+
+def test_a_model_without_a_tokenizer(settings, tmp_path):
+    """From a folder with nothing but a configuration, transformers makes a tokenizer that knows no text."""
+    GPT2Config().save_pretrained(tmp_path / "bare")
+    with pytest.raises(UserError, match="holds no tokenizer: add its files"):
+        check_pairs(settings(row("1 + 1?", "2", "3"), model_name_or_path=str(tmp_path / "bare")))
 
 
 def test_a_row_at_which_the_training_stops(settings):
@@ -281,7 +299,10 @@ def test_pairs_of_a_refinement_term_are_counted_as_trained(settings):
         ({"stage": "sft"}, "stage 'sft' does not train on pairs"),
         ({"dataset": None}, "names no data set"),
         ({"dataset": "absent"}, "Undefined dataset absent"),
-        ({"template": "no_such"}, "cannot be used"),
+        ({"template": "qwen33"}, "'qwen33', which LLaMA-Factory does not have: correct it. Did you mean 'qwen3"),
+        ({"model_name_or_path": "/no/model"}, "there is no /no/model: write an existing folder"),
+        ({"adapter_name_or_path": "./none", "finetuning_type": "lora"}, "there is no ./none: write an existing folder"),
+        ({"finetuning_type": "full", "adapter_name_or_path": "."}, "`finetuning_type: lora` only"),
         ({"cutof_len": 5}, "'cutof_len' is not a key.* Did you mean 'cutoff_len'"),
         ({"pref_loss": "minor"}, "Did you mean 'minor_dpo'"),
         ({"model_name_or_path": "no/such-model"}, "the tokenizer of 'no/such-model' cannot be used"),
