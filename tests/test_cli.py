@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -14,14 +15,18 @@ import few_shot_data
 import pytest
 import tiny
 import yaml
+from typer.testing import CliRunner
+
+from llamafactory_ext.cli import app
 
 SCRIPT = Path(sys.executable).with_name("llamafactory-ext")
 DATA = Path(__file__).parents[1] / "data"
 
 
 def run(folder, *words):
-    command = [str(SCRIPT), *map(str, words)]
-    return subprocess.run(command, cwd=folder, env=dict(os.environ), capture_output=True, text=True)
+    """A command in this process, as the script would run it in a folder."""
+    with contextlib.chdir(folder):
+        return CliRunner().invoke(app, [str(word) for word in words], prog_name="llamafactory-ext")
 
 
 def lines(path):
@@ -39,7 +44,7 @@ def test_help_waits_for_no_heavy_package():
 )
 def test_help_has_examples(words, tmp_path):
     shown = run(tmp_path, *words, "--help")
-    assert shown.returncode == 0
+    assert shown.exit_code == 0
     if len(words) == 2:
         assert f"llamafactory-ext {' '.join(words)}" in shown.stdout
 
@@ -56,7 +61,7 @@ def test_the_shipped_samples_are_what_the_commands_make(words, sample, tmp_path)
     source = {"few_shot": "metamath_few_shot"}.get(words[1], words[1])
     words = ["data", words[0], DATA / f"{source}_sample.jsonl", *words[2:], "--output", f"new/{sample}"]
     done = run(tmp_path, *words)
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.stderr
     assert (tmp_path / "new" / sample).read_bytes() == (DATA / sample).read_bytes()
     assert "is registered in new/dataset_info.json" in " ".join(done.stdout.split())
 
@@ -65,9 +70,9 @@ def test_the_shipped_samples_are_what_the_commands_make(words, sample, tmp_path)
     assert json.loads((tmp_path / "new" / "dataset_info.json").read_text(encoding="utf-8")) == {name: shipped}
 
     again = run(tmp_path, *words)
-    assert again.returncode == 2
+    assert again.exit_code == 2
     assert "is there already: give another --output, or --overwrite." in again.stderr
-    assert run(tmp_path, *words, "--overwrite").returncode == 0
+    assert run(tmp_path, *words, "--overwrite").exit_code == 0
 
 
 def test_corrupt_reports_every_row(tmp_path):
@@ -76,7 +81,7 @@ def test_corrupt_reports_every_row(tmp_path):
     bad = ['{"question": "Q", "answer": "Seven.\\n#### 7"}', "{broken", '{"text": "x"}']
     source.write_text("".join(json.dumps(row) + "\n" for row in rows) + "\n".join(bad) + "\n", encoding="utf-8")
     done = run(tmp_path, "data", "corrupt", source, "--output", "pairs.jsonl", "--seed", 3)
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.stderr
     made, dropped = lines(tmp_path / "pairs.jsonl"), lines(tmp_path / "pairs.dropped.jsonl")
     assert len(made) + len(dropped) == len(rows) + 3
     reasons = {row["line"]: row["reason"] for row in dropped}
@@ -103,7 +108,7 @@ def test_corrupt_reports_every_row(tmp_path):
 )
 def test_wrong_input_is_one_sentence(words, message, tmp_path):
     done = run(tmp_path, "data", *words)
-    assert done.returncode == 2
+    assert done.exit_code == 2
     assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert not list(tmp_path.iterdir())
@@ -120,7 +125,7 @@ def test_wrong_input_is_one_sentence(words, message, tmp_path):
 def test_what_cannot_be_written_is_a_sentence(output, words, tmp_path):
     (tmp_path / "file").touch()
     done = run(tmp_path, "data", "corrupt", str(DATA / "gsm8k_sample.jsonl"), "--output", output)
-    assert done.returncode == 2
+    assert done.exit_code == 2
     assert words in " ".join(done.stderr.replace("│", "").split())
     assert "Traceback" not in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
@@ -137,7 +142,7 @@ def test_kill_leaves_no_half_file(tmp_path):
     assert not (tmp_path / "out.jsonl").exists()
 
     done = run(tmp_path, *words)
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.stderr
     expected = [e.question for e in few_shot_data.examples(20000) if e.how in ("matched", "fallback")]
     assert [row["instruction"] for row in lines(tmp_path / "out.jsonl")] == expected
     assert not list(tmp_path.glob("*.unfinished"))
@@ -150,12 +155,12 @@ def test_check_ends_with_a_status(model, tmp_path):
     settings = tiny.recipe(model, data, tmp_path / "out", deepspeed=str(DATA / "no matter, nothing is trained"))
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
     good = run(tmp_path, "data", "check", "recipe.yaml", "max_samples=6", "--json", "found.json")
-    assert good.returncode == 0, good.stderr
+    assert good.exit_code == 0, good.stderr
     assert json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))["pairs"] == 6
     assert "6 pairs" in good.stdout
 
     words = ["data", "check", "recipe.yaml", "cutoff_len=64", "--test-set", data / "pairs.jsonl"]
     bad = run(tmp_path, *words)
-    assert bad.returncode == 1, bad.stderr
+    assert bad.exit_code == 1, bad.stderr
     assert "the question is in the test set" in bad.stdout
     assert not (tmp_path / "out").exists()
