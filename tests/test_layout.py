@@ -16,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 from planning.count_bytes import peak_of
 
 from llamafactory_ext.training import logps
-from llamafactory_ext.training.attention import take_tries
+from llamafactory_ext.training.attention import accept_prefix_trees
 from llamafactory_ext.training.layout import padded, shared_prefix
 from llamafactory_ext.training.logps import response_logps
 
@@ -42,7 +42,7 @@ def model_of(family, attention="sdpa", dtype=torch.float64):
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm") and dtype == torch.float64:
             module.forward = functools.partial(rms_norm, module)
-    take_tries(model)
+    accept_prefix_trees(model)
     return model.eval()
 
 
@@ -193,7 +193,7 @@ def test_bfloat16_is_no_further_from_float64_than_llamafactory(family):
             assert error < 1.05 * their_error
 
 
-def test_a_trie_by_hand():
+def test_a_prefix_tree_by_hand():
     """Prompt 5 6, answers 7 8 9 and 7 4: shared 5 6 7, tails 8 9 and 4."""
     layout = shared_prefix(collate([([5, 6], [7, 8, 9], [7, 4])]))
     assert layout.inputs["input_ids"].tolist() == [[5, 6, 7, 8, 9, 4]]

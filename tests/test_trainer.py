@@ -210,7 +210,7 @@ def test_a_prefix_that_cannot_be_shared_is_said_or_refused(train, caplog, tmp_pa
     train(model_name_or_path=str(dropping), max_steps=1)
     train(neftune_noise_alpha=5, max_steps=1)
     logger.removeHandler(caplog.handler)
-    assert "Prefix sharing is off: with dropout, both answers would see the same draw" in caplog.text
+    assert "Prefix sharing is off: with dropout, both responses would share one dropout mask" in caplog.text
     assert "Prefix sharing is off: with `neftune_noise_alpha`" in caplog.text
 
 
@@ -378,7 +378,7 @@ def test_resume_repeats_the_uninterrupted_run(name, finetuning_type, train):
 
 def test_resuming_with_bco_needs_its_baseline(train):
     whole = train(max_steps=2, save_strategy="steps", save_steps=1)
-    with pytest.raises(ValueError, match="saved without pref_bco_weight"):
+    with pytest.raises(ValueError, match="saved without `pref_bco_weight`"):
         train(max_steps=2, pref_bco_weight=0.5, resume_from_checkpoint=str(whole / "checkpoint-1"))
 
 
