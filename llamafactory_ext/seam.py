@@ -38,7 +38,7 @@ def _point_to_env(
     """Point to `llamafactory-ext env` if importing LLaMA-Factory failed: the traceback seldom names the cause."""
     shown(kind, error, at)
     if any(_is_import_of_llamafactory(frame) for frame, _ in traceback.walk_tb(at)):
-        print("Run `llamafactory-ext env` to see which packages do not work together, and the fix.", file=sys.stderr)
+        print("Run `llamafactory-ext env` to see which packages are incompatible and how to fix it.", file=sys.stderr)
 
 
 def _is_import_of_llamafactory(frame: FrameType) -> bool:

@@ -46,7 +46,7 @@ SUNK, DPO_AS_USUAL, WELL = log(-2 * FALL, -3 * FALL), log(-FALL / 2, -3 * FALL),
     [
         ([], None),
         ([WELL] * 5, None),
-        ([DPO_AS_USUAL] * 5, None),  # rejected answers alone are meant to fall
+        ([DPO_AS_USUAL] * 5, None),  # rejected responses alone are meant to fall
         ([log(-2 * FALL, 0.0)] * 5, None),
         ([SUNK] * (IN_A_ROW - 1), None),
         ([SUNK] * IN_A_ROW, "fallen"),
@@ -188,7 +188,7 @@ def test_a_healthy_run_is_left_alone(model, data, tmp_path):
 
 
 def test_per_token_rewards_are_means_over_each_answers_tokens(model, other_model, data, tmp_path):
-    """Pairs one by one: the sum over an answer is its length times the mean."""
+    """Pairs one by one: the sum over a response is its length times the mean."""
     changes = {"ref_model": str(other_model), "per_device_train_batch_size": 1, "max_steps": 3, "learning_rate": 1e-4}
     state = run(model, data, tmp_path / "run", disable_shuffling=True, **changes)
     rows = [json.loads(line) for line in (data / "pairs.jsonl").read_text().splitlines()]

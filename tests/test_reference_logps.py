@@ -15,13 +15,13 @@ from llamafactory_ext.training.refinement import PROMPT_IDS, augmented_pair
 
 
 def rows(count):
-    """Pairs of unlike length, with augmented prompts; the one of row n has n + 4 tokens in its longer answer."""
+    """Pairs of unlike length, with augmented prompts; the one of row n has n + 4 tokens in its longer response."""
     for n in range(count):
         prompt, chosen, rejected = [1] * (n % 3), [n, 7], [8] * (n + 4 - n % 3)
         row = {PROMPT_IDS: [5, *prompt], "images": None}
-        for side, answer in (("chosen", chosen), ("rejected", rejected)):
-            row[f"{side}_input_ids"] = prompt + answer
-            row[f"{side}_labels"] = [-100] * len(prompt) + answer
+        for side, response in (("chosen", chosen), ("rejected", rejected)):
+            row[f"{side}_input_ids"] = prompt + response
+            row[f"{side}_labels"] = [-100] * len(prompt) + response
         yield row
 
 

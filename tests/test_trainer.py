@@ -317,7 +317,7 @@ def test_each_evaluation_set_has_its_own_metrics(train):
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_an_empty_answer_trains(name, train, data, tmp_path):
-    """Template `empty` ends no answer, so that nothing of it is left."""
+    """Template `empty` ends no response, so that nothing of it is left."""
     folder = shutil.copytree(data, tmp_path / "data")
     rows = [json.loads(line) for line in (folder / "pairs.jsonl").read_text(encoding="utf-8").splitlines()]
     rows[0]["rejected"], rows[1]["chosen"] = "", ""
@@ -360,7 +360,7 @@ def test_ftx_and_bco_are_added_as_in_llamafactory(train, other_model, first_pair
 def test_ld_alpha_weights_the_policy_only(train, other_model):
     changes = {"max_steps": 1, "disable_shuffling": True, "ref_model": str(other_model)}
     plain, weighted = (history(train(**changes, **ld))[0] for ld in ({}, {"ld_alpha": 0.0}))
-    assert weighted["logps/chosen"] == pytest.approx(plain["logps/chosen"])  # the shorter answers
+    assert weighted["logps/chosen"] == pytest.approx(plain["logps/chosen"])  # the shorter responses
     assert weighted["logps/rejected"] > plain["logps/rejected"] + 10  # the longer ones, without their tails
     reference = plain["logps/rejected"] - plain["normalized_rewards/rejected"]
     assert weighted["logps/rejected"] - weighted["normalized_rewards/rejected"] == pytest.approx(reference, rel=1e-4)

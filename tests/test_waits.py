@@ -44,7 +44,7 @@ def without_values(layout):
 
 @pytest.mark.parametrize("chunk", [60, 2**26])
 def test_from_layout_to_metrics(chunk, monkeypatch):
-    """Of shared prefixes: with a row per answer, transformers asks once a pass how the rows are masked."""
+    """Of shared prefixes: with a row per response, transformers asks once a pass how the rows are masked."""
     layout = shared_prefix(BATCH)
     trees = attention._trees(layout.inputs["attention_mask"])
     monkeypatch.setattr(attention, "_trees", lambda lengths: trees)  # which stay on the CPU

@@ -24,9 +24,9 @@ STOPPED = "monitor/stopped"  # metric, with pref_stop_on_degeneration: 1 in the 
 LOGPS = ("logps/chosen", "logps/rejected")
 PER_TOKEN = ("normalized_rewards/chosen_per_token", "normalized_rewards/rejected_per_token")
 
-# Nats per token. SmolLM2-135M on pairs from GSM8K (DPO, beta 0.1): at a learning rate of 1e-5 it could still solve
-# problems, and chosen responses stayed above -0.21 over 20 steps. At 1e-4 they fell below -0.5 at step 4, and it ended
-# up repeating one word. MinorDPO at 1e-4 ended at +0.3 and could still solve problems.
+# Nats per token. SmolLM2-135M on pairs from GSM8K (DPO, beta 0.1): at a learning rate of 1e-5 it could still answer,
+# and chosen responses stayed above -0.21 over 20 steps. At 1e-4 they fell below -0.5 at step 4, and it ended up
+# repeating one word. MinorDPO at 1e-4 ended at +0.3 and could still answer.
 FALL = 0.5
 IN_A_ROW = 3  # logs, so that one odd batch raises no alarm
 
