@@ -1,9 +1,9 @@
 """Arms the plugin when `llamafactory` is first imported. Standard library only.
 
-`llamafactory_ext.pth` imports this module at the start of every Python process of the environment, so it may cost
-next to nothing and do nothing but put finders on `sys.meta_path`: they wait for a name and leave once they saw it.
-`LLAMAFACTORY_EXT=0` switches the plugin off in the process and its children; only the stand-in for a missing
-torchaudio stays, because without it a text-only machine cannot import LLaMA-Factory at all.
+`llamafactory_ext.pth` imports this module at the start of every Python process of the environment. It must cost next
+to nothing, so it only puts finders on `sys.meta_path`; each waits for one module and then removes itself.
+`LLAMAFACTORY_EXT=0` turns the plugin off in the process and its children, except for the stand-in for a missing
+torchaudio: without it, LLaMA-Factory cannot be imported on a text-only machine.
 """
 
 import os
@@ -11,7 +11,7 @@ import sys
 
 
 class _OnFirstImport:
-    """A meta path finder that finds nothing: it acts when `name` is first looked for, and removes itself."""
+    """A meta path finder that calls `act` when `name` is first imported, then removes itself."""
 
     def __init__(self, name, act):
         self.name = name
@@ -31,9 +31,9 @@ def _arm(fullname, path):
 
 
 def _lend_torchaudio(fullname, path):
-    """Find LLaMA-Factory's `mm_plugin`, and let it see a stand-in while it is executed if torchaudio is missing.
+    """Find LLaMA-Factory's `mm_plugin`; if torchaudio is missing, provide a stand-in while the module is executed.
 
-    Only that module sees it: in `sys.modules` for good, it would make other libraries believe that torchaudio works.
+    Only then: left in `sys.modules`, the stand-in would make other libraries believe that torchaudio works.
     """
     from importlib.machinery import PathFinder
     from importlib.util import find_spec
@@ -47,7 +47,7 @@ def _lend_torchaudio(fullname, path):
     def exec_module(module):
         from transformers.utils.import_utils import is_torchaudio_available
 
-        is_torchaudio_available()  # transformers remembers the answer: ask while it is still the true one
+        is_torchaudio_available()  # transformers caches the result: ask before the stand-in is there
         sys.modules["torchaudio"] = _missing_torchaudio()
         try:
             execute(module)
@@ -64,14 +64,14 @@ def _missing_torchaudio():
 
     class MissingTorchaudio(ModuleType):
         def __getattr__(self, name):
-            if name.startswith("__"):  # questions of the import system and of introspection, not a use
+            if name.startswith("__"):  # lookups by the import system and introspection, not a use
                 raise AttributeError(name)
             raise ImportError(
-                f"torchaudio.{name} was used, but torchaudio is not installed; audio data needs it: "
-                "install the torchaudio build that belongs to your torch."
+                f"torchaudio.{name} was used, but torchaudio is not installed. Audio data needs it: "
+                "install the torchaudio build that matches your torch."
             )
 
-    module = MissingTorchaudio("torchaudio", "Stand-in by llamafactory_ext for a torchaudio that is not installed.")
+    module = MissingTorchaudio("torchaudio", "Stand-in by llamafactory_ext: torchaudio is not installed.")
     module.__spec__ = ModuleSpec("torchaudio", loader=None)
     return module
 

@@ -1,4 +1,4 @@
-"""How LLaMA-Factory is patched: what a patch is, when it is applied, and how it fails where it does not fit."""
+"""What a patch of LLaMA-Factory is, when it is applied, and how it fails on a version that it does not support."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from . import __version__
 
 @dataclass(frozen=True)
 class Patch:
-    """What is done to a module once it is loaded.
+    """A change to a module, applied once the module is loaded.
 
     Args:
-        module: its full name.
+        module: its dotted name.
         why: the reason, for readers.
-        needs: name in the module (dotted for a member) -> parameters that it must take.
-        apply: the patch; None where the module is only relied upon.
+        needs: name in the module (dotted for a member) -> parameters that it must accept.
+        apply: changes the module; None to only check `needs`.
     """
 
     module: str
@@ -33,11 +33,16 @@ class Patch:
 
 
 def register(patch: Patch) -> None:
-    """Apply a patch the moment its module has been loaded, before anyone can take a name out of it."""
+    """Apply a patch as soon as its module is loaded, before other modules import names from it."""
     wrapt.register_post_import_hook(functools.partial(apply, patch), patch.module)
 
 
 def apply(patch: Patch, module: ModuleType) -> None:
+    """Check what a patch needs of a loaded module, then change the module.
+
+    Raises:
+        ImportError: as `check` does.
+    """
     for name, parameters in patch.needs.items():
         check(module, name, parameters)
     if patch.apply is not None:
@@ -45,6 +50,11 @@ def apply(patch: Patch, module: ModuleType) -> None:
 
 
 def check(module: ModuleType, name: str, parameters: tuple[str, ...]) -> None:
+    """Check that a name in a module exists and accepts the parameters.
+
+    Raises:
+        ImportError: if not; the message names both versions and the ones to install.
+    """
     target: Any = module
     for part in name.split("."):
         if not hasattr(target, part):
@@ -56,16 +66,16 @@ def check(module: ModuleType, name: str, parameters: tuple[str, ...]) -> None:
 
 
 def _misfit(what: str) -> ImportError:
-    # Not the distribution's version: a source tree has none, and the development version goes by another name.
+    # Not the installed package's version: a source tree has none, and the development version has another name.
     upstream = getattr(sys.modules.get("llamafactory"), "__version__", "of unknown version")
     return ImportError(
-        f"llamafactory_ext {__version__} does not fit LLaMA-Factory {upstream}: {what}. "
+        f"llamafactory_ext {__version__} does not support LLaMA-Factory {upstream}: {what}. "
         "Install llamafactory>=0.9.4,<0.9.7, or set LLAMAFACTORY_EXT=0 to run LLaMA-Factory without the plugin."
     )
 
 
 class replaced:  # noqa: N801  (reads as a verb)
-    """An attribute of a module or an object, replaced for the time of a with block."""
+    """A context manager that replaces an attribute of a module or object inside a with block."""
 
     def __init__(self, module: Any, name: str, value: object) -> None:
         self.module, self.name, self.value = module, name, value

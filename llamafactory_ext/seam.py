@@ -1,8 +1,8 @@
-"""Where LLaMA-Factory is patched: one function per patch, one table that says what and why.
+"""The patches of LLaMA-Factory that training needs: one function per patch, and a table that says what and why.
 
-Here are the patches of trainings; those of the board and of the v1 engine stand beside them (webui/patches.py,
-training/v1.py). What the plugin needs of LLaMA-Factory is checked when the module is loaded, too: if a name or a
-parameter is gone, the import fails and says what to do. There is no half-patched state to train in.
+The patches of the web UI are in webui/patches.py, those of the v1 engine in training/v1.py. Each patch is checked when
+its module is loaded: if LLaMA-Factory lacks a name or a parameter that the plugin needs, the import fails and says what
+to do, so nothing trains with only some of the patches.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from .patching import Patch, replaced
 
 
 def arm() -> None:
-    """Register every patch, to be applied when its module is loaded."""
+    """Register every patch; each is applied when its module is loaded."""
     from .training import v1
     from .webui import patches as board
 
     for patch in (*PATCHES, *board.PATCHES, *v1.PATCHES):
         patching.register(patch)
-    sys.excepthook = functools.partial(_tell_of_env, sys.excepthook)
+    sys.excepthook = functools.partial(_point_to_env, sys.excepthook)
 
 
-def _tell_of_env(
+def _point_to_env(
     shown: Callable[..., None], kind: type[BaseException], error: BaseException, at: TracebackType | None
 ) -> None:
-    """After the traceback of a failed import of LLaMA-Factory, which seldom names the package that is to blame."""
+    """Point to `llamafactory-ext env` if importing LLaMA-Factory failed: the traceback seldom names the cause."""
     shown(kind, error, at)
     if any(_is_import_of_llamafactory(frame) for frame, _ in traceback.walk_tb(at)):
-        print("`llamafactory-ext env` names packages that do not go together, and what mends them.", file=sys.stderr)
+        print("Run `llamafactory-ext env` to see which packages are incompatible and how to fix it.", file=sys.stderr)
 
 
 def _is_import_of_llamafactory(frame: FrameType) -> bool:
@@ -60,7 +60,7 @@ def _train_ours(module: ModuleType) -> None:
 
 
 def _run_dpo(stock: Callable[..., None], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Call LLaMA-Factory's workflow with our trainer in the place where the workflow looks for its own."""
+    """Run LLaMA-Factory's workflow with `PreferenceTrainer` in place of its own trainer."""
     from llamafactory.train.dpo import trainer as upstream
     from llamafactory.train.dpo import workflow
 
@@ -76,7 +76,7 @@ def _run_dpo(stock: Callable[..., None], instance: Any, args: tuple[Any, ...], k
     arguments["callbacks"] = [TrainerCheck(), *_metrics_in_trainer_log(callbacks), *callbacks]
     with contextlib.ExitStack() as replacements:
         replacements.enter_context(replaced(upstream, "CustomDPOTrainer", PreferenceTrainer))
-        # Not loaded yet: the trainer knows whether it is needed.
+        # Loaded later: only the trainer knows whether it is needed.
         pending = functools.partial(PendingReference, workflow.create_ref_model)
         replacements.enter_context(replaced(workflow, "create_ref_model", pending))
         sr_prompt = arguments["finetuning_args"].refinement_prompt
@@ -87,7 +87,7 @@ def _run_dpo(stock: Callable[..., None], instance: Any, args: tuple[Any, ...], k
 
 
 def _augmenting(sr_prompt: str, model_args: Any) -> list[tuple[ModuleType, str, object]]:
-    """What the workflow must find in place of its own, so that batches hold the augmented pairs too."""
+    """The replacements (module, name, value) with which batches also hold the augmented pairs."""
     from llamafactory.data import loader
     from llamafactory.train.dpo import workflow
 
@@ -119,8 +119,8 @@ def _announce(model_args: Any, training_args: Any, finetuning_args: Any) -> None
     reference_is_base = finetuning_args.use_ref_model and finetuning_args.ref_model is None
     if training_args.do_train and continues_adapter and reference_is_base:
         logger.warning_rank0(
-            "The reference is the base model, without the adapter that training continues: to compare with that "
-            "adapter, set create_new_adapter: true, or name it with ref_model and ref_model_adapters."
+            "The reference is the base model without the adapter that this run continues to train. To include the "
+            "adapter in the reference, set `create_new_adapter: true`, or `ref_model` and `ref_model_adapters`."
         )
 
 
@@ -130,7 +130,7 @@ def _is_ours(name: str) -> bool:
 
 
 def _metrics_in_trainer_log(callbacks: list[Any]) -> list[Any]:
-    """A callback for each of LLaMA-Factory's `LogCallback`s, whose lines hold a fixed choice of metrics otherwise."""
+    """A callback for each of LLaMA-Factory's `LogCallback`s that adds our metrics to their fixed selection."""
     from llamafactory.train.callbacks import LogCallback
     from transformers import TrainerCallback
 
@@ -139,7 +139,7 @@ def _metrics_in_trainer_log(callbacks: list[Any]) -> list[Any]:
             self.log_callback = log_callback
 
         def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            # The line is written by a thread, later: the metrics must be bound to it now.
+            # A thread writes the line later, so the metrics are bound now.
             metrics = {name: value for name, value in state.log_history[-1].items() if _is_ours(name)}
             write = functools.partial(type(self.log_callback)._write_log, self.log_callback)
             self.log_callback._write_log = lambda output_dir, logs: write(output_dir, {**logs, **metrics})
@@ -150,13 +150,13 @@ def _metrics_in_trainer_log(callbacks: list[Any]) -> list[Any]:
 PATCHES = (
     Patch(
         "llamafactory.hparams.finetuning_args",
-        "YAML, command line and web UI know the plugin's keys, and wrong values stop before anything is loaded.",
+        "YAML, command line and web UI accept the plugin's keys; wrong values are refused before anything is loaded.",
         {"FinetuningArguments": ("stage", "pref_loss", "pref_beta", "pref_ftx", "pref_bco_weight", "ld_alpha")},
         _extend_arguments,
     ),
     Patch(
         "llamafactory.train.dpo.workflow",
-        "Stage dpo trains the loss that the YAML names, and says which.",
+        "Stage dpo trains the loss that the YAML names, and logs which.",
         {
             "run_dpo": ("model_args", "data_args", "training_args", "finetuning_args", "callbacks"),
             "get_dataset": (),
@@ -167,7 +167,7 @@ PATCHES = (
     ),
     Patch(
         "llamafactory.train.dpo.trainer",
-        "PreferenceTrainer is a subclass of it.",
+        "PreferenceTrainer is a subclass of its trainer.",
         {
             "CustomDPOTrainer.__init__": ("model", "ref_model", "finetuning_args", "kwargs"),
             "CustomDPOTrainer.get_batch_loss_metrics": ("model", "batch", "train_eval"),
@@ -176,7 +176,7 @@ PATCHES = (
     ),
     Patch(
         "llamafactory.data.loader",
-        "The refinement term puts a processor of ours in the place of its own; checks and scores load pairs with it.",
+        "The refinement term replaces its processor; `check` and `score` load pairs with it.",
         {
             "PairwiseDatasetProcessor": ("template", "tokenizer", "processor", "data_args"),
             "_get_merged_dataset": ("dataset_names", "model_args", "data_args", "training_args", "stage"),
@@ -189,7 +189,7 @@ PATCHES = (
     ),
     Patch(
         "llamafactory.train.callbacks",
-        "Its lines in trainer_log.jsonl are given the preference metrics.",
+        "Its lines in trainer_log.jsonl also get the preference metrics.",
         {"LogCallback._write_log": ("output_dir", "logs"), "LogCallback.on_log": ("args", "state", "control")},
     ),
 )

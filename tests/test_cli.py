@@ -119,7 +119,7 @@ def test_wrong_input_is_one_sentence(words, message, tmp_path):
     [
         ("", "it is empty: write a path."),
         ("~nosuch/x.jsonl", "cannot be a path"),
-        ("file/x.jsonl", "file: File exists. Mend that and run the same command again"),
+        ("file/x.jsonl", "file: File exists. Fix that, then run the same command to resume."),
     ],
 )
 def test_what_cannot_be_written_is_a_sentence(output, words, tmp_path):

@@ -16,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 from planning.count_bytes import peak_of
 
 from llamafactory_ext.training import logps
-from llamafactory_ext.training.attention import take_tries
+from llamafactory_ext.training.attention import accept_prefix_trees
 from llamafactory_ext.training.layout import padded, shared_prefix
 from llamafactory_ext.training.logps import response_logps
 
@@ -42,7 +42,7 @@ def model_of(family, attention="sdpa", dtype=torch.float64):
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm") and dtype == torch.float64:
             module.forward = functools.partial(rms_norm, module)
-    take_tries(model)
+    accept_prefix_trees(model)
     return model.eval()
 
 
@@ -57,14 +57,14 @@ def collate(pairs, pad_left=False):
     """Pairs of (prompt, chosen, rejected) as LLaMA-Factory's collator gives them; a prompt may differ by side."""
     prompts = [prompt if isinstance(prompt, tuple) else (prompt, prompt) for prompt, _, _ in pairs]
     rows = [(prompts[n][side], pair[1 + side]) for side in (0, 1) for n, pair in enumerate(pairs)]
-    length = max(len(prompt) + len(answer) for prompt, answer in rows)
+    length = max(len(prompt) + len(response) for prompt, response in rows)
     batch = {"input_ids": [], "attention_mask": [], "labels": []}
-    for prompt, answer in rows:
-        fill = length - len(prompt) - len(answer)
+    for prompt, response in rows:
+        fill = length - len(prompt) - len(response)
         columns = {
-            "input_ids": ([*prompt, *answer], 0),
+            "input_ids": ([*prompt, *response], 0),
             "attention_mask": ([1] * (length - fill), 0),
-            "labels": ([-100] * len(prompt) + answer, -100),
+            "labels": ([-100] * len(prompt) + response, -100),
         }
         for name, (values, padding) in columns.items():
             batch[name].append([padding] * fill + values if pad_left else values + [padding] * fill)
@@ -193,8 +193,8 @@ def test_bfloat16_is_no_further_from_float64_than_llamafactory(family):
             assert error < 1.05 * their_error
 
 
-def test_a_trie_by_hand():
-    """Prompt 5 6, answers 7 8 9 and 7 4: shared 5 6 7, tails 8 9 and 4."""
+def test_a_prefix_tree_by_hand():
+    """Prompt 5 6, responses 7 8 9 and 7 4: shared 5 6 7, tails 8 9 and 4."""
     layout = shared_prefix(collate([([5, 6], [7, 8, 9], [7, 4])]))
     assert layout.inputs["input_ids"].tolist() == [[5, 6, 7, 8, 9, 4]]
     assert layout.inputs["position_ids"].tolist() == [[0, 1, 2, 3, 4, 3]]

@@ -111,7 +111,7 @@ def test_golden_coefficients():
     assert minor.tolist() == pytest.approx([0.25, 0.25, 0.5 / (1 + math.exp(-2))])
 
 
-# --- answers that are certain, or empty ------------------------------------------------------------------------------
+# --- responses that are certain, or empty ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("l_w", "l_l"), [(-1e-8, -1.0), (-1.0, -1e-8), (-1e-8, -1e-8), (-3e-8, -2.0), (-1e-30, -1.0)])

@@ -46,7 +46,7 @@ SUNK, DPO_AS_USUAL, WELL = log(-2 * FALL, -3 * FALL), log(-FALL / 2, -3 * FALL),
     [
         ([], None),
         ([WELL] * 5, None),
-        ([DPO_AS_USUAL] * 5, None),  # rejected answers alone are meant to fall
+        ([DPO_AS_USUAL] * 5, None),  # rejected responses alone are meant to fall
         ([log(-2 * FALL, 0.0)] * 5, None),
         ([SUNK] * (IN_A_ROW - 1), None),
         ([SUNK] * IN_A_ROW, "fallen"),
@@ -119,7 +119,7 @@ def test_it_is_said_once_and_again_after_a_recovery(said):
         history.append({**entry, DEGENERATING: 0.0})
         monitor.on_log(None, SimpleNamespace(log_history=history), TrainerControl())
     assert len(said) == 2
-    assert all("The run degenerates" in line for line in said)
+    assert all("The run is degenerating" in line for line in said)
 
 
 @pytest.mark.parametrize(
@@ -146,8 +146,8 @@ def run(model, data, output, **changes):
 
 def test_a_run_that_degenerates_is_told_and_goes_on(model, data, tmp_path, said):
     state = run(model, data, tmp_path / "run")
-    assert any("The run degenerates" in line for line in said)
-    assert not any("It ends here" in line for line in said)
+    assert any("The run is degenerating" in line for line in said)
+    assert not any("Training stops" in line for line in said)
     flags = [entry[DEGENERATING] for entry in state["log_history"] if DEGENERATING in entry]
     assert len(flags) == state["global_step"] == 20
     assert flags[0] == 0.0
@@ -161,7 +161,7 @@ def test_and_ends_after_a_checkpoint_if_that_is_wanted(model, data, tmp_path, sa
     assert IN_A_ROW <= last < 20
     flags = [entry[DEGENERATING] for entry in state["log_history"] if DEGENERATING in entry]
     assert flags == [0.0] * (last - 1) + [1.0]
-    assert any(f"It ends here, at step {last} of 20, after a checkpoint" in line for line in said)
+    assert any(f"Training stops after a checkpoint at step {last} of 20" in line for line in said)
     assert stopped_at(state["log_history"]) == last
     lines = read_trainer_log(tmp_path / "run" / "trainer_log.jsonl")
     assert (stopped_at(lines), lines[-1]["total_steps"]) == (last, 20)
@@ -176,7 +176,7 @@ def test_its_last_step_ends_a_run_by_itself(model, data, tmp_path, said):
     assert state["global_step"] == last
     assert [entry[DEGENERATING] for entry in state["log_history"] if DEGENERATING in entry][-1] == 1.0
     assert stopped_at(state["log_history"]) is None
-    assert not any("It ends here" in line for line in said)
+    assert not any("Training stops" in line for line in said)
 
 
 def test_a_healthy_run_is_left_alone(model, data, tmp_path):
@@ -188,7 +188,7 @@ def test_a_healthy_run_is_left_alone(model, data, tmp_path):
 
 
 def test_per_token_rewards_are_means_over_each_answers_tokens(model, other_model, data, tmp_path):
-    """Pairs one by one: the sum over an answer is its length times the mean."""
+    """Pairs one by one: the sum over a response is its length times the mean."""
     changes = {"ref_model": str(other_model), "per_device_train_batch_size": 1, "max_steps": 3, "learning_rate": 1e-4}
     state = run(model, data, tmp_path / "run", disable_shuffling=True, **changes)
     rows = [json.loads(line) for line in (data / "pairs.jsonl").read_text().splitlines()]

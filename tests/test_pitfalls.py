@@ -67,7 +67,7 @@ def test_counted_padding_rules_out_what_the_recipe_insists_on(train, no_loading,
     ("changes", "words"),
     [
         ({"precompute_ref_log_probs": True, "dataloader_num_workers": 1, **STREAMED}, "the data set is streamed"),
-        ({"share_prefix": True, "neftune_noise_alpha": 5}, "both answers would see the same noise"),
+        ({"share_prefix": True, "neftune_noise_alpha": 5}, "both responses would get the same noise"),
     ],
 )
 def test_keys_that_rule_each_other_out(train, no_loading, changes, words):

@@ -258,7 +258,7 @@ def test_weights_that_are_broken(train, policy, tmp_path):
     weights = load_file(broken / "model.safetensors")
     weights["model.norm.weight"][3] = float("nan")
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="not a number: check its weights"):
+    with pytest.raises(ValueError, match="not finite: check its weights"):
         train(ref_model=str(broken))
 
 
@@ -269,9 +269,9 @@ def test_weights_that_are_broken(train, policy, tmp_path):
     ("changes", "reason"),
     [
         ({"streaming": True, "dataloader_num_workers": 1, "max_steps": 2}, "the data set is streamed"),
-        ({"resize_vocab": True, "finetuning_type": "lora"}, "drawn at random"),
-        ({"train_from_scratch": True, "finetuning_type": "lora"}, "drawn at random"),
-        ({"ignore_pad_token_for_loss": False}, "counts padding, of which every batch has its own"),
+        ({"resize_vocab": True, "finetuning_type": "lora"}, "the model gets random weights"),
+        ({"train_from_scratch": True, "finetuning_type": "lora"}, "the model gets random weights"),
+        ({"ignore_pad_token_for_loss": False}, "scores padding tokens, whose number differs from batch to batch"),
     ],
 )
 def test_falls_back_and_says_why(changes, reason, train, scored, log):
@@ -298,7 +298,7 @@ def test_a_run_with_random_weights_goes_on_with_the_reference_that_it_began_with
     assert_same(whole, resumed)
 
     shutil.rmtree(tmp_path / "run0" / "reference_logps")
-    with pytest.raises(ValueError, match="`train_from_scratch`: 6 of the log-probabilities that the policy gave"):
+    with pytest.raises(ValueError, match="`train_from_scratch`: 6 reference log-probabilities are missing"):
         train(**RANDOM, resume_from_checkpoint=str(tmp_path / "run0" / "checkpoint-2"))
 
 

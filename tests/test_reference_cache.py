@@ -167,7 +167,7 @@ def score(pairs):
         os.kill(os.getpid(), signal.SIGKILL)
     return torch.tensor([[-1.0 * sum(pair["chosen_input_ids"]), -0.5] for pair in pairs])
 
-references.fill(score, tokens=2 * 2 * 5)  # two pairs, whose longer answers have five tokens
+references.fill(score, tokens=2 * 2 * 5)  # two pairs, whose longer responses have five tokens
 assert not references.missing and len(references.table) == 40
 column = reference_logps.from_column(references.column(rows))
 assert column.tolist() == [[-1.0 * sum(i), -0.5] for i in ids]

@@ -15,13 +15,13 @@ from llamafactory_ext.training.refinement import PROMPT_IDS, augmented_pair
 
 
 def rows(count):
-    """Pairs of unlike length, with augmented prompts; the one of row n has n + 4 tokens in its longer answer."""
+    """Pairs of unlike length, with augmented prompts; the one of row n has n + 4 tokens in its longer response."""
     for n in range(count):
         prompt, chosen, rejected = [1] * (n % 3), [n, 7], [8] * (n + 4 - n % 3)
         row = {PROMPT_IDS: [5, *prompt], "images": None}
-        for side, answer in (("chosen", chosen), ("rejected", rejected)):
-            row[f"{side}_input_ids"] = prompt + answer
-            row[f"{side}_labels"] = [-100] * len(prompt) + answer
+        for side, response in (("chosen", chosen), ("rejected", rejected)):
+            row[f"{side}_input_ids"] = prompt + response
+            row[f"{side}_labels"] = [-100] * len(prompt) + response
         yield row
 
 
@@ -100,7 +100,7 @@ def test_where_memory_runs_out_it_goes_on_with_fewer_pairs(tmp_path):
 
 def test_where_not_even_one_pair_fits_it_says_so(tmp_path):
     references = ReferenceLogps(tmp_path, {}, [datasets.Dataset.from_list(list(rows(3))).remove_columns(PROMPT_IDS)])
-    with pytest.raises(RuntimeError, match=r"a single pair of 6 tokens an answer: write a smaller `cutoff_len`"):
+    with pytest.raises(RuntimeError, match=r"a single pair of 6 tokens .*: write a smaller `cutoff_len`"):
         references.fill(scoring(0, []), tokens=50)
 
 

@@ -132,31 +132,32 @@ def test_delta_of_hand_built_ids_is_that_of_independent_calls(model, other_model
     policy, reference = (AutoModelForCausalLM.from_pretrained(m, dtype=torch.float32) for m in (model, other_model))
     pairs = [([5, 6, 7], [9, 9, 5, 6, 7], [20, 21, 1], [30, 1]), ([8], [9, 9, 8], [40, 1], [50, 51, 52, 53, 1])]
     features = []
-    for prompt, augmented, *answers in pairs:
+    for prompt, augmented, *responses in pairs:
         feature = {PROMPT_IDS: augmented, MADE_WITH: "", "images": None, "videos": None, "audios": None}
-        for side, answer in zip(("chosen", "rejected"), answers, strict=True):
-            feature[f"{side}_input_ids"] = prompt + answer
-            feature[f"{side}_attention_mask"] = [1] * len(prompt + answer)
-            feature[f"{side}_labels"] = [-100] * len(prompt) + answer
+        for side, response in zip(("chosen", "rejected"), responses, strict=True):
+            feature[f"{side}_input_ids"] = prompt + response
+            feature[f"{side}_attention_mask"] = [1] * len(prompt + response)
+            feature[f"{side}_labels"] = [-100] * len(prompt) + response
         features.append(feature)
     _, batch = split_batch(collate(features))
 
-    def alone(scorer, prompt, answer):
+    def alone(scorer, prompt, response):
         with torch.no_grad():
-            logps = torch.log_softmax(scorer(torch.tensor([prompt + answer])).logits[0].double(), dim=-1)
-        return sum(logps[len(prompt) - 1 + i, token].item() for i, token in enumerate(answer))
+            logps = torch.log_softmax(scorer(torch.tensor([prompt + response])).logits[0].double(), dim=-1)
+        return sum(logps[len(prompt) - 1 + i, token].item() for i, token in enumerate(response))
 
     ours = [response_logps(scorer, padded(batch)) for scorer in (policy, reference)]
     margins = (ours[0].chosen - ours[1].chosen) - (ours[0].rejected - ours[1].rejected)
     for margin, (_, augmented, chosen, rejected) in zip(margins.tolist(), pairs, strict=True):
         ratios = [
-            alone(policy, augmented, answer) - alone(reference, augmented, answer) for answer in (chosen, rejected)
+            alone(policy, augmented, response) - alone(reference, augmented, response)
+            for response in (chosen, rejected)
         ]
         assert margin == pytest.approx(ratios[0] - ratios[1], abs=1e-4)
 
 
 def test_joined_batches_are_scored_as_each_is(model):
-    """Of other lengths, one padded: the chosen answers of both, then the rejected ones, in their order."""
+    """Of other lengths, one padded: the chosen responses of both, then the rejected ones, in their order."""
     from transformers import AutoModelForCausalLM
 
     scorer = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)

@@ -95,11 +95,11 @@ def test_loss_file_path_is_relative_to_the_working_directory(tmp_path, monkeypat
         ("x = 1", "registers no loss"),
         ("1 / 0", "could not be run: ZeroDivisionError"),
         ('@register_loss("dpop")\ndef f(pairs, *, beta): return pairs.margin', "'dpop' is taken"),
-        ('@register_loss("f")\ndef f(pairs, **settings): return pairs.margin', "named keyword"),
+        ('@register_loss("f")\ndef f(pairs, **settings): return pairs.margin', "as a keyword argument"),
         ('@register_loss("f")\ndef f(): return 0', "take the pairs first"),
         ("@register_loss\ndef f(pairs): return pairs.margin", 'write @register_loss\\("my_loss"\\)'),
         ("register_loss(5)", "register_loss needs a name, not 5"),
-        *((f"register_loss({name!r})", "a loss cannot be called") for name in ("", " f", "a\nb", "\ud83c", "\x1b[31m")),
+        *((f"register_loss({name!r})", "a loss cannot be named") for name in ("", " f", "a\nb", "\ud83c", "\x1b[31m")),
     ],
 )
 def test_bad_loss_file_is_refused(tmp_path, body, message):
@@ -124,10 +124,10 @@ def test_a_loss_that_is_no_value_per_pair_is_refused(tmp_path, returned, given):
     """
     lookup.load_loss_file(str(write_loss(tmp_path, body)))
     pairs = PairLogps(*(torch.ones(3) for _ in range(6)))
-    loss, wanted = lookup.get_loss("mine"), "where one value per pair is needed, shape (3,): write it without a mean"
-    with pytest.raises(ValueError, match=re.escape(f"the loss 'mine' returned {given} {wanted}")):
+    loss, wanted = lookup.get_loss("mine"), "one value per pair is needed, shape (3,): do not average"
+    with pytest.raises(ValueError, match=re.escape(f"the loss 'mine' returned {given}, but {wanted}")):
         loss(pairs)
-    with pytest.raises(ValueError, match=re.escape(f"returned {given} for the metric 'mine/it' {wanted}")):
+    with pytest.raises(ValueError, match=re.escape(f"returned {given} for the metric 'mine/it', but {wanted}")):
         loss.measure(pairs)
 
 

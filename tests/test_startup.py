@@ -59,7 +59,7 @@ def test_stand_in_for_torchaudio():
 def test_a_failed_import_of_llamafactory_leads_to_env(tmp_path):
     (tmp_path / "peft.py").write_text("raise RuntimeError('operator does not exist')", encoding="utf-8")
     command = [sys.executable, "-m", "llamafactory.cli", "version"]
-    told = "`llamafactory-ext env` names packages that do not go together, and what mends them."
+    told = "Run `llamafactory-ext env` to see which packages are incompatible and how to fix it."
     for switch in ("1", "0"):
         environment = os.environ | {"PYTHONPATH": str(tmp_path), "LLAMAFACTORY_EXT": switch}
         failed = subprocess.run(command, env=environment, capture_output=True, text=True)

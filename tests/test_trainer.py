@@ -210,7 +210,7 @@ def test_a_prefix_that_cannot_be_shared_is_said_or_refused(train, caplog, tmp_pa
     train(model_name_or_path=str(dropping), max_steps=1)
     train(neftune_noise_alpha=5, max_steps=1)
     logger.removeHandler(caplog.handler)
-    assert "Prefix sharing is off: with dropout, both answers would see the same draw" in caplog.text
+    assert "Prefix sharing is off: with dropout, both responses would share one dropout mask" in caplog.text
     assert "Prefix sharing is off: with `neftune_noise_alpha`" in caplog.text
 
 
@@ -319,7 +319,7 @@ def test_each_evaluation_set_has_its_own_metrics(train):
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_an_empty_answer_trains(name, train, data, tmp_path):
-    """Template `empty` ends no answer, so that nothing of it is left."""
+    """Template `empty` ends no response, so that nothing of it is left."""
     folder = shutil.copytree(data, tmp_path / "data")
     rows = [json.loads(line) for line in (folder / "pairs.jsonl").read_text(encoding="utf-8").splitlines()]
     rows[0]["rejected"], rows[1]["chosen"] = "", ""
@@ -362,7 +362,7 @@ def test_ftx_and_bco_are_added_as_in_llamafactory(train, other_model, first_pair
 def test_ld_alpha_weights_the_policy_only(train, other_model):
     changes = {"max_steps": 1, "disable_shuffling": True, "ref_model": str(other_model)}
     plain, weighted = (history(train(**changes, **ld))[0] for ld in ({}, {"ld_alpha": 0.0}))
-    assert weighted["logps/chosen"] == pytest.approx(plain["logps/chosen"])  # the shorter answers
+    assert weighted["logps/chosen"] == pytest.approx(plain["logps/chosen"])  # the shorter responses
     assert weighted["logps/rejected"] > plain["logps/rejected"] + 10  # the longer ones, without their tails
     reference = plain["logps/rejected"] - plain["normalized_rewards/rejected"]
     assert weighted["logps/rejected"] - weighted["normalized_rewards/rejected"] == pytest.approx(reference, rel=1e-4)
@@ -380,7 +380,7 @@ def test_resume_repeats_the_uninterrupted_run(name, finetuning_type, train):
 
 def test_resuming_with_bco_needs_its_baseline(train):
     whole = train(max_steps=2, save_strategy="steps", save_steps=1)
-    with pytest.raises(ValueError, match="saved without pref_bco_weight"):
+    with pytest.raises(ValueError, match="saved without `pref_bco_weight`"):
         train(max_steps=2, pref_bco_weight=0.5, resume_from_checkpoint=str(whole / "checkpoint-1"))
 
 

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from llamafactory_ext import get_loss
 from llamafactory_ext.losses.pairs import PairLogps
 from llamafactory_ext.training import attention
-from llamafactory_ext.training.attention import trie_lengths
+from llamafactory_ext.training.attention import tree_lengths
 from llamafactory_ext.training.layout import Layout, shared_prefix
 from llamafactory_ext.training.logps import response_logps
 from llamafactory_ext.training.metrics import MetricSums
@@ -44,10 +44,10 @@ def without_values(layout):
 
 @pytest.mark.parametrize("chunk", [60, 2**26])
 def test_from_layout_to_metrics(chunk, monkeypatch):
-    """Of shared prefixes: with a row per answer, transformers asks once a pass how the rows are masked."""
+    """Of shared prefixes: with a row per response, transformers asks once a pass how the rows are masked."""
     layout = shared_prefix(BATCH)
-    tries = attention._tries(layout.inputs["attention_mask"])
-    monkeypatch.setattr(attention, "_tries", lambda lengths: tries)  # which stay on the CPU
+    trees = attention._trees(layout.inputs["attention_mask"])
+    monkeypatch.setattr(attention, "_trees", lambda lengths: trees)  # which stay on the CPU
     monkeypatch.setattr("llamafactory_ext.training.logps.CHUNK", chunk)
     model = copy.deepcopy(model_of("Llama, tied head", dtype=torch.float32)).to("meta")
     layout = without_values(layout)
@@ -71,7 +71,7 @@ def test_what_waits_is_seen(waits):
         waits(torch.ones(3, device="meta"))
 
 
-def test_lengths_of_tries_are_asked_for_once():
+def test_lengths_of_prefix_trees_are_asked_for_once():
     class Counted(torch.Tensor):
         asked = 0
 
@@ -79,17 +79,17 @@ def test_lengths_of_tries_are_asked_for_once():
             Counted.asked += 1
             return self.as_subclass(torch.Tensor).tolist()
 
-    lengths = trie_lengths([(2, 1, 3)]).as_subclass(Counted)
+    lengths = tree_lengths([(2, 1, 3)]).as_subclass(Counted)
     for _ in range(3):  # as every layer does
-        assert attention._tries(lengths).lengths == [[2, 1, 3]]
+        assert attention._trees(lengths).lengths == [[2, 1, 3]]
     assert Counted.asked == 1
 
 
 def test_masks_of_tails_are_made_once_and_wide_enough_for_the_kernel():
-    lengths, query = trie_lengths([(2, 1, 3), (20, 1, 2)]), torch.zeros(1, 1, 1, 1, dtype=torch.bfloat16)
-    masks = attention._tries(lengths).tail_masks(query)
-    assert attention._tries(lengths).tail_masks(query) is masks
-    assert attention._tries(lengths).tail_masks(query.float()) is not masks
+    lengths, query = tree_lengths([(2, 1, 3), (20, 1, 2)]), torch.zeros(1, 1, 1, 1, dtype=torch.bfloat16)
+    masks = attention._trees(lengths).tail_masks(query)
+    assert attention._trees(lengths).tail_masks(query) is masks
+    assert attention._trees(lengths).tail_masks(query.float()) is not masks
     assert [mask.shape for mask in masks] == [(1, 1, 3, 5), (1, 1, 2, 22)]
     assert all(mask.dtype == torch.bfloat16 and mask.stride(-2) % 16 == 0 for mask in masks)
     seen = [[True, True, True, False, False], [True, True, True, True, False], [True] * 5]

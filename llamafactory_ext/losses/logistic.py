@@ -1,7 +1,8 @@
-"""Losses -log sigma(argument): DPO and what changes its argument.
+"""Losses of the form -log sigma(argument): DPO and the losses that change its argument.
 
-D_w, D_l: the chosen and rejected logratio (`PairLogps.chosen_logratio`, `.rejected_logratio`); sigma: the logistic
-function; relu'(0) = 0. The gradient of each has the factor beta * sigma(-argument), its coefficient.
+D_w, D_l: log-ratio of the chosen and of the rejected response, in nats (`PairLogps.chosen_logratio`,
+`.rejected_logratio`); sigma: the logistic function; sg: stop-gradient; relu'(0) = 0. The gradient of each loss has the
+factor beta * sigma(-argument), its coefficient.
 """
 
 from __future__ import annotations
@@ -21,16 +22,18 @@ if TYPE_CHECKING:
 
 
 def coefficient(argument: Tensor, *, beta: float) -> Tensor:
-    """beta sigma(-argument), detached: the factor before the gradient of D_w (arXiv 2408.09834, Figure 1)."""
+    """beta sigma(-argument), detached, same shape: the factor of D_w's gradient (arXiv 2408.09834, Figure 1)."""
     return beta * torch.sigmoid(-argument.detach())
 
 
 def register_argument(name: str, metrics: MetricsFunction | None = None) -> Callable[[LossFunction], LossFunction]:
-    """Decorate a function that computes an argument to register -log sigma(argument), with its signature and docstring.
+    """Register -log sigma(argument) as a loss; the decorated function computes the argument, shape `(batch,)`.
+
+    The loss keeps the function's signature and docstring.
 
     Args:
-        name: of the loss.
-        metrics: what to log beside the coefficient.
+        name: the loss's name.
+        metrics: computes what to log besides the coefficient.
     """
 
     def register(argument: LossFunction) -> LossFunction:
@@ -38,7 +41,7 @@ def register_argument(name: str, metrics: MetricsFunction | None = None) -> Call
         def loss(pairs: PairLogps, **hyperparameters: Any) -> Tensor:
             return -F.logsigmoid(argument(pairs, **hyperparameters))
 
-        # A partial of named functions, unlike a function within this one, can be pickled with the recipe.
+        # A partial of named functions can be pickled with the recipe; a nested function cannot.
         return register_loss(name, metrics=functools.partial(_measure, loss, metrics))(loss)
 
     return register
@@ -56,11 +59,12 @@ def _measure(
 
 
 def dpo_argument(pairs: PairLogps, *, beta: float) -> Tensor:
-    """beta (D_w - D_l), the argument of DPO's log-sigmoid (arXiv 2305.18290, Eq. 7)."""
+    """beta (D_w - D_l), shape `(batch,)`: the argument of DPO's log-sigmoid (arXiv 2305.18290, Eq. 7)."""
     return beta * pairs.margin
 
 
 def sigmoid_metrics(pairs: PairLogps, *, beta: float, label_smoothing: float = 0.0) -> dict[str, Tensor]:
+    """The coefficient, shape `(batch,)`."""
     return {"dpo/coefficient": coefficient(dpo_argument(pairs, beta=beta), beta=beta)}
 
 
@@ -68,6 +72,8 @@ def sigmoid_metrics(pairs: PairLogps, *, beta: float, label_smoothing: float = 0
 def sigmoid(pairs: PairLogps, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
     """DPO: -(1-e) log sigma(beta(D_w-D_l)) - e log sigma(-beta(D_w-D_l)), e = label_smoothing.
 
+    Widens the margin between chosen and rejected, with a force that fades as the margin grows. Usual beta: 0.1 to 0.5
+    (github.com/eric-mitchell/direct-preference-optimization).
     Source: arXiv 2305.18290, Eq. 7; with e > 0 the conservative DPO of TRL and LLaMA-Factory.
     """
     argument = dpo_argument(pairs, beta=beta)
@@ -78,17 +84,18 @@ def sigmoid(pairs: PairLogps, *, beta: float, label_smoothing: float = 0.0) -> T
 
 
 def minor_dpo_metrics(pairs: PairLogps, **_: float) -> dict[str, Tensor]:
+    """1 where the rejected response is more likely than under the reference, else 0, shape `(batch,)`."""
     return {"minor_dpo/rejected_active": (pairs.rejected_logratio.detach() > 0).float()}
 
 
 @register_argument("minor_dpo", minor_dpo_metrics)
 def minor_dpo(pairs: PairLogps, *, beta: float, sr_lambda: float = 0.0) -> Tensor:
-    """MinorDPO: -log sigma(beta D_w - beta relu(D_l)); with sr_lambda > 0 refined as sr_dpo is.
+    """MinorDPO: -log sigma(beta D_w - beta relu(D_l)); sr_lambda > 0 adds sr_dpo's refinement term.
 
-    The rejected response is pushed down only while it is likelier than under the reference.
+    Lowers the rejected response only while it is more likely than under the reference.
     Source: arXiv 2408.09834, Eq. 6.
     """
-    # relu and not clamp: at D_l = 0 clamp would pass the gradient that the paper stops there (section 3.4).
+    # relu, not clamp: at D_l = 0 clamp passes the gradient, and the paper stops it (section 3.4).
     unrefined = beta * (pairs.chosen_logratio - torch.relu(pairs.rejected_logratio))
     return unrefined - refinement_term(pairs, sr_lambda=sr_lambda)
 
@@ -99,11 +106,12 @@ DPOP_LAMBDA = 50.0
 
 
 def dpop_penalty(pairs: PairLogps, *, dpop_lambda: float) -> Tensor:
-    """lambda relu(-D_w), in nats: how far the chosen response fell below the reference (arXiv 2402.13228)."""
+    """lambda relu(-D_w), in nats, shape `(batch,)`: lambda times the chosen response's fall below the reference."""
     return dpop_lambda * torch.relu(-pairs.chosen_logratio)
 
 
 def dpop_metrics(pairs: PairLogps, *, dpop_lambda: float = DPOP_LAMBDA, **_: float) -> dict[str, Tensor]:
+    """The penalty in nats, and 1 where it is active, else 0, shape `(batch,)` each."""
     return {
         "dpop/penalty": dpop_penalty(pairs, dpop_lambda=dpop_lambda).detach(),
         "dpop/penalty_active": (pairs.chosen_logratio.detach() < 0).float(),
@@ -112,11 +120,12 @@ def dpop_metrics(pairs: PairLogps, *, dpop_lambda: float = DPOP_LAMBDA, **_: flo
 
 @register_argument("dpop", dpop_metrics)
 def dpop(pairs: PairLogps, *, beta: float, dpop_lambda: float = DPOP_LAMBDA, sr_lambda: float = 0.0) -> Tensor:
-    """DPO-Positive: -log sigma(beta(D_w - D_l - lambda relu(-D_w))); with sr_lambda > 0 refined as sr_dpo is.
+    """DPO-Positive: -log sigma(beta(D_w - D_l - lambda relu(-D_w))); sr_lambda > 0 adds sr_dpo's refinement term.
 
-    Source: arXiv 2402.13228; lambda = 50 where arXiv 2408.09834 (Eq. 5) compares with it.
+    DPO with a penalty where the chosen response is less likely than under the reference.
+    Source: arXiv 2402.13228; lambda = 50 as in arXiv 2408.09834, Eq. 5.
     """
-    # The penalty is inside the log-sigmoid and multiplied by beta.
+    # The penalty is inside the log-sigmoid, so beta multiplies it.
     unrefined = beta * (pairs.margin - dpop_penalty(pairs, dpop_lambda=dpop_lambda))
     return unrefined - refinement_term(pairs, sr_lambda=sr_lambda)
 
@@ -128,7 +137,7 @@ def dpop(pairs: PairLogps, *, beta: float, dpop_lambda: float = DPOP_LAMBDA, sr_
 def sr_dpo(pairs: PairLogps, *, beta: float, sr_lambda: float = 0.3) -> Tensor:
     """Sr-DPO: -log sigma(beta(D_w - D_l) - lambda sg[Delta]), Delta = beta(D_w' - D_l') under the augmented prompt.
 
-    A pair whose responses differ much in quality, by the model's own judgement, is asked for a larger margin.
+    Asks for a larger margin where the model itself sees a larger difference in quality.
     Source: arXiv 2405.21040, Eq. 13 and Alg. 1.
     """
     return dpo_argument(pairs, beta=beta) - refinement_term(pairs, sr_lambda=sr_lambda)

@@ -1,4 +1,4 @@
-"""The losses by name: the package's own, and those of the user's file."""
+"""Losses by name: the package's own, and those of the user's loss file."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ _lock = threading.Lock()
 
 
 def loss_names() -> list[str]:
-    """Every name that `pref_loss` can take now, sorted: the package's own and those of loaded loss files."""
+    """All current values of `pref_loss`, sorted: the package's own losses and those of loaded loss files."""
     return sorted(LOSSES)
 
 
 def get_loss(name: str) -> Loss:
-    """Look a loss up: `get_loss("minor_dpo")(pairs, beta=0.1)` gives the loss of each pair, shape `(batch,)`.
+    """Look up a loss: `get_loss("minor_dpo")(pairs, beta=0.1)` returns the loss of each pair, shape `(batch,)`.
 
     Raises:
-        ValueError: for an unknown name; the message lists the known ones and the nearest.
+        ValueError: for an unknown name; the message lists the known names and the closest one.
     """
     known = loss_names()
     if name not in known:
@@ -35,7 +35,7 @@ def get_loss(name: str) -> Loss:
         hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
         raise ValueError(
             f"pref_loss {name!r} is unknown: write one of {', '.join(known)}, "
-            f"or name the file that registers it with pref_loss_file.{hint}"
+            f"or name the file that registers it in `pref_loss_file`.{hint}"
         )
     return LOSSES[name]
 
@@ -47,7 +47,7 @@ def load_loss_file(path: str) -> list[str]:
         path: the file; a relative path is looked up in the working directory.
 
     Raises:
-        ValueError: if there is no such file, it registers nothing, or it fails; the message says which.
+        ValueError: if the file does not exist, fails, or registers no loss; the message says which.
     """
     before = dict(LOSSES)
     _load(path)
@@ -61,36 +61,37 @@ def load_loss_file(path: str) -> list[str]:
 
 
 def loss_file(path: str) -> Path:
-    """The file that `pref_loss_file` names, symbolic links resolved; there need be none.
+    """The path in `pref_loss_file`, with symbolic links resolved; the file need not exist.
 
     Raises:
-        ValueError: if it cannot be a path, or may not be followed.
+        ValueError: if it is not a valid path, or a link cannot be resolved.
     """
     try:
-        return Path(os.path.realpath(named_path("pref_loss_file", path)))  # `resolve` fails at links in a circle
+        return Path(os.path.realpath(named_path("pref_loss_file", path)))  # Path.resolve fails on a loop of links
     except OSError as error:
-        raise ValueError(f"pref_loss_file {path!r} cannot be followed ({error}): write another path.") from error
+        raise ValueError(f"pref_loss_file {path!r} cannot be resolved ({error}): write another path.") from error
 
 
 def load_files_by(load: Callable[[str], None]) -> None:
-    """For a process that must not run files itself: what is called with the path, in place of running it.
+    """Replace how loss files are loaded, for a process that must not run them itself.
 
-    It is to call `add` with what the file registers, or to raise a ValueError.
+    Args:
+        load: called with the path; calls `add` with the losses that the file registers, or raises a ValueError.
     """
     global _load
     _load = load
 
 
 def add(losses: Iterable[Loss]) -> None:
-    """Register losses as they are, in place of others of their names."""
+    """Register losses; they replace others of the same names."""
     LOSSES.update({loss.name: loss for loss in losses})
 
 
 @contextmanager
 def forgotten_afterwards() -> Iterator[None]:
-    """Losses that are registered in a with block are forgotten at its end, for a process that serves several users.
+    """Forget losses registered inside the with block at its end, for a process that serves several users.
 
-    One thread at a time, so that none sees another's losses.
+    One thread at a time may be inside, so that none sees another's losses.
     """
     with _lock:
         before = dict(LOSSES)
@@ -105,7 +106,7 @@ def _run_file(path: str) -> None:
     file = loss_file(path)
     if not file.is_file():
         raise ValueError(f"pref_loss_file {path!r} is not a file (looked for {file}): write the path of a Python file.")
-    # Under its own name in sys.modules, so that dataclasses and pickling work in the user's file.
+    # In sys.modules under its own name, so that dataclasses and pickling work in the user's file.
     name = f"llamafactory_ext_loss_file_{file.stem}"
     spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
@@ -114,7 +115,7 @@ def _run_file(path: str) -> None:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:  # a script without a main guard may end the process
+    except (Exception, SystemExit) as error:  # a script without a main guard may exit
         del sys.modules[name]
         raise ValueError(f"pref_loss_file {str(file)!r} could not be run: {type(error).__name__}: {error}") from error
 

@@ -1,4 +1,4 @@
-"""What a loss receives: the log-probabilities of a batch of pairs, and the refinement term of the Sr paper."""
+"""The input of a loss: the log-probabilities of a batch of pairs, and the refinement term of arXiv 2405.21040."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ class PairLogps:
     """Log-probabilities of a batch of preference pairs, in nats; every field is a tensor of shape `(batch,)`.
 
     Args:
-        policy_chosen: sum of log pi(y_w | x) over the tokens of the chosen response, with gradient.
+        policy_chosen: log pi(y_w | x), summed over the tokens of the chosen response, with gradient.
         policy_rejected: the same for the rejected response.
-        reference_chosen: sum of log pi_ref(y_w | x), without gradient; None for a loss without reference.
+        reference_chosen: log pi_ref(y_w | x), summed likewise, without gradient; None for a loss without reference.
         reference_rejected: the same for the rejected response.
-        chosen_length: number of tokens summed over in the chosen response.
-        rejected_length: number of tokens summed over in the rejected response.
-        refinement: Delta = beta (D_w' - D_l'), the refinement term of arXiv 2405.21040 (Eq. 12), without gradient: the
-            primed logratios are those of the same responses under the augmented prompt. None where none is asked for.
+        chosen_length: number of tokens in the chosen response, int64.
+        rejected_length: the same for the rejected response.
+        refinement: Delta = beta (D_w' - D_l') (arXiv 2405.21040, Eq. 12), without gradient; the primed log-ratios are
+            those of the same responses under the augmented prompt. None if the loss has no refinement term.
 
-    The sums are raw, not averaged. Where LLaMA-Factory's `ld_alpha` is set, the policy's (only the policy's) sums
-    weight the tokens beyond the length of the shorter response by it.
+    With LLaMA-Factory's `ld_alpha`, the policy's sums (not the reference's) weight the tokens beyond the length of the
+    shorter response by it.
     """
 
     policy_chosen: Tensor
@@ -38,7 +38,7 @@ class PairLogps:
 
     @property
     def chosen_logratio(self) -> Tensor:
-        """D_w = log pi(y_w | x) - log pi_ref(y_w | x), shape `(batch,)`.
+        """D_w = log pi(y_w | x) - log pi_ref(y_w | x), in nats, shape `(batch,)`.
 
         Raises:
             ValueError: if the pairs carry no reference log-probabilities.
@@ -47,24 +47,24 @@ class PairLogps:
 
     @property
     def rejected_logratio(self) -> Tensor:
-        """D_l = log pi(y_l | x) - log pi_ref(y_l | x), shape `(batch,)`; raises like `chosen_logratio`."""
+        """D_l = log pi(y_l | x) - log pi_ref(y_l | x), in nats, shape `(batch,)`; raises like `chosen_logratio`."""
         return self.policy_rejected - _present(self.reference_rejected)
 
     @property
     def margin(self) -> Tensor:
-        """D_w - D_l, shape `(batch,)`; raises like `chosen_logratio`."""
+        """D_w - D_l, in nats, shape `(batch,)`; raises like `chosen_logratio`."""
         return self.chosen_logratio - self.rejected_logratio
 
     def split(self, sizes: Sequence[int]) -> list[PairLogps]:
-        """The pairs in batches of these sizes."""
+        """The pairs, split into consecutive batches of these sizes."""
         columns = [getattr(self, field.name) for field in fields(self)]
         parts = [[None] * len(sizes) if column is None else column.split(list(sizes)) for column in columns]
         return [PairLogps(*part) for part in zip(*parts, strict=True)]
 
     def per_token(self) -> PairLogps:
-        """The same pairs with means over the response tokens in place of sums (so every length is 1).
+        """The same pairs with means per token in place of sums; every length is then 1.
 
-        The mean of an empty response is 0, as its sum is.
+        The mean of an empty response is 0.
         """
 
         def mean(total: Tensor | None, length: Tensor) -> Any:
@@ -90,7 +90,7 @@ def _present(reference: Tensor | None) -> Tensor:
 
 
 def refinement_term(pairs: PairLogps, *, sr_lambda: float) -> Tensor | float:
-    """lambda sg[Delta] (arXiv 2405.21040, Eq. 13); exactly 0.0, and no refinement needed, where lambda is 0.
+    """lambda sg[Delta], shape `(batch,)` (arXiv 2405.21040, Eq. 13); 0.0 if lambda is 0, even if the pairs carry none.
 
     Raises:
         ValueError: if lambda is not 0 and the pairs carry no refinement.
@@ -98,5 +98,5 @@ def refinement_term(pairs: PairLogps, *, sr_lambda: float) -> Tensor | float:
     if sr_lambda == 0:
         return 0.0
     if pairs.refinement is None:
-        raise ValueError("these pairs carry no refinement: compute it, or call the loss with sr_lambda=0.")
+        raise ValueError("these pairs carry no refinement term: set `refinement`, or call the loss with sr_lambda=0.")
     return sr_lambda * pairs.refinement.detach()

@@ -1,4 +1,4 @@
-"""Losses without a reference, on means per token."""
+"""Losses without a reference, on means per token: l_w and l_l, in nats, for the chosen and the rejected response."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ if TYPE_CHECKING:
 
 @register_loss("orpo", needs_reference=False)
 def orpo(pairs: PairLogps, *, beta: float) -> Tensor:
-    """-l_w - beta log sigma(log odds(l_w) - log odds(l_l)), on per-token means l; odds(l) = p / (1 - p), p = e^l.
+    """ORPO: -l_w - beta log sigma(log odds(l_w) - log odds(l_l)), on means per token l; odds(l) = p / (1 - p), p = e^l.
 
-    Source: arXiv 2403.07691, Eq. 6 and 7. LLaMA-Factory's is not finite where a mean is 0 or close to it.
+    SFT on the chosen response, plus an odds-ratio term with the weight beta (the paper's lambda).
+    Source: arXiv 2403.07691, Eq. 6 and 7. Unlike LLaMA-Factory's, it stays finite where a mean is close to 0.
     """
     means = pairs.per_token()
     chosen, rejected = means.policy_chosen, means.policy_rejected
@@ -27,15 +28,21 @@ def orpo(pairs: PairLogps, *, beta: float) -> Tensor:
 
 
 def log_of_rest(logp: Tensor) -> Tensor:
-    """log(1 - e^l) of a log-probability l <= 0, also where e^l rounds to 1; at 0 of the number next to it, for good.
+    """log(1 - e^l) of log-probabilities l <= 0, any shape, finite with its gradient also where e^l rounds to 1.
 
-    log1p(-e^l) is -inf there from l = -3e-8 on (float32), and its gradient is not a number.
+    There (in float32 above l = -3e-8) log1p(-e^l) is -inf and its gradient NaN. At l = 0, the result is the value at
+    the closest normal number, without gradient.
     """
     return torch.log(-torch.expm1(logp.clamp(max=-torch.finfo(logp.dtype).tiny)))
 
 
 @register_loss("simpo", needs_reference=False)
 def simpo(pairs: PairLogps, *, beta: float, simpo_gamma: float = 0.5) -> Tensor:
-    """-log sigma(beta(l_w - l_l - gamma / beta)), on per-token means l. Source: arXiv 2405.14734, Eq. 6."""
+    """SimPO: -log sigma(beta(l_w - l_l - gamma / beta)), on means per token l.
+
+    DPO on the length-normalized log-probabilities by which text is generated, with a target margin. Usual beta: 2 to
+    10 (github.com/princeton-nlp/SimPO).
+    Source: arXiv 2405.14734, Eq. 6.
+    """
     means = pairs.per_token()
     return -F.logsigmoid(beta * ((means.policy_chosen - means.policy_rejected) - simpo_gamma / beta))

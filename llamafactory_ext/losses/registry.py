@@ -1,4 +1,4 @@
-"""How a loss is registered, and what a registered loss is."""
+"""Registered preference losses, and the decorator that registers one."""
 
 from __future__ import annotations
 
@@ -22,8 +22,11 @@ MetricsFunction = Callable[..., "dict[str, Tensor]"]
 class Loss:
     """A registered preference loss: call it with `PairLogps` and its hyper-parameters as keywords.
 
-    Returns a tensor of shape `(batch,)`, one loss per pair; an unknown hyper-parameter is a TypeError, and a function
-    that returns any other shape is a ValueError.
+    Returns one loss per pair, shape `(batch,)`.
+
+    Raises:
+        TypeError: for an unknown hyper-parameter.
+        ValueError: if the function returns another shape.
     """
 
     name: str
@@ -35,10 +38,10 @@ class Loss:
         return self._per_pair("", self.function(pairs, **hyperparameters), pairs)
 
     def measure(self, pairs: PairLogps, **hyperparameters: Any) -> dict[str, Tensor]:
-        """The metrics of a batch by name, shape `(batch,)` each; none if the loss was registered without.
+        """The metrics of a batch by name, shape `(batch,)` each; empty if the loss has none.
 
         Raises:
-            ValueError: as for the loss.
+            ValueError: if a metric has another shape.
         """
         if self.metrics is None:
             return {}
@@ -46,31 +49,31 @@ class Loss:
         return {name: self._per_pair(f" for the metric {name!r}", values, pairs) for name, values in found.items()}
 
     def _per_pair(self, which: str, values: Any, pairs: PairLogps) -> Tensor:
-        """What was returned, unless a mean or an accidental broadcast made it other than a value per pair."""
+        """The returned values; an error if a mean or an accidental broadcast changed their shape."""
         wanted = tuple(pairs.policy_chosen.shape)
         given = tuple(values.shape) if hasattr(values, "shape") else type(values).__name__
         if given != wanted:
             raise ValueError(
-                f"the loss {self.name!r} returned {given}{which} where one value per pair is needed, shape {wanted}: "
-                "write it without a mean or a sum, and without a further dimension."
+                f"the loss {self.name!r} returned {given}{which}, but one value per pair is needed, shape {wanted}: "
+                "do not average or sum over the pairs, and add no dimension."
             )
         tensor: Tensor = values
         return tensor
 
     @functools.cached_property
     def parameters(self) -> Mapping[str, inspect.Parameter]:
-        """The hyper-parameters by name: every parameter of the function but the first."""
+        """The hyper-parameters by name: all parameters of the function except the first."""
         return dict(list(inspect.signature(self.function).parameters.items())[1:])
 
     @property
     def description(self) -> str:
-        """What the function's docstring says, a line per paragraph: the equation first, then remarks and the source."""
-        text = (inspect.getdoc(self.function) or "(no docstring)").encode(errors="replace").decode()  # half characters
+        """The function's docstring, one line per paragraph: the equation first, then remarks and the source."""
+        text = (inspect.getdoc(self.function) or "(no docstring)").encode(errors="replace").decode()  # lone surrogates
         paragraphs = text.split("\n\n")
         return "\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
 
     def defaults(self) -> dict[str, Any]:
-        """The hyper-parameters that have a default, with it."""
+        """The defaults of the hyper-parameters that have one."""
         return {name: p.default for name, p in self.parameters.items() if p.default is not p.empty}
 
 
@@ -80,19 +83,19 @@ LOSSES: dict[str, Loss] = {}  # by name
 def register_loss(
     name: str, *, needs_reference: bool = True, metrics: MetricsFunction | None = None
 ) -> Callable[[LossFunction], LossFunction]:
-    """Decorate `f(pairs: PairLogps, *, beta: float, ...) -> Tensor (batch,)` to train it as `pref_loss: name`.
+    """Decorate `f(pairs: PairLogps, *, beta: float, ...) -> Tensor` of shape `(batch,)`; `pref_loss: name` trains it.
 
     Args:
-        name: what the YAML names; unique among the package's own losses and those of the loss file.
-        needs_reference: False for a loss that never reads the reference log-probabilities; no reference model is
-            loaded then, and the reported rewards are beta times the policy's per-token means, as LLaMA-Factory does.
-        metrics: optional, called like the loss, returns named tensors of shape `(batch,)` to log. The names may
-            depend on the hyper-parameters but not on the batch: every rank must log the same ones.
+        name: the value of `pref_loss`; unique among the package's losses and those of the loss file.
+        needs_reference: False for a loss that never reads the reference log-probabilities. No reference model is
+            loaded then, and rewards are beta times the policy's means per token, as in LLaMA-Factory.
+        metrics: called like the loss; returns tensors of shape `(batch,)` to log, by name. The names may depend on
+            the hyper-parameters but not on the batch: every rank must log the same ones.
 
     Raises:
-        ValueError: if another file has registered the name, or it cannot be one.
-        TypeError: if the function does not take the pairs first and hyper-parameters by keyword after it, or there is
-            no name.
+        ValueError: if the name is invalid, or another file has registered it.
+        TypeError: if the name is not a string, or the function does not take the pairs first and then each
+            hyper-parameter by keyword.
     """
 
     _check_name(name)
@@ -115,7 +118,7 @@ def _check_name(name: Any) -> None:
     if not isinstance(name, str):
         raise TypeError(f'register_loss needs a name, not {name!r}: write @register_loss("my_loss").')
     if not name or name != name.strip() or not name.isprintable():
-        raise ValueError(f"a loss cannot be called {name!r}: write letters, digits and underscores, like 'my_loss'.")
+        raise ValueError(f"a loss cannot be named {name!r}: write letters, digits and underscores, like 'my_loss'.")
 
 
 def _check_signature(name: str, function: LossFunction) -> None:
@@ -123,7 +126,7 @@ def _check_signature(name: str, function: LossFunction) -> None:
     by_keyword = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     if not parameters or any(p.kind not in by_keyword for p in parameters[1:]):
         raise TypeError(
-            f"the loss {name!r} must take the pairs first and each hyper-parameter as a named keyword, "
+            f"the loss {name!r} must take the pairs first, then each hyper-parameter as a keyword argument, "
             "like `def loss(pairs, *, beta: float)`."
         )
 
@@ -131,5 +134,5 @@ def _check_signature(name: str, function: LossFunction) -> None:
 def _file(function: LossFunction) -> str:
     try:
         return str(Path(inspect.getfile(inspect.unwrap(function))).resolve())
-    except TypeError:  # functools.partial and other objects that can be called
+    except TypeError:  # functools.partial and other callable objects
         return str(getattr(function, "__module__", type(function).__name__))

@@ -150,11 +150,11 @@ def load_scorer(settings: Settings, reference_settings: Settings) -> Scorer:
 def _load_model(settings: Settings, tokenizer: Any) -> torch.nn.Module:
     from llamafactory.model import load_config, load_model
 
-    from ..training.reference.model import ADDING_TOKENS, drawn_weights
+    from ..training.reference.model import ADDING_TOKENS, random_weight_keys
 
     model_args, _, finetuning_args = parse_recipe({"stage": "dpo", **settings})
     model_args.device_map = "auto"
-    drawn = drawn_weights(model_args)
+    drawn = random_weight_keys(model_args)
     try:
         size = load_config(model_args).get_text_config().vocab_size
         model: Any = load_model(tokenizer, model_args, finetuning_args, is_trainable=False).eval()

@@ -1,1 +1,1 @@
-"""What happens in a training: the trainer, log-probabilities, shared prefixes, the refinement term, monitors."""
+"""Training: the trainer, log-probabilities, shared prefixes, the refinement term, monitors."""

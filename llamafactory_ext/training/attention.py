@@ -1,8 +1,8 @@
-"""Attention over tries that stand in one row: what `shared prefix | chosen tail | rejected tail` must see, and no more.
+"""Attention over prefix trees, packed into one row: each is `shared prefix | chosen tail | rejected tail`.
 
-A trie is two plain sequences: the shared prefix with the chosen tail, and the rejected tail, which sees the shared
-prefix as if it stood right before it. Each is one call of transformers' own SDPA attention, the first without any mask,
-so that nothing costs the square of the row and tries need no padding between them.
+A prefix tree holds the two sequences of a pair: the shared prefix with the chosen tail, and the rejected tail, which
+attends to the shared prefix as if it came right after it. Each is one call of transformers' own SDPA attention, the
+first without a mask. So no cost is quadratic in the row's length, and the trees need no padding between them.
 """
 
 from __future__ import annotations
@@ -22,34 +22,34 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-TRIES = "llamafactory_ext_tries"  # the name that transformers knows `attend` by
+PREFIX_TREES = "llamafactory_ext_prefix_trees"  # the name under which transformers finds `attend`
 
 
-def take_tries(model: PreTrainedModel) -> None:
-    """Let a model's layers compute SDPA attention by `attend`; no other model in the process is touched."""
+def accept_prefix_trees(model: PreTrainedModel) -> None:
+    """Replace a model's SDPA attention by `attend`; other models in the process are not affected."""
     if model.config._attn_implementation == "sdpa":
-        model.set_attn_implementation(TRIES)
+        model.set_attn_implementation(PREFIX_TREES)
 
 
-def trie_lengths(lengths: list[tuple[int, int, int]]) -> Tensor:
-    """What a model is given in place of a mask: per trie, tokens of its prefix, chosen tail and rejected tail.
+def tree_lengths(lengths: list[tuple[int, int, int]]) -> Tensor:
+    """The model's `attention_mask`: per prefix tree, the tokens of shared prefix, chosen tail and rejected tail.
 
-    Shape `(1, 1, tries, 3)`, int64. transformers hands a mask of four dimensions to its layers as it is.
+    Shape `(1, 1, trees, 3)`, int64. transformers passes a mask of four dimensions to its layers unchanged.
     """
     return torch.tensor(lengths, dtype=torch.int64)[None, None]
 
 
 @dataclass(frozen=True)
-class _Tries:
-    """`trie_lengths` as numbers, and the masks that follow from them."""
+class _Trees:
+    """`tree_lengths` as numbers, and the masks made from them."""
 
     lengths: list[list[int]]
     masks: dict[tuple[torch.device, torch.dtype], list[Tensor]] = field(default_factory=dict)
 
     def tail_masks(self, query: Tensor) -> list[Tensor]:
-        """What is added to the scores of each rejected tail, 0 or -inf: shape `(1, 1, tail, prefix + tail)`.
+        """The additive mask of each rejected tail, 0 or -inf: shape `(1, 1, tail, prefix + tail)`.
 
-        Made once, because the backward pass needs those of all layers; layers may be spread over devices.
+        Made once per device and dtype, because the backward pass keeps the masks of all layers.
         """
         place = query.device, query.dtype
         if place not in self.masks:
@@ -57,34 +57,37 @@ class _Tries:
         return self.masks[place]
 
 
-def _tries(lengths: Tensor) -> _Tries:
-    """Kept with the tensor, so for one forward pass: where DDP has moved it to a GPU, only the first layer waits."""
-    if not hasattr(lengths, "tries"):
-        lengths.tries = _Tries(lengths[0, 0].tolist())  # type: ignore[attr-defined]
-    tries: _Tries = lengths.tries  # type: ignore[attr-defined]
-    return tries
+def _trees(lengths: Tensor) -> _Trees:
+    """Cached on the tensor for one forward pass: if DDP moved it to a GPU, only the first layer waits for it."""
+    if not hasattr(lengths, "trees"):
+        lengths.trees = _Trees(lengths[0, 0].tolist())  # type: ignore[attr-defined]
+    trees: _Trees = lengths.trees  # type: ignore[attr-defined]
+    return trees
 
 
 def _tail_mask(shared: int, rejected: int, query: Tensor) -> Tensor:
-    # Rows a multiple of 16 apart, as the memory-efficient kernel wants them: it would copy another mask in every layer.
-    apart = 16 * math.ceil((shared + rejected) / 16)
-    return query.new_full((1, 1, rejected, apart), -math.inf).triu(shared + 1)[..., : shared + rejected]
+    # The row stride is a multiple of 16, as the memory-efficient kernel requires: otherwise it copies in every layer.
+    stride = 16 * math.ceil((shared + rejected) / 16)
+    return query.new_full((1, 1, rejected, stride), -math.inf).triu(shared + 1)[..., : shared + rejected]
 
 
 def attend(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """transformers' SDPA attention, which also takes `trie_lengths` for a mask.
+    """transformers' SDPA attention, which also accepts `tree_lengths` as the mask.
 
     Args:
-        query, key, value: of shape `(1, heads, length, head size)`, rotary positions applied.
+        query, key, value: shape `(1, heads, length, head size)`, rotary embedding applied.
+
+    Returns:
+        The output, shape `(1, length, heads, head size)`, and None for the weights.
     """
     if attention_mask is None or attention_mask.dtype != torch.int64:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
-    tries, outputs, start = _tries(attention_mask), [], 0
+    trees, outputs, start = _trees(attention_mask), [], 0
     with _without_cudnn():
-        for (shared, chosen, rejected), mask in zip(tries.lengths, tries.tail_masks(query), strict=True):
+        for (shared, chosen, rejected), mask in zip(trees.lengths, trees.tail_masks(query), strict=True):
             tail, end = start + shared + chosen, start + shared + chosen + rejected
             q, k, v = (tensor[:, :, start:tail] for tensor in (query, key, value))
             outputs.append(sdpa_attention_forward(module, q, k, v, None, **kwargs)[0])
@@ -97,9 +100,9 @@ def attend(
 
 @contextmanager
 def _without_cudnn() -> Iterator[None]:
-    """Attention by torch's own kernels: cuDNN's plans anew for every length, and each trie has lengths of its own.
+    """Use torch's own kernels: cuDNN makes a new plan for every length, and lengths differ from tree to tree.
 
-    Reports of its users name 0.02 to 0.5 seconds a plan; not measured here.
+    cuDNN users report 0.02 to 0.5 seconds per plan; not measured here.
     """
     is_enabled = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(False)
@@ -109,5 +112,5 @@ def _without_cudnn() -> Iterator[None]:
         torch.backends.cuda.enable_cudnn_sdp(is_enabled)
 
 
-AttentionInterface.register(TRIES, attend)
-AttentionMaskInterface.register(TRIES, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+AttentionInterface.register(PREFIX_TREES, attend)
+AttentionMaskInterface.register(PREFIX_TREES, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])

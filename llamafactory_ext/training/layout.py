@@ -1,9 +1,9 @@
 """How a batch of pairs is laid out for the model, and which of its tokens are scored for which response.
 
-`padded` is LLaMA-Factory's layout: a row per answer. `shared_prefix` is a trie per pair, `shared prefix | chosen tail |
-rejected tail`, all in one row without padding: what both answers begin with, prompt and response alike, is computed
-once. Positions and attention let every token see exactly what it would see alone. Either way the language-model head
-runs on scored tokens only.
+`padded` is LLaMA-Factory's layout: a row per response. `shared_prefix` packs a prefix tree per pair, `shared prefix |
+chosen tail | rejected tail`, into one row without padding: the tokens that both sequences of a pair begin with, of
+prompt and response alike, are computed once. Positions and attention are those of each sequence alone, so the numbers
+are the same. In both layouts the language-model head runs on scored tokens only.
 """
 
 from __future__ import annotations
@@ -15,33 +15,33 @@ from typing import TYPE_CHECKING, Any
 import torch
 from llamafactory.extras.constants import IGNORE_INDEX
 
-from .attention import TRIES, trie_lengths
+from .attention import PREFIX_TREES, tree_lengths
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Batch = dict[str, "Tensor"]
 
-# Why something is not exact, where keys of the recipe alone decide it: they are checked before any model is loaded.
-COUNTED_PADDING = "`ignore_pad_token_for_loss: false` counts padding, of which every batch has its own"
-SHARED_NOISE = "with `neftune_noise_alpha`, both answers would see the same noise"
+# Reasons that the keys of the recipe alone decide, so that they are checked before any model is loaded.
+COUNTED_PADDING = "`ignore_pad_token_for_loss: false` scores padding tokens, whose number differs from batch to batch"
+SHARED_NOISE = "with `neftune_noise_alpha`, both responses would get the same noise"
 
-_SHARED, _CHOSEN, _REJECTED = range(3)  # the parts of a trie
+_SHARED, _CHOSEN, _REJECTED = range(3)  # the parts of a prefix tree
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A batch of pairs as a model takes it.
+    """A batch of pairs as the model receives it.
 
     Args:
         inputs: the model's keyword arguments; `input_ids` has shape `(rows, length)`.
-        row, column: where the hidden state is that predicts a scored token, shape `(scored,)` each.
-        target: the scored token, shape `(scored,)`.
-        entry: which scored token belongs to a response, shape `(responses' tokens,)`: a token that both responses of
-            a pair share is scored once, and belongs to both.
-        response: which response it belongs to: `pair` for the chosen one, `pairs + pair` for the rejected one.
-        ordinal: which token of that response it is, from 0.
-        longest: at least the number of tokens of the longest response, known without asking a GPU.
+        row, column: position of the hidden state that predicts each scored token, int64, shape `(scored,)` each.
+        target: the scored tokens, int64, shape `(scored,)`.
+        entry: per token of each response, its index among the scored tokens, int64, shape `(response tokens,)`. A
+            token that both responses of a pair share is scored once and occurs twice here.
+        response: the response of each entry: `pair` if chosen, `pairs + pair` if rejected; same shape.
+        ordinal: the position of each entry within its response, from 0; same shape.
+        longest: an upper bound of the tokens per response, known without waiting for the GPU.
         pairs: the number of pairs.
     """
 
@@ -57,10 +57,10 @@ class Layout:
 
 
 def padded(batch: Batch) -> Layout:
-    """The batch as it is: chosen answers in the first half of the rows, rejected ones in the second.
+    """The batch unchanged: chosen responses in the first half of the rows, rejected ones in the second.
 
     Args:
-        batch: of LLaMA-Factory's pairwise collator; `labels` of shape `(2 * pairs, length)` is -100 outside responses.
+        batch: from LLaMA-Factory's pairwise collator; `labels`, shape `(2 * pairs, length)`, is -100 outside responses.
     """
     scored = batch["labels"][:, 1:] != IGNORE_INDEX
     row, column = scored.nonzero(as_tuple=True)
@@ -78,53 +78,53 @@ def padded(batch: Batch) -> Layout:
 
 
 def shared_prefix(batch: Batch, attention: str = "sdpa") -> Layout:
-    """The batch as one row of tries.
+    """The batch as one row of prefix trees.
 
     The shared prefix ends before the first differing token, and at least one token before the end of the shorter
-    answer, so that every answer keeps a tail.
+    sequence, so that both keep a tail.
 
-    Chosen by measurement (SmolLM2-135M, GSM8K pairs, forward and backward, two CPU cores): a row per trie, padded and
-    under a mask, takes 0.98, 1.09 and 1.10 times as long at one, two and four pairs. One row under a mask takes 1.01
-    and 1.21 times as long as a row per trie at four and eight pairs, because the mask costs the square of the row.
+    Chosen by measurement (SmolLM2-135M, GSM8K pairs, forward and backward, two CPU cores): a padded, masked row per
+    tree takes 0.98, 1.09 and 1.10 times as long at one, two and four pairs. One masked row takes 1.01 and 1.21 times as
+    long as a row per tree at four and eight pairs, because the mask is quadratic in the row's length.
 
     Args:
         batch: as for `padded`; text only.
-        attention: the model's implementation: `eager` is given a mask of shape `(1, 1, length, length)` that says who
-            sees whom, others `attention.trie_lengths`, so they are to have been through `attention.take_tries`.
+        attention: the model's implementation. `eager` gets an additive mask of shape `(1, 1, length, length)`; others
+            get `attention.tree_lengths` and need `attention.accept_prefix_trees` first.
     """
     device = batch["input_ids"].device
-    # One transfer from the device: how long the tries are decides the shapes of what follows.
+    # One transfer from the device: the lengths of the trees decide the shapes below.
     ids, mask, labels = torch.stack([batch[name] for name in ("input_ids", "attention_mask", "labels")]).cpu()
-    answers = [(ids[row][mask[row] != 0], labels[row][mask[row] != 0]) for row in range(len(ids))]
-    pairs = len(answers) // 2
-    tries = [_trie(*answers[pair], *answers[pairs + pair]) for pair in range(pairs)]
+    sequences = [(ids[row][mask[row] != 0], labels[row][mask[row] != 0]) for row in range(len(ids))]
+    pairs = len(sequences) // 2
+    trees = [_prefix_tree(*sequences[pair], *sequences[pairs + pair]) for pair in range(pairs)]
 
-    in_row = [0, *itertools.accumulate(len(trie.ids) for trie in tries)]
-    in_scored = [0, *itertools.accumulate(len(trie.target) for trie in tries)]
-    entries = [trie.chosen + start for trie, start in zip(tries, in_scored, strict=False)]
-    entries += [trie.rejected + start for trie, start in zip(tries, in_scored, strict=False)]
-    column = torch.cat([trie.column + start for trie, start in zip(tries, in_row, strict=False)])
+    in_row = [0, *itertools.accumulate(len(tree.ids) for tree in trees)]
+    in_scored = [0, *itertools.accumulate(len(tree.target) for tree in trees)]
+    entries = [tree.chosen + start for tree, start in zip(trees, in_scored, strict=False)]
+    entries += [tree.rejected + start for tree, start in zip(trees, in_scored, strict=False)]
+    column = torch.cat([tree.column + start for tree, start in zip(trees, in_row, strict=False)])
     parts = {
         "row": torch.zeros_like(column),
         "column": column,
-        "target": torch.cat([trie.target for trie in tries]),
+        "target": torch.cat([tree.target for tree in trees]),
         "entry": torch.cat(entries),
         "response": torch.cat([torch.full_like(entry, response) for response, entry in enumerate(entries)]),
         "ordinal": torch.cat([torch.arange(len(entry)) for entry in entries]),
     }
-    lengths = [trie.lengths for trie in tries]
+    lengths = [tree.lengths for tree in trees]
     inputs = {
-        "input_ids": torch.cat([trie.ids for trie in tries])[None].to(device, non_blocking=True),
-        "position_ids": torch.cat([trie.positions for trie in tries])[None].to(device, non_blocking=True),
-        "attention_mask": _eager_mask(lengths, device) if attention == "eager" else trie_lengths(lengths),
+        "input_ids": torch.cat([tree.ids for tree in trees])[None].to(device, non_blocking=True),
+        "position_ids": torch.cat([tree.positions for tree in trees])[None].to(device, non_blocking=True),
+        "attention_mask": _eager_mask(lengths, device) if attention == "eager" else tree_lengths(lengths),
     }
     tensors = {name: values.to(device, non_blocking=True) for name, values in parts.items()}
     return Layout(inputs=inputs, longest=max(map(len, entries)), pairs=pairs, **tensors)
 
 
 @dataclass(frozen=True)
-class _Trie:
-    """A pair in a row; `chosen` and `rejected` say which of the scored tokens belong to each answer, in order."""
+class _PrefixTree:
+    """A pair as one sequence; `chosen` and `rejected` are the indices of each response's tokens in `target`."""
 
     ids: Tensor
     positions: Tensor
@@ -135,23 +135,25 @@ class _Trie:
     rejected: Tensor
 
 
-def _trie(chosen_ids: Tensor, chosen_labels: Tensor, rejected_ids: Tensor, rejected_labels: Tensor) -> _Trie:
+def _prefix_tree(
+    chosen_ids: Tensor, chosen_labels: Tensor, rejected_ids: Tensor, rejected_labels: Tensor
+) -> _PrefixTree:
     end = min(len(chosen_ids), len(rejected_ids)) - 1
     differs = (chosen_ids[:end] != rejected_ids[:end]) | (chosen_labels[:end] != rejected_labels[:end])
     shared = int(differs.nonzero()[0]) if differs.any() else end
     chosen_tail, rejected_tail = len(chosen_ids) - shared, len(rejected_ids) - shared
 
     def scored(labels: Tensor) -> Tensor:
-        """Positions of the scored tokens; the first token of all has nothing before it that could predict it."""
+        """Positions of the scored tokens; nothing predicts the very first token."""
         at: Tensor = (labels[1:] != IGNORE_INDEX).nonzero()[:, 0] + 1
         return at
 
     at_chosen, at_rejected = scored(chosen_labels), scored(rejected_labels)
     both = int((at_chosen < shared).sum())
     at_tail = at_rejected[both:]
-    # In the row, the rejected tail follows the whole chosen answer.
+    # In the row, the rejected tail follows the whole chosen sequence.
     before_tail = torch.where(at_tail - 1 < shared, at_tail - 1, at_tail - 1 + chosen_tail)
-    return _Trie(
+    return _PrefixTree(
         ids=torch.cat([chosen_ids, rejected_ids[shared:]]),
         positions=torch.cat([torch.arange(len(chosen_ids)), torch.arange(shared, len(rejected_ids))]),
         lengths=(shared, chosen_tail, rejected_tail),
@@ -163,9 +165,9 @@ def _trie(chosen_ids: Tensor, chosen_labels: Tensor, rejected_ids: Tensor, rejec
 
 
 def _eager_mask(lengths: list[tuple[int, int, int]], device: torch.device) -> Tensor:
-    """What eager attention adds to its scores: nothing where a token sees its trie's prefix or its own tail."""
-    tries = [torch.tensor([_SHARED] * s + [_CHOSEN] * c + [_REJECTED] * r, device=device) for s, c, r in lengths]
-    seen = torch.block_diag(*((part[:, None] == part) | (part == _SHARED) for part in tries)).bool().tril()
+    """The additive mask of eager attention: 0 where a token attends to its tree's prefix or its own tail."""
+    trees = [torch.tensor([_SHARED] * s + [_CHOSEN] * c + [_REJECTED] * r, device=device) for s, c, r in lengths]
+    seen = torch.block_diag(*((part[:, None] == part) | (part == _SHARED) for part in trees)).bool().tril()
     lowest = torch.finfo(torch.float32).min
     return torch.zeros(seen.shape, device=device).masked_fill_(~seen, lowest)[None, None]
 
@@ -173,63 +175,63 @@ def _eager_mask(lengths: list[tuple[int, int, int]], device: torch.device) -> Te
 # --- where a shared prefix is exact ----------------------------------------------------------------------------------
 
 # Families whose log-probabilities and gradients are tested to be the same (tests/test_layout.py): their attention takes
-# a mask of four dimensions, and what depends on a token's place goes by `position_ids`.
+# a mask of four dimensions, and positions come from `position_ids` only.
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma", "mistral", "gpt_neox")
 
 
 def obstacle(model: torch.nn.Module, config: Any) -> str | None:
-    """Why a shared prefix would not give this model's numbers, or None.
+    """Why a shared prefix would change this model's numbers, or None if it would not.
 
     Args:
-        model: as it is trained, wrapped or not.
-        config: the model's.
+        model: the model in training, wrapped or not.
+        config: its config.
     """
     if not is_stock(model):
-        return "its code is not transformers' own"
+        return "the model runs code from outside transformers"
     if config.model_type not in FAMILIES:
-        return f"models of the family {config.model_type!r} have not been tested with it"
-    if config._attn_implementation not in ("sdpa", "eager", TRIES):
-        return f"attention by {config._attn_implementation!r} takes no mask of its own: write `flash_attn: sdpa`"
+        return f"it has not been tested with {config.model_type!r} models"
+    if config._attn_implementation not in ("sdpa", "eager", PREFIX_TREES):
+        return f"{config._attn_implementation!r} attention takes no custom mask, unlike `flash_attn: sdpa`"
     if getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True):
-        return "attention slides over a window, in which a tail's tokens would be further from the prefix"
+        return "the model uses sliding-window attention"
     if any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ()):
-        return "some layers do not attend to everything"
+        return "some layers do not use full attention"
     if getattr(config, "group_size_ratio", None) is not None:
-        return "`shift_attn` moves attention about"
+        return "`shift_attn` changes the attention pattern"
     if _drops_out(model, config):
-        return "with dropout, both answers would see the same draw"
+        return "with dropout, both responses would share one dropout mask"
     return None
 
 
 def depends_on_batch(config: Any, collator: Any) -> str | None:
-    """Why the same pair has other log-probabilities beside other pairs, or in another layout, or None.
+    """Why a pair's log-probabilities depend on the other pairs in its batch or on the layout, or None.
 
     Args:
-        config: the model's.
+        config: the model's config.
         collator: LLaMA-Factory's pairwise collator.
     """
     rope = str(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None))
     if "'dynamic'" in rope or "'longrope'" in rope:
-        return "the rotary embedding depends on the longest sequence of a batch"
+        return "the rotary embedding depends on the longest sequence in the batch"
     if collator.label_pad_token_id != IGNORE_INDEX:
         return COUNTED_PADDING
     return None
 
 
 def is_stock(model: torch.nn.Module) -> bool:
-    """Whether transformers' own code runs, and not Unsloth's or that of the model's repository."""
+    """Whether the model runs transformers' own code, not Unsloth's or that of the model's repository."""
     return str(type(inner_model(model)).forward.__module__).startswith("transformers.models.")
 
 
 def inner_model(model: Any) -> Any:
-    """The model inside of DDP's, DeepSpeed's or PEFT's wrappers."""
+    """The model inside the wrappers of DDP, DeepSpeed and PEFT."""
     if hasattr(model, "module"):
         return inner_model(model.module)
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def is_text(batch: Batch) -> bool:
-    """Whether a batch holds nothing but text, such as images."""
+    """Whether a batch holds text only, no images, video or audio."""
     return set(batch) == {"input_ids", "attention_mask", "labels"}
 
 

@@ -1,8 +1,8 @@
-"""Sequence log-probabilities of responses: what a model makes of a batch of pairs.
+"""Log-probabilities of the responses in a batch of pairs, summed over their tokens.
 
-The language-model head runs on the hidden states that predict a scored token and on nothing else. Where even their
-logits would be large, it runs on some of them at a time and only log-probabilities are kept; the backward pass
-computes the logits again, chunk by chunk. So the peak is that of a chunk, however large the batch.
+The language-model head runs only on the hidden states that predict a scored token. If their logits would still be
+large, it runs in chunks and keeps only log-probabilities; the backward pass computes the logits again, chunk by chunk.
+So the logits take the memory of one chunk, however large the batch.
 """
 
 from __future__ import annotations
@@ -19,33 +19,33 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from .layout import FAMILIES as FAMILIES  # the plan asks here
+from .layout import FAMILIES as FAMILIES  # for planning
 from .layout import Layout, inner_model, is_stock
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-# The most logits that are held at once: 256 MiB in float32, three times that while they are differentiated. That is 441
-# tokens with Qwen's vocabulary of 151,936, enough to keep a matrix product busy.
+# The most logits held at once: 256 MiB in float32, three times that in the backward pass. With Qwen's vocabulary of
+# 151,936 that is 441 tokens, enough to keep a matrix product busy.
 CHUNK = 2**26
 
 
-# Of an optimizer step, in a pass without gradient: what a layer keeps for its backward pass is not there, so more fit.
+# Micro-batches of an optimizer step in one pass without gradient: no activations are kept for backward, so more fit.
 MICRO_BATCHES_AT_ONCE = 4
 
 
 @dataclass(frozen=True)
 class ResponseLogps:
-    """A model's view of a batch of pairs.
+    """The log-probabilities that a model gives the responses of a batch of pairs.
 
     Args:
-        chosen: sum of the response tokens' log-probabilities, float32 or wider, shape `(batch,)`, in nats.
-        rejected: the same for the rejected responses.
-        chosen_length: number of response tokens, int64, shape `(batch,)`.
-        rejected_length: the same for the rejected responses.
-        chosen_logits: mean of the logits over response tokens and vocabulary, shape `(batch,)`, detached; 0 of an
+        chosen: log-probability summed over the chosen response, float32 or wider, shape `(batch,)`, in nats.
+        rejected: the same for the rejected response.
+        chosen_length: number of tokens in the chosen response, int64, shape `(batch,)`.
+        rejected_length: the same for the rejected response.
+        chosen_logits: mean of the logits over response tokens and vocabulary, detached, shape `(batch,)`; 0 for an
             empty response.
-        rejected_logits: the same for the rejected responses.
+        rejected_logits: the same for the rejected response.
     """
 
     chosen: Tensor
@@ -57,17 +57,17 @@ class ResponseLogps:
 
 
 def response_logps(model: torch.nn.Module, layout: Layout, ld_alpha: float | None = None) -> ResponseLogps:
-    """Run the model once over all answers of a batch and sum up the log-probability of each response.
+    """Run the model once over a batch and sum the log-probabilities of each response.
 
     Args:
         model: a causal language model, possibly wrapped for distributed training.
-        layout: the batch, as `layout.padded` or `layout.shared_prefix` lays it out.
+        layout: the batch, from `layout.padded` or `layout.shared_prefix`.
         ld_alpha: weight of the tokens beyond the length of the pair's shorter response (LD-DPO, arXiv 2409.06411).
     """
     logps, logit_means = _scored(model, layout)
 
     def per_response(values: Tensor) -> Tensor:
-        # Row by row, because index_add adds in an order of its own on a GPU: the same pair, another rounding.
+        # Summed row by row: index_add on a GPU adds in no fixed order, so the same pair would round differently.
         rows = values.new_zeros(2 * layout.pairs, layout.longest)
         return rows.index_put((layout.response, layout.ordinal), values).sum(dim=1)
 
@@ -81,11 +81,11 @@ def response_logps(model: torch.nn.Module, layout: Layout, ld_alpha: float | Non
 
 
 def _scored(model: torch.nn.Module, layout: Layout) -> tuple[Tensor, Tensor]:
-    """Log-probability of each scored token, and the (detached) mean of the logits that it was chosen from.
+    """Log-probability of each scored token, and the mean of its logits over the vocabulary (detached).
 
     Float32 or wider, shape `(scored,)` each.
     """
-    # Copies, because some multimodal models change their inputs in place and a second model reads the same batch.
+    # Copies: some multimodal models change their inputs in place, and a second model reads the same batch.
     inputs = nested_detach(layout.inputs, clone=True)
     with _head_on(model, layout, chunked=scores_in_chunks(model)) as head:
         output = model(**inputs, return_dict=True, use_cache=False).logits
@@ -97,14 +97,14 @@ def _scored(model: torch.nn.Module, layout: Layout) -> tuple[Tensor, Tensor]:
 
 def _logps_of(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    # Not by cross_entropy, which Liger kernels replace by one that writes into the logits.
+    # Not cross_entropy: Liger replaces it with a kernel that writes into the logits.
     logps = logits.log_softmax(dim=-1).gather(-1, target[:, None])[:, 0]
     return logps, logits.detach().mean(dim=-1)
 
 
 @dataclass
 class _Head:
-    """What became of the language-model head in a forward pass: whether it saw scored tokens only, and gave `logps`."""
+    """What the head did in a forward pass: whether it saw scored tokens only, and whether it returned logps."""
 
     is_narrowed: bool = False
     gives_logps: bool = False
@@ -112,14 +112,14 @@ class _Head:
 
 @contextmanager
 def _head_on(model: torch.nn.Module, layout: Layout, chunked: bool) -> Iterator[_Head]:
-    """Lets the language-model head see only the hidden states that predict a scored token, as one row.
+    """Restrict the language-model head to the hidden states that predict a scored token, as one row.
 
-    From within the head's call, so that what belongs to it stays with it: ZeRO-3's and FSDP's gathering, LoRA, tied
-    weights. A model that reads its head in another way gives all its logits.
+    Done inside the head's call, so that weight gathering (ZeRO-3, FSDP), LoRA and tied weights keep working. A model
+    that does not call its head returns all logits.
 
     Args:
-        chunked: whether the model hands on what its head gives. Then the head gives no logits but their
-            `_logps_of`, shape `(1, scored, 2)`; otherwise it gives logits, and the model may scale or cap them.
+        chunked: whether the model returns the head's output unchanged. The head then returns `_logps_of` its logits,
+            shape `(1, scored, 2)`; otherwise it returns logits, which the model may scale or cap.
     """
     head = inner_model(model).get_output_embeddings()
     state = _Head()
@@ -151,7 +151,7 @@ def _head_on(model: torch.nn.Module, layout: Layout, chunked: bool) -> Iterator[
 
 
 def _in_chunks(head: Callable[[Tensor], Tensor], hidden: Tensor, target: Tensor, vocabulary: int) -> Tensor:
-    """`_logps_of` for hidden states of shape `(scored, width)`, as one tensor of shape `(1, scored, 2)`."""
+    """`_logps_of` the head's logits for hidden states `(scored, width)`, stacked into shape `(1, scored, 2)`."""
 
     def score(hidden: Tensor, target: Tensor) -> Tensor:
         return torch.stack(_logps_of(head(hidden), target), dim=-1)
@@ -164,9 +164,9 @@ def _in_chunks(head: Callable[[Tensor], Tensor], hidden: Tensor, target: Tensor,
 
 
 def scores_in_chunks(model: torch.nn.Module) -> bool:
-    """Whether what the head gives leaves the model as it is, in float32 too, and can be computed again."""
+    """Whether the model returns its head's output unchanged, in float32 too, and the head can be computed again."""
     inner = inner_model(model)
-    # FSDP2 rounds all that the model gives; ZeRO-3 cannot compute a head again that is made up of modules (LoRA).
+    # FSDP2 rounds the model's output; ZeRO-3 cannot recompute a head that consists of submodules (LoRA).
     head = inner.get_output_embeddings()
     in_parts = is_deepspeed_zero3_enabled() and head is not None and any(head.children())
     is_tested = is_stock(model) and inner.config.model_type in FAMILIES

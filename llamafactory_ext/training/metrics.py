@@ -1,4 +1,4 @@
-"""What a training logs of its pairs, and the sums that become means over all pairs of all ranks."""
+"""The metrics that training logs about its pairs, and their means over all pairs of all ranks."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def response_metrics(scored: PairLogps, policy: ResponseLogps) -> dict[str, Tens
     """Log-probabilities and mean logits of the responses, shape `(batch,)` each.
 
     Args:
-        scored: the pairs on the scale that is reported: sums over a response's tokens, or means.
-        policy: what the policy's pass gave.
+        scored: the pairs on the scale that is reported: sums over the response or means per token, in nats.
+        policy: the policy's forward pass.
     """
     return {
         "logps/chosen": scored.policy_chosen,
@@ -29,10 +29,10 @@ def response_metrics(scored: PairLogps, policy: ResponseLogps) -> dict[str, Tens
 
 
 def reward_metrics(pairs: PairLogps, scored: PairLogps, beta: float) -> dict[str, Tensor]:
-    """Rewards as LLaMA-Factory reports them, and normalized ones (log-ratios in nats), shape `(batch,)` each.
+    """Rewards as LLaMA-Factory reports them, and normalized rewards (log-ratios in nats), shape `(batch,)` each.
 
     Args:
-        pairs: on sums over a response's tokens.
+        pairs: sums over the response.
         scored: the same on the scale that is reported.
         beta: `pref_beta`.
     """
@@ -58,7 +58,10 @@ def reward_metrics(pairs: PairLogps, scored: PairLogps, beta: float) -> dict[str
 
 
 def refinement_metrics(pairs: PairLogps, augmented: PairLogps) -> dict[str, Tensor]:
-    """What the Sr paper watches under the augmented prompts (arXiv 2405.21040): per pair, margins in nats."""
+    """The refinement term, and margins (nats) and accuracies under the augmented prompts, shape `(batch,)` each.
+
+    Source: arXiv 2405.21040.
+    """
     margin = augmented.margin
     assert pairs.refinement is not None
     return {
@@ -69,24 +72,24 @@ def refinement_metrics(pairs: PairLogps, augmented: PairLogps) -> dict[str, Tens
 
 
 class MetricSums:
-    """The running sum and count of each metric; nothing is transferred from the device until they are logged."""
+    """The running sum and count of each metric, kept on the device until they are logged."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
 
     def add(self, metrics: dict[str, Tensor]) -> None:
-        """Add a batch's values."""
+        """Add the values of a batch, any shape."""
         for name, values in metrics.items():
             total = values.float().sum()
             batch = torch.stack([total, total.new_full((), values.numel())])
             self.sums[name] = self.sums[name] + batch if name in self.sums else batch
 
     def take_means(self, accelerator: Any) -> dict[str, float]:
-        """The means over all pairs of all ranks since the last time; every rank holds the same names, in any order."""
+        """The means over all pairs of all ranks since the last call; every rank must hold the same names."""
         if not self.sums:
             return {}
         names = sorted(self.sums)
-        # One collective whatever the number of metrics.
+        # One collective for all metrics.
         total = accelerator.reduce(torch.stack([self.sums[name] for name in names]), "sum")
         self.sums.clear()
         return dict(zip(names, (total[:, 0] / total[:, 1]).tolist(), strict=True))

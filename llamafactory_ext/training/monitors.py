@@ -1,4 +1,4 @@
-"""What is watched while a run goes on: its reward curves, and whether it degenerates."""
+"""Monitoring of a run: whether it degenerates, its reward plot, and its log."""
 
 from __future__ import annotations
 
@@ -19,30 +19,30 @@ logger = logging.get_logger()  # LLaMA-Factory's own, whose lines reach the cons
 
 Problem = Literal["fallen", "not_a_number"]
 
-DEGENERATING = "monitor/degenerating"  # the metric: 1 while there is a problem, else 0
-STOPPED = "monitor/stopped"  # the metric, with pref_stop_on_degeneration: 1 in the log at which that ends the run
+DEGENERATING = "monitor/degenerating"  # metric: 1 while there is a problem, else 0
+STOPPED = "monitor/stopped"  # metric, with pref_stop_on_degeneration: 1 in the log that ends the run, else 0
 LOGPS = ("logps/chosen", "logps/rejected")
 PER_TOKEN = ("normalized_rewards/chosen_per_token", "normalized_rewards/rejected_per_token")
 
-# Nats per token. SmolLM2-135M on pairs from GSM8K (DPO, beta 0.1): at a learning rate of 1e-5, which leaves it able to
-# answer, chosen answers stayed above -0.21 over 20 steps; at 1e-4 they passed -0.5 at step 4, and it ended up repeating
-# one word. MinorDPO at 1e-4 ended at +0.3 and answered.
+# Nats per token. SmolLM2-135M on pairs from GSM8K (DPO, beta 0.1): at a learning rate of 1e-5 it could still answer,
+# and chosen responses stayed above -0.21 over 20 steps. At 1e-4 they fell below -0.5 at step 4, and it ended up
+# repeating one word. MinorDPO at 1e-4 ended at +0.3 and could still answer.
 FALL = 0.5
-IN_A_ROW = 3  # logs, so that one odd batch is no alarm
+IN_A_ROW = 3  # logs, so that one odd batch raises no alarm
 
-REMEDIES = "Try minor_dpo or dpop, a larger pref_beta, or a smaller learning_rate."
+REMEDIES = "Try `pref_loss: minor_dpo` or `dpop`, a larger `pref_beta`, or a smaller `learning_rate`."
 
 
 def problem(history: LogHistory) -> Problem | None:
-    """What is wrong with a run, going by its latest logs.
+    """The problem that the latest logs of a run show, or None.
 
-    `fallen`: in `IN_A_ROW` logs, the tokens of chosen and rejected answers alike were less likely than under the
-    reference by more than `FALL` on average. Pushing rejected answers down is what the loss asks for; where chosen ones
-    go down with them, the model moves away from both, towards text that nobody wrote (arXiv 2408.09834, section 4).
-    `not_a_number`: log-probabilities are not finite any more.
+    `fallen`: in the last `IN_A_ROW` logs, the mean log-ratio per token was below -`FALL` for chosen and rejected
+    responses alike. The loss is meant to lower rejected responses; if chosen ones fall too, the model moves to text
+    that is in neither (arXiv 2408.09834, section 4).
+    `not_a_number`: the log-probabilities are no longer finite.
 
     Args:
-        history: the trainer's logs, the latest at the end; those without log-probabilities are passed over.
+        history: the trainer's logs, latest last; logs without log-probabilities are skipped.
     """
     scored = (log for log in reversed(history) if all(name in log for name in LOGPS))
     latest = list(itertools.islice(scored, IN_A_ROW))
@@ -53,26 +53,26 @@ def problem(history: LogHistory) -> Problem | None:
 
 
 def describe(found: Problem, log: Mapping[str, Any]) -> str:
-    """The problem in words, with the figures of the latest log, and what to try."""
+    """The warning for a problem, with the numbers of the latest log and what to try."""
     if found == "not_a_number":
-        return f"The run has degenerated: log-probabilities are not finite numbers any more. {REMEDIES}"
+        return f"The run has degenerated: its log-probabilities are no longer finite. {REMEDIES}"
     chosen, rejected = (f"{log[name]:+.2f}" for name in PER_TOKEN)
     return (
-        "The run degenerates: chosen answers become unlikely together with rejected ones (log-ratios to the reference "
-        f"of {chosen} and {rejected} nats per token). {REMEDIES}"
+        "The run is degenerating: chosen and rejected responses have both become far less likely than under the "
+        f"reference (log-ratios of {chosen} and {rejected} nats per token). {REMEDIES}"
     )
 
 
 def stopped_at(history: LogHistory) -> int | None:
-    """The step at which pref_stop_on_degeneration ended a run before its last one; None if it did not."""
+    """The step at which `pref_stop_on_degeneration` ended a run early, or None."""
     last = next((log for log in reversed(history) if STOPPED in log), {})
     return int(last["step"]) if last.get(STOPPED) else None
 
 
 class DegenerationMonitor(TrainerCallback):
-    """Says when a run begins to degenerate, and ends it after a checkpoint where its log says `STOPPED`.
+    """Warns when a run begins to degenerate; if its log has `STOPPED`, saves a checkpoint and ends the run.
 
-    Every rank logs the same metrics, so that all of them end.
+    Every rank logs the same metrics, so all ranks end together.
     """
 
     def __init__(self) -> None:
@@ -87,8 +87,8 @@ class DegenerationMonitor(TrainerCallback):
             logger.warning_rank0(describe(found, log))
         if log.get(STOPPED):
             logger.warning_rank0(
-                f"It ends here, at step {state.global_step} of {state.max_steps}, after a checkpoint, because of "
-                "pref_stop_on_degeneration."
+                f"Training stops after a checkpoint at step {state.global_step} of {state.max_steps}: "
+                "`pref_stop_on_degeneration` is true."
             )
             control.should_save = control.should_training_stop = True
         self.said = found
@@ -105,24 +105,24 @@ class RewardPlot(TrainerCallback):
 
 
 def _is_number(value: Any) -> bool:
-    """Whether it is one that a log may hold and a figure show: no truth value, and none that is absurdly large."""
+    """Whether a value is a number that a figure can show: no boolean, nothing absurdly large."""
     return type(value) in (int, float) and not 2**53 < abs(value) < float("inf")
 
 
 def read_trainer_log(path: Path) -> list[dict[str, Any]]:
-    """The numbers that a run has logged so far, from LLaMA-Factory's `trainer_log.jsonl`; none if there is no file.
+    """The numbers that a run has logged so far, from LLaMA-Factory's `trainer_log.jsonl`; empty without the file.
 
-    A run that was resumed from a checkpoint logs some steps again: those of the run before it are gone from there on.
+    A resumed run logs some steps again; the logs of the interrupted run are dropped from there on.
     """
     logs: list[dict[str, Any]] = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if os.path.isfile(path) else []:
         try:
             log = json.loads(line)
-        except (ValueError, RecursionError):  # the last line, while it is being written, or when its run was killed
+        except (ValueError, RecursionError):  # the last line, if it is being written or the run was killed
             continue
         if not isinstance(log, dict):
             continue
-        log = {key: value for key, value in log.items() if _is_number(value)}  # whoever reaches a board can send a file
+        log = {key: value for key, value in log.items() if _is_number(value)}  # users of the web UI can upload any file
         if "loss" not in log or not isinstance(log.get("current_steps"), int):
             continue
         while logs and logs[-1]["step"] >= log["current_steps"]:

@@ -1,7 +1,7 @@
-"""Recipes that would fail, or train wrongly, after data and weights are loaded; some without a word of the reason.
+"""Refuses recipes for stage dpo that would fail or train wrongly, before data and weights are loaded.
 
-`check_recipe` sees them coming in stage dpo beforehand. Of LLaMA-Factory's own keys it only refuses what LLaMA-Factory
-itself would fail at, or train against another reference than it says: whatever else trains in stock, trains.
+Of LLaMA-Factory's own keys, only those are refused with which LLaMA-Factory itself would fail, or would train against
+another reference than the recipe's. Everything else that trains without the plugin also trains with it.
 """
 
 from __future__ import annotations
@@ -11,21 +11,21 @@ from typing import Any
 from ..errors import not_possible
 from ..recipe.reading import check_sizes, data_sets
 from .layout import COUNTED_PADDING, SHARED_NOISE
-from .reference.model import INSISTED, STREAMED, PendingReference, drawn_weights, not_the_same_weights
+from .reference.model import NOT_PRECOMPUTED, STREAMED, PendingReference, different_weights, random_weight_keys
 
 
 def check_recipe(model_args: Any, data_args: Any, training_args: Any, finetuning_args: Any) -> None:
-    """Say what is wrong with a recipe, and what to write instead.
+    """Refuse a recipe that cannot be trained as written.
 
     Args:
-        model_args, data_args, training_args, finetuning_args: what LLaMA-Factory made of the recipe, for `run_dpo`.
+        model_args, data_args, training_args, finetuning_args: the parsed recipe, as `run_dpo` receives it.
 
     Raises:
-        ValueError: with one sentence, at the first thing that cannot be trained.
+        ValueError: for the first problem found, with what to write instead.
     """
     check_sizes(data_args)
     _check_best_model(data_args, training_args)
-    _check_insisted(data_args, training_args, finetuning_args)
+    _check_required(data_args, training_args, finetuning_args)
     _check_streaming(data_args, training_args)
     _check_random_weights(model_args, data_args, training_args, finetuning_args)
     _check_rope_scaling(model_args)
@@ -42,8 +42,8 @@ def _check_best_model(data_args: Any, training_args: Any) -> None:
         )
 
 
-def _check_insisted(data_args: Any, training_args: Any, finetuning_args: Any) -> None:
-    """What the recipe insists on, where its other keys already rule it out; the rest is known with the model only."""
+def _check_required(data_args: Any, training_args: Any, finetuning_args: Any) -> None:
+    """Refuse keys set to true that other keys rule out; what depends on the model is checked later."""
     padding = None if data_args.ignore_pad_token_for_loss else COUNTED_PADDING
     obstacles = {
         "precompute_ref_log_probs": STREAMED if data_args.streaming else padding,
@@ -55,43 +55,43 @@ def _check_insisted(data_args: Any, training_args: Any, finetuning_args: Any) ->
 
 
 def _check_streaming(data_args: Any, training_args: Any) -> None:
-    """A streamed file is cut into as many shards as there are workers: none of it is left with 0 (StopIteration)."""
+    """LLaMA-Factory cuts a streamed file into one shard per worker: with 0 workers it is empty (StopIteration)."""
     if not data_args.streaming or training_args.dataloader_num_workers > 0 or data_args.tokenized_path is not None:
         return
     names = [*(data_args.dataset or []), *(data_args.eval_dataset or [])]
     files = [str(each) for each in data_sets(names, data_args.dataset_dir) if each.load_from == "file"]
     if files:
         raise ValueError(
-            "`streaming: true` reads nothing from files without a worker (there are `dataloader_num_workers: 0`): "
+            "`streaming: true` needs a data loader worker to read files, and `dataloader_num_workers` is 0: "
             f"write `dataloader_num_workers: 1` or more to stream {', '.join(files)}, or remove `streaming: true`."
         )
 
 
 def _check_random_weights(model_args: Any, data_args: Any, training_args: Any, finetuning_args: Any) -> None:
-    """A reference model that is loaded beside the policy would be given other random weights.
+    """Refuse a reference model that would be loaded with other random weights than the policy.
 
-    For a list of tokens LLaMA-Factory 0.9.5 does not even get there ('list' object has no attribute 'split').
+    For a list of tokens, LLaMA-Factory 0.9.5 fails even earlier ('list' object has no attribute 'split').
     """
     pending = PendingReference(lambda *_: None, model_args, finetuning_args)
     is_loaded = finetuning_args.ref_model is not None or (
         training_args.do_train and finetuning_args.finetuning_type != "lora"
     )
-    keys = drawn_weights(model_args)
+    keys = random_weight_keys(model_args)
     if not keys or not finetuning_args.use_ref_model or not is_loaded:
         return
     reason = None
-    if pending.is_first_policy:  # its log-probabilities are computed beforehand, with the policy itself
-        insisted = finetuning_args.precompute_ref_log_probs is False
-        reason = INSISTED if insisted else STREAMED if data_args.streaming else None
+    if pending.is_first_policy:  # the policy itself computes its log-probabilities before the first step
+        not_precomputed = finetuning_args.precompute_ref_log_probs is False
+        reason = NOT_PRECOMPUTED if not_precomputed else STREAMED if data_args.streaming else None
         if reason is None:
             return
-    raise not_the_same_weights(keys, reason)
+    raise different_weights(keys, reason)
 
 
 def _check_rope_scaling(model_args: Any) -> None:
-    """LLaMA-Factory stretches the config as transformers 4 takes it: with a float, and without the base of the angles.
+    """LLaMA-Factory writes `rope_scaling` for transformers 4: the length as a float, and no base of the angles.
 
-    Asked by doing it, to a config that is thrown away: another release of either may do better.
+    Tested by applying it to a throwaway config, because other releases of either may agree.
     """
     if model_args.rope_scaling is None:
         return
@@ -104,20 +104,20 @@ def _check_rope_scaling(model_args: Any) -> None:
     try:
         configure_rope(config, model_args)
         fits = _rope_base(config) == base
-    except Exception as error:  # of a class that older releases of huggingface_hub do not have
+    except Exception as error:  # its class is missing in older releases of huggingface_hub
         if type(error).__name__ != "StrictDataclassFieldValidationError":
             raise
         fits = False
     if not fits:
         name = getattr(model_args.rope_scaling, "value", model_args.rope_scaling)
         raise ValueError(
-            f"`rope_scaling: {name}`: LLaMA-Factory writes it in a way that transformers {transformers.__version__} "
-            f"does not take. Remove it; up to `cutoff_len: {length}` the model needs none. For more, put `rope_type` "
-            "and `factor` into `rope_parameters`, and the longer `max_position_embeddings`, in the config.json of a "
-            "copy of the model."
+            f"`rope_scaling: {name}`: LLaMA-Factory writes it in a form that transformers {transformers.__version__} "
+            f"does not accept. Remove it; up to `cutoff_len: {length}` the model does not need it. For longer "
+            "sequences, copy the model and edit its config.json: set `rope_type` and `factor` in `rope_parameters`, "
+            "and a larger `max_position_embeddings`."
         )
 
 
 def _rope_base(config: Any) -> float | None:
-    """The base of the rotary angles, where the config has it among what is replaced (transformers 5)."""
+    """The base of the rotary angles, if it is in the settings that `rope_scaling` replaces (transformers 5)."""
     return (getattr(config, "rope_parameters", None) or {}).get("rope_theta")

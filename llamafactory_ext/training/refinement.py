@@ -1,9 +1,9 @@
-"""Sr (arXiv 2405.21040): the same responses under a prompt that asks for quality, from tokenizing to the batch.
+"""The refinement term of Sr-DPO and Sr-IPO (arXiv 2405.21040), from tokenization to the batch.
 
-Delta = beta (D_w' - D_l') (Eq. 12), where the primed logratios are taken under the augmented prompt p + x. p goes in
-front of the conversation's first user message before the template is applied, so that everything else stays where it
-was. The responses are the very tokens of the unaugmented pair, truncated as LLaMA-Factory does; from the end of the
-augmented prompt as many tokens are cut as from that of the prompt, so that it may exceed `cutoff_len` by p alone.
+Delta = beta (D_w' - D_l') (Eq. 12): the primed log-ratios are those of the same responses under the augmented prompt
+p + x. p is put before the conversation's first user message, before the template is applied. The responses keep exactly
+the tokens of the unaugmented pair, as LLaMA-Factory truncates it. The augmented prompt loses as many tokens at its end
+as the prompt does, so it exceeds `cutoff_len` by at most the length of p.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 
     from ..losses.pairs import PairLogps
 
-PROMPT_IDS = "augmented_prompt_ids"  # column: the augmented prompt, without response
-MADE_WITH = "augmented_with"  # column: which text it was augmented with
+PROMPT_IDS = "augmented_prompt_ids"  # column: token ids of the augmented prompt, without response
+MADE_WITH = "augmented_with"  # column: fingerprint of the text p
 BATCH_PREFIX = "augmented_"
-AUGMENTED = "augmented"  # of a batch: what is known of its augmented pairs
+AUGMENTED = "augmented"  # key of a batch: the `PairLogps` of its augmented pairs
 PADDING = {"input_ids": 0, "attention_mask": 0, "labels": IGNORE_INDEX}
 
 
@@ -40,11 +40,11 @@ PADDING = {"input_ids": 0, "attention_mask": 0, "labels": IGNORE_INDEX}
 
 @dataclass
 class AugmentingProcessor(PairwiseDatasetProcessor):
-    """LLaMA-Factory's tokenization of pairs, with two columns more: the augmented prompt, and what augmented it.
+    """LLaMA-Factory's tokenization of pairs with two more columns: the augmented prompt, and the fingerprint of p.
 
     Args:
-        sr_prompt: p; a part of what `datasets` recognises cached results by.
-        context: the most tokens that the model takes, or None if it is not known.
+        sr_prompt: p; part of the fingerprint by which `datasets` finds cached results.
+        context: the model's context length in tokens, or None if unknown.
     """
 
     sr_prompt: str = ""
@@ -54,7 +54,7 @@ class AugmentingProcessor(PairwiseDatasetProcessor):
         """Tokenize a batch of pairs.
 
         Raises:
-            ValueError: if a pair with its augmented prompt exceeds the model's context.
+            ValueError: if a response with its augmented prompt exceeds the model's context.
         """
         whole = PairwiseDatasetProcessor(
             self.template, self.tokenizer, self.processor, replace(self.data_args, cutoff_len=UNCUT)
@@ -88,7 +88,7 @@ class AugmentingProcessor(PairwiseDatasetProcessor):
 
 
 def model_context(model_args: Any) -> int | None:
-    """The most tokens that the model takes; unknown where the recipe stretches it."""
+    """The model's context length in tokens; None if unknown, as under `rope_scaling`."""
     from llamafactory.model import load_config
 
     if model_args.rope_scaling is not None:
@@ -97,7 +97,7 @@ def model_context(model_args: Any) -> int | None:
 
 
 def augment(messages: Sequence[dict[str, str]], sr_prompt: str) -> list[dict[str, str]]:
-    """The conversation with p in front of its first message, which is the user's."""
+    """The conversation with p before its first message, which is the user's."""
     if not messages:
         return []
     first, *others = messages
@@ -105,26 +105,26 @@ def augment(messages: Sequence[dict[str, str]], sr_prompt: str) -> list[dict[str
 
 
 def digest(sr_prompt: str) -> str:
-    """What the text of p is recognised by in a saved data set."""
+    """The fingerprint of p in a saved data set: 16 hex digits."""
     return hashlib.sha256(sr_prompt.encode()).hexdigest()[:16]
 
 
 def check_augmented(dataset: Any, sr_prompt: str) -> None:
-    """Refuse a data set that was tokenized without p, or with another one (`tokenized_path`).
+    """Refuse a data set (`tokenized_path`) that was tokenized without p or with another p.
 
     Raises:
-        ValueError: with a sentence that says what to do.
+        ValueError: with what to do instead.
     """
     row: dict[str, Any] = next(iter(dataset), {})
     if row and row.get(MADE_WITH) != digest(sr_prompt):
         raise ValueError(
-            "the data of `tokenized_path` was tokenized without this `sr_prompt`, which the refinement term needs: "
+            "the data in `tokenized_path` was tokenized without this `sr_prompt`, which the refinement term needs: "
             "name a new folder, and the data will be tokenized again."
         )
 
 
 def _prompts(inputs: dict[str, list[Any]]) -> list[list[int]]:
-    """The prompt of each tokenized pair: what has no label."""
+    """The prompt of each tokenized pair: the tokens without a label."""
     rows = zip(inputs.get("chosen_input_ids", []), inputs.get("chosen_labels", []), strict=True)
     return [ids[: sum(label == IGNORE_INDEX for label in labels)] for ids, labels in rows]
 
@@ -133,7 +133,7 @@ def _prompts(inputs: dict[str, list[Any]]) -> list[list[int]]:
 
 
 class AugmentingCollator(PairwiseDataCollatorWithPadding):
-    """LLaMA-Factory's batch of pairs, and under names that begin with `augmented_` the same with the other prompt."""
+    """LLaMA-Factory's batch of pairs, and the augmented pairs under the same names with the prefix `augmented_`."""
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Tensor]:
         batch = super().__call__(features)
@@ -142,7 +142,7 @@ class AugmentingCollator(PairwiseDataCollatorWithPadding):
 
 
 def augmented_pair(pair: dict[str, Any]) -> dict[str, Any]:
-    """The same responses under the augmented prompt, as lists like those of the pair."""
+    """The same responses under the augmented prompt, in the columns of the pair."""
     prompt = np.asarray(pair[PROMPT_IDS]).tolist()
     changed = {}
     for side in ("chosen", "rejected"):
@@ -155,23 +155,22 @@ def augmented_pair(pair: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_joinable(batch: Mapping[str, Any], per_pair: Collection[str]) -> bool:
-    """Whether `joined` knows what the rows of every column are.
+    """Whether `joined` can join batches with these columns: text and `per_pair` only.
 
-    It does for text. What a collator adds for a picture has a row per picture or per patch, and positions may have
-    several axes. LLaMA-Factory adds the same columns to all batches of a run (those without a picture get a blank one),
-    so the ranks of a run agree.
+    Columns for images have a row per image or patch, and positions may have several axes. LLaMA-Factory adds the same
+    columns to all batches of a run (a blank image where there is none), so all ranks agree.
 
     Args:
-        per_pair: the columns with a row per pair.
+        per_pair: the names of other columns with a row per pair.
     """
     return set(batch) <= {*PADDING, *per_pair}
 
 
 def joined(batches: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Batches of pairs as one: the chosen answers of all of them, then the rejected ones, padded to one length.
+    """Join batches of pairs: all chosen responses, then all rejected ones, padded to one length.
 
     Args:
-        batches: of LLaMA-Factory's pairwise collator, each `is_joinable`.
+        batches: from LLaMA-Factory's pairwise collator, each `is_joinable`.
     """
     length = max(batch["input_ids"].shape[1] for batch in batches)
     columns = {}
@@ -185,7 +184,7 @@ def joined(batches: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def split_batch(batch: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The pairs, and the augmented pairs under the same names (empty if there are none)."""
+    """Split a batch into the pairs and the augmented pairs, under the same names (empty if there are none)."""
     augmented = {name.removeprefix(BATCH_PREFIX): v for name, v in batch.items() if name.startswith(BATCH_PREFIX)}
     return {name: values for name, values in batch.items() if not name.startswith(BATCH_PREFIX)}, augmented
 
@@ -194,11 +193,11 @@ def split_batch(batch: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor
 
 
 def refinement(augmented: PairLogps, hyperparameters: Mapping[str, Any], beta: float) -> Tensor:
-    """Delta = beta (D_w' - D_l') (arXiv 2405.21040, Eq. 12), shape `(batch,)`, on the loss's scale: sums or means.
+    """Delta = beta (D_w' - D_l') (arXiv 2405.21040, Eq. 12), shape `(batch,)`, on sums or means as the loss is.
 
     Args:
         augmented: the responses under the augmented prompts.
-        hyperparameters: the loss's; `length_normalize` says whether it works on means per token.
+        hyperparameters: of the loss; with `length_normalize`, it uses means per token.
         beta: `pref_beta`.
     """
     return beta * (augmented.per_token() if hyperparameters.get("length_normalize", False) else augmented).margin
@@ -206,9 +205,9 @@ def refinement(augmented: PairLogps, hyperparameters: Mapping[str, Any], beta: f
 
 @contextmanager
 def without_dropout(model: torch.nn.Module) -> Iterator[None]:
-    """The model in evaluation mode for the time of a with block, but for linear layers.
+    """Put a model into evaluation mode inside the with block, except for its linear layers.
 
-    Those have no dropout, and bitsandbytes' would repack their weights for good in evaluation mode on a CPU.
+    Those have no dropout, and on a CPU those of bitsandbytes would repack their weights permanently.
     """
     switched = [module for module in model.modules() if module.training and not isinstance(module, torch.nn.Linear)]
     for module in switched:

@@ -1,4 +1,4 @@
-"""The trainer: a batch becomes `PairLogps`, those a loss per pair and metrics; everything else is LLaMA-Factory's."""
+"""The trainer: from a batch to `PairLogps`, a loss per pair and metrics; everything else is LLaMA-Factory's."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from trl.trainer.utils import RunningMoments
 from ..errors import NOT_OUR_TRAINER, not_possible
 from ..losses.pairs import PairLogps
 from ..losses.unpaired import bco
-from .attention import take_tries
+from .attention import accept_prefix_trees
 from .layout import SHARED_NOISE, Batch, Layout, depends_on_batch, inner_model, is_text, obstacle, padded, shared_prefix
 from .logps import MICRO_BATCHES_AT_ONCE, ResponseLogps, response_logps, scores_in_chunks
 from .metrics import MetricSums, refinement_metrics, response_metrics, reward_metrics
 from .monitors import DEGENERATING, STOPPED, DegenerationMonitor, RewardPlot, problem
-from .reference.logps import COLUMN, Pair, ReferenceCollator, ReferenceLogps, from_column, known_beforehand
+from .reference.logps import COLUMN, Pair, ReferenceCollator, ReferenceLogps, from_column, precomputed
 from .reference.model import PendingReference, autocast_dtype, match_precision
 from .refinement import AUGMENTED, is_joinable, joined, refinement, split_batch, without_dropout
 
@@ -39,9 +39,9 @@ BCO_STATE = "bco_running.json"
 
 
 class TrainerCheck(TrainerCallback):
-    """Refuses to go on with any trainer but ours: `PreferenceTrainer` ticks it off before it initialises.
+    """Fails if the trainer is not a `PreferenceTrainer`, which sets `trainer_is_ours` before it initializes.
 
-    It travels with the callbacks, so it reaches whatever trainer is really built, on every rank.
+    As a callback it reaches the trainer that is actually built, on every rank.
     """
 
     def __init__(self) -> None:
@@ -53,7 +53,7 @@ class TrainerCheck(TrainerCallback):
 
 
 class BeforeTraining(TrainerCallback):
-    """Calls a function when models and optimizer are ready, before the first step."""
+    """Calls a function before the first step, once models and optimizer are ready."""
 
     def __init__(self, function: Callable[[], None]) -> None:
         self.function = function
@@ -65,9 +65,9 @@ class BeforeTraining(TrainerCallback):
 class PreferenceTrainer(CustomDPOTrainer):
     """LLaMA-Factory's DPO trainer with the loss that `pref_loss` names.
 
-    Per step: a forward pass of the policy and the reference's log-probabilities (known beforehand, or from a second
-    pass) give `PairLogps`, the loss maps them to one value per pair, and `pref_bco_weight` and `pref_ftx` are added as
-    in LLaMA-Factory.
+    Per step: the policy's forward pass and the reference's log-probabilities (precomputed, or from a second pass) give
+    `PairLogps`; the loss maps them to one value per pair; `pref_bco_weight` and `pref_ftx` add their terms as in
+    LLaMA-Factory.
     """
 
     def __init__(self, model: Any, ref_model: Any, finetuning_args: Any, **kwargs: Any) -> None:
@@ -80,16 +80,16 @@ class PreferenceTrainer(CustomDPOTrainer):
         self._metric_sums = {"train": MetricSums(), "eval": MetricSums()}
         self._evaluated = "eval"
         args, collator = kwargs["args"], kwargs["data_collator"]
-        # Or a loss that is not a number is logged as 0, and each micro-batch waits for the GPU to find out.
+        # Otherwise a NaN loss is logged as 0, and each micro-batch waits for the GPU to check.
         args.logging_nan_inf_filter = False
         self.references: ReferenceLogps | None = None
         if isinstance(ref_model, PendingReference):
-            self.references = known_beforehand(ref_model, model, kwargs)
+            self.references = precomputed(ref_model, model, kwargs)
             is_needed = self.references is None or (self.references.missing and not ref_model.starts_as_policy(args))
             ref_model = ref_model.load() if is_needed else None
         if self.references is not None:
             kwargs["data_collator"] = ReferenceCollator(collator, self.references)
-        # ZeRO-3 has loaded both models in the precision of its configuration, and in pieces.
+        # ZeRO-3 has sharded both models already, in the precision of its configuration.
         if ref_model is not None and not self.is_own_reference and not is_deepspeed_zero3_enabled():
             match_precision(ref_model, model, autocast_dtype(args))
 
@@ -108,9 +108,9 @@ class PreferenceTrainer(CustomDPOTrainer):
     def get_batch_loss_metrics(
         self, model: Any, batch: dict[str, Any], train_eval: str = "train"
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The mean loss of the batch (a scalar), and its metrics: tensors of shape `(batch,)`, one value per pair."""
+        """The mean loss of the batch (a scalar) and its metrics, shape `(batch,)` each."""
         batch, augmented_batch = split_batch(batch)
-        augmented = batch.pop(AUGMENTED, None)  # in evaluation nobody has scored them yet
+        augmented = batch.pop(AUGMENTED, None)  # in evaluation, not scored yet
         if augmented_batch:
             augmented = self._augmented_logps(model, augmented_batch)
         policy, pairs = self._pair_logps(model, batch, ld_alpha=self.ld_alpha)
@@ -136,18 +136,18 @@ class PreferenceTrainer(CustomDPOTrainer):
         return losses.mean(), {f"{prefix}{name}": values.detach() for name, values in metrics.items()}
 
     def _lay_out(self, batch: Batch) -> Layout:
-        """The batch with the pairs' prefixes shared, where that is exact and was not refused."""
+        """The batch with shared prefixes, unless prefix sharing is off or the batch holds more than text."""
         if not self.shares_prefix:
             return padded(batch)
         if is_text(batch):
             return shared_prefix(batch, self.model.config._attn_implementation)
         if self.finetuning_args.share_prefix:
-            raise ValueError("share_prefix is for text only, and this batch holds more: remove `share_prefix: true`.")
-        logger.warning_rank0_once("A batch holds more than text: a row per answer is computed.")
+            raise not_possible("share_prefix", "a batch holds more than text")
+        logger.warning_rank0_once("Prefix sharing is off for batches that hold more than text.")
         return padded(batch)
 
     def _shares_prefix(self) -> bool:
-        """Whether pairs' prefixes are shared, the models prepared for it; if not, it is said why."""
+        """Whether prefixes are shared: prepares the models if so, logs or raises the reason if not."""
         wanted = self.finetuning_args.share_prefix
         if wanted is False:
             return False
@@ -156,7 +156,7 @@ class PreferenceTrainer(CustomDPOTrainer):
         reasons = (obstacle(model, config) for model, config in zip(models, configs, strict=True))
         reason = next((reason for reason in reasons if reason is not None), self.batch_dependence)
         if len({config._attn_implementation for config in configs}) > 1:
-            reason = "policy and reference compute attention in different ways"
+            reason = "policy and reference use different attention implementations"
         if self.args.neftune_noise_alpha is not None:
             reason = SHARED_NOISE
         if reason is not None and wanted:
@@ -165,7 +165,7 @@ class PreferenceTrainer(CustomDPOTrainer):
             logger.info_rank0(f"Prefix sharing is off: {reason}.")
             return False
         for model in models:
-            take_tries(inner_model(self.accelerator.unwrap_model(model)))
+            accept_prefix_trees(inner_model(self.accelerator.unwrap_model(model)))
         return True
 
     def _pair_logps(self, model: Any, batch: Batch, ld_alpha: float | None = None) -> tuple[ResponseLogps, PairLogps]:
@@ -191,9 +191,9 @@ class PreferenceTrainer(CustomDPOTrainer):
         return policy, pairs
 
     def _reference_logps(self, model: Any, layout: Layout) -> tuple[Tensor, Tensor]:
-        """By the reference model, or by the policy: without its adapter, or as it is before the first step.
+        """From the reference model, or from the policy: without its adapter, or as it is before the first step.
 
-        Without noise (dropout, neftune_noise_alpha) in any case, so that it is the same whenever it is computed.
+        Computed without dropout and NEFTune noise, so they do not depend on when.
         """
         has_adapter = self.finetuning_args.finetuning_type == "lora"
         if self.ref_model is None and has_adapter:
@@ -206,11 +206,10 @@ class PreferenceTrainer(CustomDPOTrainer):
         return reference.chosen, reference.rejected
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Any]], Any]:
-        """The micro-batches of an optimizer step, their augmented pairs already scored.
+        """The micro-batches of an optimizer step, with their augmented pairs already scored.
 
-        The policy is the same for all of them, so several are scored at a time where they can be joined: without
-        gradient, and so without what a layer keeps for its backward pass, more fit into memory. ZeRO-3 and FSDP gather
-        the weights less often.
+        The policy is the same for all of them, so several are scored in one pass if they can be joined: without
+        gradients no activations are kept, so more pairs fit into memory, and ZeRO-3 and FSDP gather weights less often.
         """
         batches, count = super().get_batch_samples(*args, **kwargs)
         if self.finetuning_args.refinement_prompt is None:
@@ -228,18 +227,18 @@ class PreferenceTrainer(CustomDPOTrainer):
         return [{**batch, AUGMENTED: pairs} for (batch, _), pairs in zip(parts, scored, strict=True)], count
 
     def _micro_batches_at_once(self) -> int:
-        """How many a pass without gradient takes; as many as a training step where it would hold all logits."""
+        """Micro-batches in one pass without gradient; 1 if that pass holds all logits."""
         return MICRO_BATCHES_AT_ONCE if scores_in_chunks(self.model_wrapped) else 1
 
     def _augmented_logps(self, model: Any, batch: Batch) -> PairLogps:
-        """The same responses under the augmented prompts: adapters on for the policy, no gradient, no dropout."""
+        """The same responses under the augmented prompts: no gradient, no dropout; the policy keeps its adapter."""
         with torch.no_grad(), without_dropout(model):
             return self._pair_logps(model, batch)[1]
 
-    # --- the reference, before the first step ------------------------------------------------------------------------
+    # --- the reference before the first step -------------------------------------------------------------------------
 
     def compute_reference_logps(self) -> None:
-        """Compute what is not known yet of the reference's log-probabilities, and let go of its model."""
+        """Compute the reference log-probabilities that are not cached, then free the reference model."""
         assert self.references is not None
         if self.references.missing:
             pairs = self._micro_batches_at_once() * self.args.train_batch_size
@@ -248,11 +247,11 @@ class PreferenceTrainer(CustomDPOTrainer):
         if hasattr(reference, "destroy"):  # DeepSpeed's engine
             reference.destroy()
         del reference
-        release_memory()  # collects what refers to itself, as a prepared model does
+        release_memory()  # also collects reference cycles, such as a prepared model
 
     def _score(self, pairs: list[Pair]) -> Tensor:
         assert isinstance(self.data_collator, ReferenceCollator)
-        # Without what our own collators add to a batch.
+        # Without the columns that our own collators add.
         batch = PairwiseDataCollatorWithPadding.__call__(self.data_collator.collator, pairs)
         layout = self._lay_out(self._prepare_inputs(dict(batch)))
         with self.compute_loss_context_manager():
@@ -261,14 +260,14 @@ class PreferenceTrainer(CustomDPOTrainer):
     # --- on the scale that LLaMA-Factory reports ---------------------------------------------------------------------
 
     def _reported(self, pairs: PairLogps) -> PairLogps:
-        """The pairs on the scale that LLaMA-Factory reports: means per token for the losses that work on those."""
+        """The pairs on the scale that LLaMA-Factory reports: means per token for losses that use them, else sums."""
         args = self.finetuning_args
         means = not args.loss.needs_reference or args.loss_hyperparameters.get("length_normalize", False)
         return pairs.per_token() if means else pairs
 
     def _bco_losses(self, pairs: PairLogps, train_eval: str) -> Tensor:
         scored = self._reported(pairs)
-        if train_eval == "train":  # evaluation must not move the baseline that training compares with
+        if train_eval == "train":  # evaluation must not change the baseline of training
             rewards = self.beta * torch.cat([scored.chosen_logratio, scored.rejected_logratio])
             self.running.update(rewards.mean().detach())
         return bco(scored, beta=self.beta, baseline=self.running.mean)
@@ -287,12 +286,12 @@ class PreferenceTrainer(CustomDPOTrainer):
         self._metric_sums[train_eval].add(metrics)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
-        """Evaluate, and remember under which name: each set has its own with `eval_on_each_dataset`."""
+        """Evaluate, and remember the metrics' prefix: with `eval_on_each_dataset` each data set has its own."""
         self._evaluated = metric_key_prefix
         return super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log with the metrics stored since the last time, and whether the training degenerates."""
+        """Log, with the metrics stored since the last log and whether the run degenerates."""
         is_training = "loss" in logs
         means = self._metric_sums["train" if is_training else "eval"].take_means(self.accelerator)
         logs |= {name.replace("eval_", f"{self._evaluated}_", 1): mean for name, mean in means.items()}
@@ -303,7 +302,7 @@ class PreferenceTrainer(CustomDPOTrainer):
                 logs[STOPPED] = 0.0 if is_last else logs[DEGENERATING]
         Trainer.log(self, logs, *args, **kwargs)
 
-    # --- the baseline of pref_bco_weight is state of the run ----------------------------------------------------------
+    # --- the baseline of pref_bco_weight is part of a checkpoint -----------------------------------------------------
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         super()._save_checkpoint(*args, **kwargs)
@@ -317,7 +316,7 @@ class PreferenceTrainer(CustomDPOTrainer):
             path = os.path.join(checkpoint, BCO_STATE)
             if not os.path.isfile(path):
                 raise ValueError(
-                    f"{checkpoint} was saved without pref_bco_weight, whose running mean it lacks: resume with the "
-                    "setting that the run was started with."
+                    f"{checkpoint} was saved without `pref_bco_weight`: resume with the settings that the run was "
+                    "started with."
                 )
             self.running = RunningMoments.load_from_json(self.accelerator, path)

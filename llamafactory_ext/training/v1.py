@@ -1,4 +1,4 @@
-"""LLaMA-Factory's v1 engine (USE_V1), which has losses of its own: what it cannot train is refused."""
+"""LLaMA-Factory's v1 engine (USE_V1) has its own losses: a `pref_loss` that it lacks is refused."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def _refuse_in_v1(module: ModuleType) -> None:
 
 
 def _launch_v1(stock: Callable[..., None], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Refuse a loss that the engine lacks: it would train another one, or find out once the weights are loaded."""
+    """Refuse a loss that the engine lacks: it would train another one, or fail only after loading the weights."""
     from omegaconf import OmegaConf
 
     files = [word for word in sys.argv[1:] if word.endswith((".yaml", ".yml", ".json")) and os.path.isfile(word)]
@@ -34,7 +34,7 @@ def _launch_v1(stock: Callable[..., None], instance: Any, args: tuple[Any, ...],
 
 
 def _losses_of_v1() -> tuple[str, ...]:
-    """None in LLaMA-Factory 0.9.5, whose v1 engine has no such key; later versions list them in its type."""
+    """The engine's losses, from the type of `pref_loss`; empty in LLaMA-Factory 0.9.5, which lacks the key."""
     from llamafactory.v1.config.training_args import TrainingArguments
 
     return get_args(get_type_hints(TrainingArguments).get("pref_loss"))
@@ -43,7 +43,7 @@ def _losses_of_v1() -> tuple[str, ...]:
 PATCHES = (
     Patch(
         "llamafactory.v1.launcher",
-        "The v1 engine knows few preference losses, or none, and none of the plugin's.",
+        "The v1 engine has few preference losses or none, and none of the plugin's.",
         {"launch": ()},
         _refuse_in_v1,
     ),

@@ -157,9 +157,9 @@ def test_a_gold_answer_is_a_number(gold, tmp_path):
 @pytest.mark.parametrize(
     ("output", "words"),
     [
-        ("/dev/full", "No space left on device. Mend that and run the same command again"),
-        (".", ": Is a directory. Mend that"),
-        ("test.jsonl/x.json", "test.jsonl: File exists. Mend that"),
+        ("/dev/full", "No space left on device. Fix that, then run the same command to resume."),
+        (".", ": Is a directory. Fix that"),
+        ("test.jsonl/x.json", "test.jsonl: File exists. Fix that"),
         ("", "it is empty: write a path."),
         ("~nosuch/x", "Could not determine home directory."),
     ],

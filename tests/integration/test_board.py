@@ -472,7 +472,7 @@ def test_a_run_that_degenerates_is_named_and_stopped(open_page, address, workspa
     expect(page.locator("#reward_warning")).to_contain_text(ended)
     assert state["global_step"] < 30
     assert (output / f"checkpoint-{state['global_step']}").is_dir()
-    assert "The run degenerates" in (output / "running_log.txt").read_text()
+    assert "The run is degenerating" in (output / "running_log.txt").read_text()
 
     page = open_page(address)  # the folder of a run that has ended
     choose(page, "Model name", "Custom")

@@ -1,1 +1,1 @@
-"""The reference: its model, its log-probabilities, and the cache that keeps them between runs."""
+"""The reference: its model, its log-probabilities, and their cache on disk."""

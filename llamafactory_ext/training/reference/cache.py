@@ -1,8 +1,8 @@
-"""Reference log-probabilities on disk, found by the token ids of a pair.
+"""The cache of reference log-probabilities on disk, keyed by the token ids of a pair.
 
-A folder per reference holds files of rows (key, chosen, rejected), each named after the hash of the folder's name and
-its content: one that was cut off, altered, or moved from another reference's folder is seen to be, and left out. Files
-appear whole or not at all and are only added to, until one that holds everything replaces them.
+Each reference has a folder with files of rows (key, chosen, rejected). A file's name is a hash of the folder's name and
+the file's content, so truncated or altered files and files of another reference are detected and ignored. Files are
+written whole or not at all, never changed, and finally merged into one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .folders import ABOUT, LOCK, ROWS
 
 logger = logging.get_logger()  # LLaMA-Factory's own, whose lines reach the console and the web UI
 
-# Pair -> summed log-probabilities of its chosen and its rejected response, in nats.
+# Key of a pair -> log-probability of its chosen and its rejected response, summed over tokens, in nats.
 Logps = dict[bytes, tuple[float, float]]
 
 KEY_BYTES = 16
@@ -32,7 +32,7 @@ TOKENS = tuple(f"{side}_{column}" for side in ("chosen", "rejected") for column 
 
 
 def pair_key(pair: Mapping[str, Any]) -> bytes:
-    """What a tokenized pair is found by: token ids and labels of both answers, and nothing else."""
+    """The key of a tokenized pair, 16 bytes: a hash of the token ids and labels of both sequences."""
     digest = hashlib.blake2b(digest_size=KEY_BYTES)
     for name in TOKENS:
         values = np.asarray(pair[name], dtype="<i8")
@@ -41,20 +41,20 @@ def pair_key(pair: Mapping[str, Any]) -> bytes:
 
 
 def read(folder: Path) -> Logps:
-    """Everything that the folder holds; empty if there is none. Damaged files are named in a warning."""
+    """All rows in a folder; empty if there is no folder. Damaged files are skipped with a warning."""
     logps: Logps = {}
     for path in sorted(path for path in folder.glob(ROWS) if not path.is_symlink()):
         try:
             content = path.read_bytes()
-        except FileNotFoundError:  # replaced by another process a moment ago
+        except FileNotFoundError:  # merged by another process in the meantime
             return read(folder)
         except OSError as error:
-            logger.warning_rank0_once(f"{path} cannot be read ({error}): what it holds is computed again.")
+            logger.warning_rank0_once(f"{path} cannot be read ({error}): its log-probabilities will be computed again.")
             continue
         rows = _rows(content) if path.stem == _name(folder, content) else None
         if rows is None:
             logger.warning_rank0_once(
-                f"{path} is damaged, or belongs to another reference: the log-probabilities in it are computed again."
+                f"{path} is damaged or belongs to another reference: its log-probabilities will be computed again."
             )
             continue
         logps |= rows
@@ -66,7 +66,7 @@ def _name(folder: Path, content: bytes) -> str:
 
 
 def _rows(content: bytes) -> Logps | None:
-    """The rows of a file; None if it holds something else, as another release's may."""
+    """The rows of a file; None if it has another format, such as another release's."""
     try:
         tensors = safetensors.numpy.load(content)
         keys, logps = tensors["keys"].tobytes(), map(tuple, tensors["logps"].tolist())
@@ -76,10 +76,10 @@ def _rows(content: bytes) -> Logps | None:
 
 
 def append(folder: Path, logps: Logps, about: Mapping[str, Any]) -> Path:
-    """Add a file with these rows and return its path; `about` says in `about.json` which reference this is.
+    """Write a file with these rows and return its path; `about`, which describes the reference, goes to `about.json`.
 
     Raises:
-        OSError: if the folder cannot be written, or the disk is full; what was there is untouched.
+        OSError: if the folder cannot be written or the disk is full; existing files are kept.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / ABOUT).exists():
@@ -96,7 +96,7 @@ def append(folder: Path, logps: Logps, about: Mapping[str, Any]) -> Path:
 
 
 def merge(folder: Path, about: Mapping[str, Any]) -> None:
-    """Replace all files by one, with whatever a bad disk left there. The caller holds the lock.
+    """Merge all files into one; damaged files are removed. The caller holds the lock.
 
     Raises:
         OSError: as for `append`.
@@ -110,13 +110,13 @@ def merge(folder: Path, about: Mapping[str, Any]) -> None:
 
 
 def lock(folder: Path, seconds: float) -> FileLock | None:
-    """The right to compute what the folder lacks, which one process has at a time; None if another one keeps it.
+    """Acquire the lock for computing what the folder lacks; None if another process holds it.
 
     Args:
-        seconds: how long to wait for it.
+        seconds: how long to wait.
 
     Raises:
-        OSError, NotImplementedError: if the folder cannot be written, or its file system has no locks.
+        OSError, NotImplementedError: if the folder cannot be written, or its file system does not support locks.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK)

@@ -1,7 +1,7 @@
-"""The reference's log-probabilities of a run's pairs: found on disk, or computed by all ranks before the first step.
+"""The reference log-probabilities of a run's pairs: read from the cache, or computed before the first step.
 
-They are constants of a pair, so no reference model is held while the policy is trained, and later runs with the same
-reference and pairs, such as all cells of a sweep, compute nothing.
+They do not change during training, so no reference model stays in memory, and later runs with the same reference and
+pairs, such as the cells of a sweep, reuse them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,15 @@ from ..refinement import BATCH_PREFIX, PROMPT_IDS, augmented_pair
 from . import cache as cache
 from .cache import Logps
 from .folders import default_folder
-from .model import INSISTED, PendingReference, describe, drawn_weights, folder_name, not_the_same_weights, obstacle
+from .model import (
+    NOT_PRECOMPUTED,
+    PendingReference,
+    describe,
+    different_weights,
+    folder_name,
+    obstacle,
+    random_weight_keys,
+)
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -38,37 +46,37 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger()  # LLaMA-Factory's own, whose lines reach the console and the web UI
 
-Pair = dict[str, Any]  # as LLaMA-Factory tokenizes it
+Pair = dict[str, Any]  # tokenized by LLaMA-Factory
 
-Place = tuple[int, int, bool]  # of a pair: data set, row, whether it is that row's augmented pair
+Place = tuple[int, int, bool]  # where a pair is: data set, row, whether it is the row's augmented pair
 
-Batch = list[tuple[int, Place]]  # of pairs, each with the length of its longer answer
+Batch = list[tuple[int, Place]]  # pairs, each with the tokens of its longer sequence
 
-COLUMN = "reference_logps"  # of a batch; see `from_column`
-LOCK_SECONDS = 60  # of waiting for another run, before the ranks hear of each other again
-ROWS_AT_ONCE = 1000  # that are read from a data set
-BATCHES_PER_FILE = 16  # per rank; what a killed run loses at most
-FOLDER_OF_RUN = "reference_logps"  # in the output folder, of a reference that only this run has
+COLUMN = "reference_logps"  # key of a batch; see `from_column`
+LOCK_SECONDS = 60  # how long to wait for another run before the ranks communicate again
+ROWS_AT_ONCE = 1000  # read from a data set
+BATCHES_PER_FILE = 16  # per rank; an interrupted run loses at most these
+FOLDER_OF_RUN = "reference_logps"  # in the output folder, for a reference that only this run has
 
 
-def known_beforehand(
+def precomputed(
     pending: PendingReference, policy: torch.nn.Module, about_run: Mapping[str, Any]
 ) -> ReferenceLogps | None:
-    """The reference's log-probabilities as far as they are on disk, or None if they are to be computed in every step.
+    """The reference log-probabilities that are cached so far, or None if they are computed in every step.
 
     Args:
         pending: the reference.
         policy: the model to be trained.
-        about_run: the trainer's keyword arguments, with the data sets and transformers' training arguments.
+        about_run: the trainer's keyword arguments: data sets, collator, transformers' training arguments.
 
     Raises:
-        ValueError: if the recipe insists where it is not exact.
+        ValueError: if the recipe sets `precompute_ref_log_probs: true` and that is not exact.
     """
     args, datasets = about_run["args"], _datasets(about_run)
     wanted = pending.finetuning_args.precompute_ref_log_probs
     reason = obstacle(pending, args, datasets) or depends_on_batch(policy.config, about_run["data_collator"])
     if pending.only_this_run_has_it:
-        return _of_this_run(pending, args, datasets, INSISTED if wanted is False else reason)
+        return _of_this_run(pending, args, datasets, NOT_PRECOMPUTED if wanted is False else reason)
     if wanted is False:
         return None
     about = describe(pending, policy, args) if reason is None else None
@@ -81,27 +89,27 @@ def known_beforehand(
         if wanted is None and references.missing and _epochs(args, datasets[0]) < 1:
             references, reason = None, "the run ends before it has trained on every pair"
     elif reason is None:
-        reason = "the content of its files is not known"
+        reason = "the files of the reference model cannot be identified"
 
     if references is None:
         assert reason is not None
         if wanted:
             raise not_possible("precompute_ref_log_probs", reason)
-        logger.info_rank0(f"The reference's log-probabilities are computed in every step: {reason}.")
+        logger.info_rank0(f"Reference log-probabilities are computed in every step: {reason}.")
         return None
     references.announce()
     return references
 
 
 def _of_this_run(pending: PendingReference, args: Any, datasets: list[Any], reason: str | None) -> ReferenceLogps:
-    """Those of the policy before the first step, kept with the run: nothing could compute them once more.
+    """Those of the policy before the first step, kept in the run's output: they cannot be computed again.
 
     Raises:
-        ValueError: if they cannot be computed ahead, for that reason, or are missing in a run that is resumed.
+        ValueError: if they cannot be precomputed, for `reason`, or are missing in a resumed run.
     """
-    keys = drawn_weights(pending.model_args)
+    keys = random_weight_keys(pending.model_args)
     if reason is not None:
-        raise not_the_same_weights(keys, reason)
+        raise different_weights(keys, reason)
     resumed = args.resume_from_checkpoint
     parent = Path(resumed).parent if isinstance(resumed, str) else Path(args.output_dir)
     folder = parent / FOLDER_OF_RUN
@@ -110,9 +118,9 @@ def _of_this_run(pending: PendingReference, args: Any, datasets: list[Any], reas
     references = ReferenceLogps(folder, {"run": str(parent), "random weights": keys}, datasets)
     if resumed and references.missing:
         raise ValueError(
-            f"`{keys[0]}`: {len(references.missing)} of the log-probabilities that the policy gave before the first "
-            f"step are not in {folder}, and nothing can compute them now: resume with the same data, or start anew "
-            "with another `output_dir`."
+            f"`{keys[0]}`: {len(references.missing)} reference log-probabilities are missing from {folder} and cannot "
+            "be computed after the first step: resume with the same data, or start a new run with another "
+            "`output_dir`."
         )
     references.announce()
     return references
@@ -126,7 +134,7 @@ def _epochs(args: Any, dataset: Any) -> float:
 
 
 def _datasets(about_run: Mapping[str, Any]) -> list[Any]:
-    """The data sets that the run goes through: for training first, then for evaluation."""
+    """The data sets of the run: the training set first, then those for evaluation."""
     args = about_run["args"]
     evaluation = about_run.get("eval_dataset") if args.do_eval or args.eval_strategy != "no" else None
     parts = evaluation.values() if isinstance(evaluation, dict) else [evaluation]
@@ -134,12 +142,12 @@ def _datasets(about_run: Mapping[str, Any]) -> list[Any]:
 
 
 class ReferenceLogps:
-    """A table by pair, the same on every rank.
+    """Reference log-probabilities by pair, the same on every rank.
 
     Args:
-        folder: where it is kept; a folder per reference.
-        about: what the reference is, for the folder's readers.
-        datasets: tokenized pairs, each with its augmented pair where the refinement term needs one.
+        folder: the reference's cache folder.
+        about: describes the reference, for people who read the folder.
+        datasets: tokenized pairs, with augmented pairs if the loss has a refinement term.
     """
 
     def __init__(self, folder: Path, about: Mapping[str, Any], datasets: Sequence[Any]) -> None:
@@ -147,19 +155,19 @@ class ReferenceLogps:
         self._look_up()
 
     def announce(self) -> None:
-        """Say how many are known."""
+        """Log how many pairs are cached."""
         found, missing = len(self.table), len(self.missing)
         logger.info_rank0(
-            f"Reference log-probabilities: {found} of {found + missing} pairs (training, evaluation and augmented "
-            f"ones) are in {self.folder}: "
-            + (f"{missing} are computed before the first step." if missing else "no reference model is needed.")
+            f"Reference log-probabilities: {found} of {found + missing} pairs (training, evaluation and augmented) are "
+            f"cached in {self.folder}; "
+            + (f"computing {missing} before the first step." if missing else "no reference model is needed.")
         )
 
     def _look_up(self) -> None:
         found: list[Any] = [None]
         if PartialState().is_main_process:
             table, places = cache.read(self.folder), self._places
-            # Longest first: batches of like lengths, and what does not fit into memory shows at once.
+            # Longest first: batches have similar lengths, and a lack of memory shows at once.
             missing = sorted((value for key, value in places.items() if key not in table), reverse=True)
             longest = max((length for length, (number, *_) in places.values() if number == 0), default=0)
             found = [({key: table[key] for key in places if key in table}, missing, longest)]
@@ -168,7 +176,7 @@ class ReferenceLogps:
 
     @cached_property
     def _places(self) -> dict[bytes, tuple[int, Place]]:
-        """Per pair its length and where it is first. The main process alone goes through the data, and once."""
+        """Key of each pair -> its length and first place. Only the main process reads the data, and only once."""
         places: dict[bytes, tuple[int, Place]] = {}
         for place, pair in self._pairs():
             places.setdefault(cache.pair_key(pair), (_length(pair), place))
@@ -184,19 +192,19 @@ class ReferenceLogps:
                     yield (number, row, True), augmented_pair(pair)
 
     def fill(self, score: Callable[[list[Pair]], Tensor], tokens: int) -> None:
-        """Compute what is missing, shared out over the ranks; what is done is on disk, whatever happens then.
+        """Compute the missing pairs on all ranks, and save them to the cache as they are done.
 
         Args:
-            score: gives the reference's log-probabilities of some pairs, shape `(pairs, 2)`, chosen first.
-            tokens: the most that it is given at a time, padding included; at least one pair. Where memory runs out, it
-                is given fewer.
+            score: returns the reference log-probabilities of pairs, in nats, shape `(pairs, 2)`, chosen first.
+            tokens: the most tokens per call of `score`, padding included, but at least one pair. Halved when memory
+                runs out.
 
         Raises:
-            ValueError: if a log-probability is not a number.
-            RuntimeError: if not even one pair fits into memory.
+            ValueError: if a log-probability is not finite.
+            RuntimeError: if a single pair does not fit into memory.
         """
         with self._only_one_run():
-            self._look_up()  # another run may have been faster
+            self._look_up()  # another run may have computed some
             rounds = self._rounds(score, tokens)
             while part := list(itertools.islice(rounds, BATCHES_PER_FILE)):
                 computed = {key: logps for batch in part for key, logps in batch.items()}
@@ -208,13 +216,13 @@ class ReferenceLogps:
         self.missing = []
 
     def _rounds(self, score: Callable[[list[Pair]], Tensor], tokens: int) -> Iterator[Logps]:
-        """What is missing, a batch of every rank at a time."""
+        """The log-probabilities of the missing pairs, one batch per rank at a time."""
         state, start = PartialState(), 0
         bar = tqdm(total=len(self.missing), desc="Reference log-probabilities", disable=not state.is_local_main_process)
         with bar:
             while start < len(self.missing):
                 batches = _batches(self.missing, start, tokens, state.num_processes)
-                # With fewer batches than ranks, some compute what others do: they may gather the weights together.
+                # With fewer batches than ranks, some batches are computed twice: all ranks may have to gather weights.
                 computed = self._score(batches[state.process_index % len(batches)], score)
                 everyone: list[Logps | None] = gather_object([computed])
                 if None in everyone:
@@ -226,19 +234,19 @@ class ReferenceLogps:
 
     @contextmanager
     def _only_one_run(self) -> Iterator[None]:
-        """Waits until no other run computes for the same reference; between attempts, ranks do not wait too long."""
+        """Hold the cache's lock; ranks communicate between attempts, so that no collective times out."""
         locks: list[Any] = []
         said = False
         while True:
             done = [True]
             if PartialState().is_main_process:
                 self._save(lambda: locks.append(cache.lock(self.folder, LOCK_SECONDS)))
-                done = [not locks or locks[-1] is not None]  # without a lock where there can be none
+                done = [not locks or locks[-1] is not None]  # go on without a lock where locking failed
             broadcast_object_list(done)
             if done[0]:
                 break
             if not said:
-                logger.info_rank0(f"Another run computes the reference's log-probabilities in {self.folder}: waiting.")
+                logger.info_rank0(f"Waiting: another run computes the reference log-probabilities in {self.folder}.")
                 said = True
         try:
             yield
@@ -247,7 +255,7 @@ class ReferenceLogps:
                 locks[-1].release()
 
     def _score(self, batch: Batch, score: Callable[[list[Pair]], Tensor]) -> Logps | None:
-        """The values of a batch's pairs; None if memory ran out."""
+        """The log-probabilities of a batch's pairs; None if memory ran out."""
         pairs = [self._pair(*place) for _, place in batch]
         try:
             logps = score(pairs).float().cpu()
@@ -260,8 +268,8 @@ class ReferenceLogps:
             return None
         if not torch.isfinite(logps).all():
             raise ValueError(
-                "the reference gives some response a log-probability that is not a number: check its weights and "
-                "precision (bf16 in place of fp16)."
+                "the reference model gives a response a log-probability that is not finite: check its weights, or use "
+                "bf16 instead of fp16."
             )
         return dict(zip(map(cache.pair_key, pairs), map(tuple, logps.tolist()), strict=True))
 
@@ -270,25 +278,25 @@ class ReferenceLogps:
         return augmented_pair(pair) if augmented else pair
 
     def _save(self, write: Callable[..., Any], *args: Any) -> None:
-        """A folder that cannot be written costs later runs their time, and this one nothing."""
+        """Call `write`; if the cache cannot be written, only warn: this run does not need it."""
         try:
             write(*args)
         except (OSError, NotImplementedError) as error:
             logger.warning_rank0_once(
-                f"The reference log-probabilities are kept for this run only: {error}. Make room or name another "
-                "folder with `ref_log_probs_cache_dir`, so that later runs need not compute them again."
+                f"Reference log-probabilities are kept for this run only: {error}. Free disk space, or name another "
+                "folder in `ref_log_probs_cache_dir`, so that later runs can reuse them."
             )
 
     def column(self, pairs: Sequence[Pair]) -> Tensor:
-        """The values of some pairs, as a column of their batch; see `from_column`."""
+        """The log-probabilities of pairs, int32, shape `(pairs, 2)`, as a column of their batch; see `from_column`."""
         return torch.tensor([self.table[cache.pair_key(pair)] for pair in pairs]).view(torch.int32)
 
 
 def _rows(dataset: Any) -> Iterator[dict[str, np.ndarray]]:
     """The rows of a data set whose columns are lists of numbers.
 
-    Straight from Arrow: the formatters of `datasets` import what they find of torchvision and others, with names that
-    releases of today no longer have, and convert number by number.
+    Read directly from Arrow: the formatters of `datasets` convert number by number, and import torchvision and others
+    under names that current releases no longer have.
     """
     tables = dataset.with_format("arrow")
     for start in range(0, len(dataset), ROWS_AT_ONCE):
@@ -309,7 +317,7 @@ def _length(pair: Pair) -> int:
 
 
 def _batches(missing: Sequence[tuple[int, Place]], start: int, tokens: int, count: int) -> list[Batch]:
-    """As many batches, from `missing[start:]`, which is sorted by length, longest first; fewer at its end."""
+    """Up to `count` batches from `missing[start:]`, which is sorted longest first."""
     batches: list[Batch] = []
     while len(batches) < count and start < len(missing):
         size = max(1, tokens // (2 * missing[start][0]))
@@ -319,33 +327,35 @@ def _batches(missing: Sequence[tuple[int, Place]], start: int, tokens: int, coun
 
 
 def _fewer(batches: list[Batch]) -> int:
-    """Half the tokens of the largest of some batches, with which memory ran out."""
+    """Half the tokens of the largest of the batches, after memory ran out."""
     if all(len(batch) == 1 for batch in batches):
         raise RuntimeError(
-            f"memory ran out while the reference scored a single pair of {batches[0][0][0]} tokens an answer: write a "
-            "smaller `cutoff_len`."
+            f"memory ran out while the reference scored a single pair of {batches[0][0][0]} tokens (prompt and longer "
+            "response): write a smaller `cutoff_len`."
         )
     tokens = max(2 * batch[0][0] * len(batch) for batch in batches) // 2
-    logger.warning_rank0(f"Memory ran out while the reference scored pairs: going on with {tokens} tokens at a time.")
+    logger.warning_rank0(
+        f"Memory ran out while the reference scored pairs: trying again with {tokens} tokens per batch."
+    )
     return tokens
 
 
 def _ranks_wait_for_each_other() -> bool:
-    """Whether ranks gather weights within a forward pass, so that one of them cannot leave it and try again."""
+    """Whether ranks gather weights within a forward pass, so that no rank can abort it alone and try again."""
     sharded: bool = is_deepspeed_zero3_enabled() or parse_flag_from_env("ACCELERATE_USE_FSDP")
     return sharded and PartialState().num_processes > 1
 
 
 def from_column(column: Tensor) -> Tensor:
-    """Log-probabilities of shape `(pairs, 2)`, float32, chosen first.
+    """Log-probabilities, float32, shape `(pairs, 2)`, chosen first, from a column of a batch.
 
-    A batch carries their bits as integers, because DeepSpeed's half precision would round what is no integer.
+    The column holds their bits as int32, because DeepSpeed casts the floats of a batch to half precision.
     """
     return column.view(torch.float32)
 
 
 class ReferenceCollator:
-    """A collator whose batches also have the reference's log-probabilities of their pairs."""
+    """A collator that adds the reference log-probabilities of the pairs to their batch."""
 
     def __init__(self, collator: Any, references: ReferenceLogps) -> None:
         self.collator, self.references = collator, references

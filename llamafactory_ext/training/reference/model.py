@@ -1,4 +1,4 @@
-"""The reference model: what it is, when it must be loaded, and that it starts out equal to the policy."""
+"""The reference model: its fingerprint, when it must be loaded, and its precision, which must be the policy's."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from ... import __version__, hashes
 from ...errors import NOT_OUR_TRAINER
 
 STREAMED = "the data set is streamed"
-INSISTED = "`precompute_ref_log_probs: false`"
+NOT_PRECOMPUTED = "`precompute_ref_log_probs` is false"
 
 logger = logging.get_logger()  # LLaMA-Factory's own, whose lines reach the console and the web UI
 
-# Settings of a model that say where it is, how its tokens are made, or how it is trained and served: the log-
-# probabilities of given token ids do not depend on them. A setting that is not listed is taken to matter.
+# Model settings on which the log-probabilities of given token ids do not depend: where the model is, how text is
+# tokenized, how the model is trained and served. Any setting not listed here is part of the fingerprint.
 UNRELATED = {
     *("model_name_or_path", "adapter_name_or_path", "adapter_folder", "model_revision"),
     *("cache_dir", "low_cpu_mem_usage", "offload_folder", "device_map", "print_param_status", "use_kv_cache"),
@@ -38,7 +38,7 @@ UNRELATED = {
 UNRELATED_PREFIXES = ("export_", "vllm_", "sglang_", "infer_", "image_", "video_", "audio_")
 UNRELATED_SUFFIXES = ("_token",)
 
-# Set by `accelerate launch`, in place of the recipe's keys.
+# Set by `accelerate launch` instead of the recipe's keys.
 LAUNCHER = ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")
 
 
@@ -48,7 +48,7 @@ class PendingReference:
 
     Args:
         create: LLaMA-Factory's `create_ref_model`.
-        model_args, finetuning_args: what it is called with.
+        model_args, finetuning_args: its arguments.
     """
 
     create: Callable[[Any, Any], torch.nn.Module | None]
@@ -56,22 +56,22 @@ class PendingReference:
     finetuning_args: Any
 
     def load(self) -> torch.nn.Module | None:
-        """The model, or None where the policy without its adapter is the reference."""
+        """Load the model; None if the policy without its adapter is the reference."""
         return self.create(self.model_args, self.finetuning_args)
 
     def __getattr__(self, name: str) -> Any:
-        """Whatever is asked for besides is asked for by a trainer that takes this for a model."""
+        """Fail: only a trainer that mistakes this object for a model asks for other attributes."""
         raise AttributeError(NOT_OUR_TRAINER, name=name, obj=self)
 
     @property
     def is_first_policy(self) -> bool:
-        """Whether the reference is the policy as it was before the first step, also where the run is resumed."""
+        """Whether the reference is the policy before the first step of the run, resumed or not."""
         own = self.finetuning_args.ref_model is None and self.finetuning_args.finetuning_type in ("full", "freeze")
-        # These change the policy alone.
+        # These change the policy only.
         return own and not self.model_args.shift_attn and not self.model_args.use_unsloth
 
     def starts_as_policy(self, args: Any) -> bool:
-        """Whether the reference is the policy as it is before the first step, so that it need not be loaded at all.
+        """Whether the policy is the reference now, before the first step, so that none must be loaded.
 
         Args:
             args: transformers' training arguments.
@@ -80,42 +80,42 @@ class PendingReference:
 
     @property
     def only_this_run_has_it(self) -> bool:
-        """Whether no other model is the reference: loaded once more, it would have other random weights."""
-        return self.is_first_policy and bool(drawn_weights(self.model_args))
+        """Whether the reference cannot be loaded again: it would have other random weights."""
+        return self.is_first_policy and bool(random_weight_keys(self.model_args))
 
 
 # Keys for which rows are added to the embedding: none where the tokenizer and the model have them already.
 ADDING_TOKENS = {"resize_vocab", "add_tokens", "add_special_tokens", "new_special_tokens_config"}
 
 
-def drawn_weights(model_args: Any) -> list[str]:
-    """The keys for which LLaMA-Factory gives a model random weights, other ones each time that it loads it."""
+def random_weight_keys(model_args: Any) -> list[str]:
+    """The recipe's keys with which LLaMA-Factory gives a model new random weights each time that it is loaded."""
     keys = [key for key in ("train_from_scratch", "resize_vocab", "add_tokens") if getattr(model_args, key)]
-    # From a description, and without noise, an embedding comes out the same twice.
+    # Initialized from a description without noise, an embedding is the same each time.
     described = model_args.new_special_tokens_config is not None and model_args.init_special_tokens == "desc_init"
     if model_args.add_special_tokens is not None and not described:
         keys.append("new_special_tokens_config" if model_args.new_special_tokens_config else "add_special_tokens")
     return [*keys, "mixture_of_depths"] if model_args.mixture_of_depths == "convert" else keys
 
 
-def not_the_same_weights(keys: Sequence[str], reason: str | None = None) -> ValueError:
-    """What to raise where the reference model would have other random weights than the policy.
+def different_weights(keys: Sequence[str], reason: str | None = None) -> ValueError:
+    """The error to raise if the reference model would have other random weights than the policy.
 
     Args:
-        keys: of the recipe, for which they are drawn.
-        reason: why the policy itself cannot be asked before the first step, if it could have been.
+        keys: the recipe's keys that cause random weights.
+        reason: why the policy cannot compute the log-probabilities before the first step, where that would help.
     """
     named = " and ".join(f"`{key}`" for key in keys)
-    beforehand = f", which cannot be asked in its place before the first step: {reason}" if reason else ""
+    beforehand = f", and the policy cannot take its place before the first step: {reason}" if reason else ""
     return ValueError(
-        f"{named}: the reference model would be given other random weights than the policy{beforehand}. Put them into "
+        f"{named}: the reference model would get other random weights than the policy{beforehand}. Save the weights in "
         "a copy of the model first (`llamafactory-cli export` takes the same keys, as `--model_name_or_path`, "
         f"`--{keys[0]}` and so on, and writes to `--export_dir`), and train that copy without {named}."
     )
 
 
 def obstacle(pending: PendingReference, args: Any, datasets: Sequence[Any]) -> str | None:
-    """Why log-probabilities cannot be computed ahead, or not be recognised later, or None.
+    """Why reference log-probabilities cannot be precomputed or cached, or None.
 
     Args:
         pending: the reference.
@@ -123,35 +123,35 @@ def obstacle(pending: PendingReference, args: Any, datasets: Sequence[Any]) -> s
         datasets: the tokenized data sets.
     """
     if not args.do_train:
-        return "without training, each pair is asked about once"
+        return "without training, each pair is scored only once"
     if any(not hasattr(dataset, "column_names") or not hasattr(dataset, "__len__") for dataset in datasets):
         return STREAMED
     if any(_holds_media(dataset) for dataset in datasets):
         return "the pairs hold more than text"
-    if drawn_weights(pending.model_args) and not pending.is_first_policy:
-        return "the model has weights that are drawn at random"
+    if random_weight_keys(pending.model_args) and not pending.is_first_policy:
+        return "the model gets random weights when it is loaded"
     return None
 
 
 def _holds_media(dataset: Any) -> bool:
     names = [name for name in ("images", "videos", "audios") if name in dataset.column_names]
-    # Without the other columns: rows in another order than on disk are copied.
+    # Only these columns: rows in another order than on disk are copied.
     columns = dataset.select_columns(names).with_format("arrow")[:]
     return any(columns[name].null_count < len(dataset) for name in names)
 
 
-# --- what it is ------------------------------------------------------------------------------------------------------
+# --- its fingerprint -------------------------------------------------------------------------------------------------
 
 
 def describe(pending: PendingReference, policy: torch.nn.Module, args: Any) -> dict[str, Any] | None:
-    """Everything that decides on the reference's log-probabilities of given tokens; None if its files are unknown.
+    """Everything that the reference's log-probabilities of given tokens depend on; None if its files are unknown.
 
     Args:
         pending: the reference.
-        policy: the model to be trained, whose precision the reference is given.
+        policy: the model to be trained; the reference gets its precision.
         args: transformers' training arguments.
     """
-    logger.info_rank0("Hashing the files of the reference model, by which its log-probabilities are recognised.")
+    logger.info_rank0("Computing the fingerprint of the reference model, under which its log-probabilities are cached.")
     found: list[Any] = [None]
     if PartialState().is_main_process:
         found = [_contents(pending)]
@@ -167,7 +167,7 @@ def describe(pending: PendingReference, policy: torch.nn.Module, args: Any) -> d
         and not field.name.startswith(UNRELATED_PREFIXES)
         and not field.name.endswith(UNRELATED_SUFFIXES)
     }
-    if model_args.rope_scaling is None:  # otherwise it decides on the scale
+    if model_args.rope_scaling is None:  # otherwise the scaling depends on it
         del settings["model_max_length"]
     return {
         "files": found[0],
@@ -182,7 +182,7 @@ def describe(pending: PendingReference, policy: torch.nn.Module, args: Any) -> d
         "precision": {name: getattr(args, name, None) for name in ("bf16", "fp16", "tf32")},
         "launcher": {name: os.environ.get(name) for name in LAUNCHER},
         "DeepSpeed": args.deepspeed is not None,
-        "ZeRO-3": is_deepspeed_zero3_enabled(),  # under which LLaMA-Factory merges no adapter
+        "ZeRO-3": is_deepspeed_zero3_enabled(),  # with ZeRO-3, LLaMA-Factory merges no adapter
         "device": args.device.type,
         "versions": _versions(),
         "llamafactory_ext": __version__,
@@ -190,12 +190,12 @@ def describe(pending: PendingReference, policy: torch.nn.Module, args: Any) -> d
 
 
 def folder_name(about: Mapping[str, Any]) -> str:
-    """The name of the folder of a reference that `describe` describes."""
+    """The fingerprint of a reference, 32 hex digits, from what `describe` returns: the name of its cache folder."""
     return hashes.of_value(about)[:32]
 
 
 def _versions() -> dict[str, str]:
-    """By the packages' own word: LLaMA-Factory may run from a source tree, which has no metadata."""
+    """From the packages themselves: LLaMA-Factory may run from a source tree, which has no metadata."""
     return {
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -205,7 +205,7 @@ def _versions() -> dict[str, str]:
 
 
 def _dtypes(policy: torch.nn.Module) -> dict[str, str]:
-    """Dtypes by name, as the names are without an adapter."""
+    """Dtypes by parameter name, named as without an adapter."""
     names = {
         name.removeprefix("base_model.model.").replace(".base_layer", ""): str(parameter.dtype)
         for name, parameter in policy.named_parameters()
@@ -214,7 +214,7 @@ def _dtypes(policy: torch.nn.Module) -> dict[str, str]:
 
 
 def _contents(pending: PendingReference) -> list[Any] | None:
-    """Per model or adapter that makes up the reference, hashes of its files; None if one cannot be found out."""
+    """The file hashes of the reference's model and adapters; None if one of them is unknown."""
     model_args, finetuning_args = pending.model_args, pending.finetuning_args
     if finetuning_args.ref_model is None:
         model, adapters = model_args.model_name_or_path, model_args.adapter_name_or_path or []
@@ -227,7 +227,7 @@ def _contents(pending: PendingReference) -> list[Any] | None:
 
 
 def _content(source: str, subfolder: str, model_args: Any) -> dict[str, str] | str | None:
-    """Hashes of a folder's files by name, or the commit of a model hub."""
+    """Hashes of a folder's files by name, or the commit of a model on the hub; None if unknown."""
     if not Path(source).is_dir():
         return _commit(source, subfolder, model_args)
     return hashes.of_model(Path(source, subfolder))
@@ -253,9 +253,9 @@ def _commit(name: str, subfolder: str, model_args: Any) -> str | None:
 
 
 def autocast_dtype(args: Any) -> torch.dtype | None:
-    """What training autocasts linear layers to, where the reference may keep it for good.
+    """The dtype that training autocasts linear layers to and the reference may keep, or None.
 
-    None under FSDP: it flattens the parameters of a module together, which must have one dtype then.
+    None under FSDP: it flattens the parameters of a module together, so they must have one dtype.
 
     Args:
         args: transformers' training arguments.
@@ -266,15 +266,15 @@ def autocast_dtype(args: Any) -> torch.dtype | None:
 
 
 def match_precision(reference: torch.nn.Module, policy: torch.nn.Module, autocast: torch.dtype | None) -> None:
-    """Give the reference's parameters, in place, the dtype that the policy's of the same name have.
+    """Cast the reference's parameters, in place, to the dtypes of the policy's parameters of the same name.
 
-    LLaMA-Factory upcasts the trainable parameters to float32 and leaves the reference in half precision. Run like
-    that, the two differ before the first step (logratios from -0.7 to +0.3 were measured), which opens the gates of
-    MinorDPO and DPOP at random. Weights of linear layers may stay as they are where autocast would round the policy's
-    float32 copies of them to the same half-precision numbers; that keeps most of the memory.
+    LLaMA-Factory upcasts trainable parameters to float32 and leaves the reference in half precision. The two then
+    differ before the first step (log-ratios from -0.7 to +0.3 were measured), which opens the gates of MinorDPO and
+    DPOP at random. Linear layers keep a half-precision dtype if autocast would round the policy's float32 weights to
+    the same numbers; that saves most of the memory.
 
     Args:
-        reference: the reference model; a quantized one is left alone.
+        reference: the reference model; a quantized one is not changed.
         policy: the model to be trained, already upcast.
         autocast: the dtype that training autocasts to (bf16 or fp16), or None.
     """
