@@ -270,6 +270,7 @@ def check_characters(value: str) -> None:
 
 
 def is_utf8(text: str) -> bool:
+    """Whether text can be written as UTF-8: it has no lone surrogate."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -58,6 +58,7 @@ class Report:
 
     @property
     def found_problems(self) -> bool:
+        """Whether there are no pairs, or any problems."""
         return self.pairs == 0 or any(self.problems.values())
 
 
@@ -179,7 +180,7 @@ class _Measure:
     def __call__(self, row: dict[str, Any], index: int) -> dict[str, Any]:
         try:
             measured = self._measure(row)
-        except Exception as error:  # whatever the tokenizer, the template or a picture's file raises
+        except Exception as error:  # whatever the tokenizer, the template or an image file raises
             return {**NOT_MEASURED, "kind": "stops", "stop": f"row {index + 1}: {in_a_line(error)}"}
         return {**NOT_MEASURED, **measured, "kind": "valid" if measured else "skipped", "stop": ""}
 
@@ -318,7 +319,7 @@ def render(report: Report) -> Iterable[Any]:
             found.add_row(name, f"{count:,}", share, rows, style=style if count else None)
     yield found
     if any(report.first_rows.values()):
-        yield "Rows are counted from 1 through the recipe's data sets, as LLaMA-Factory loads them."
+        yield "Row numbers count from 1 through the recipe's data sets, as LLaMA-Factory loads them."
 
     if report.pairs:
         tokens = Table(title="Tokens before truncation, percentiles", title_justify="left")

@@ -74,7 +74,7 @@ def metamath(
         template = Template(lead, suffix)
     else:
         template = learn_template([row.fields for row in sample if isinstance(row.fields, dict)], index)
-    console.print(f"The question stands between {escape(repr(template.lead))} and {escape(repr(template.suffix))}.")
+    console.print(f"The question is between {escape(repr(template.lead))} and {escape(repr(template.suffix))}.")
 
     def convert(row: Row, fields: Fields) -> tuple[str, Fields]:
         return zero_shot_pair(fields, index, template, prompt)
@@ -91,7 +91,7 @@ def corrupt(
     output: Output = Path("data/corrupted_pairs.jsonl"),
     seed: Annotated[int, Opt(help="Random seed: which result is changed, and to what.")] = 0,
     prompt: Annotated[str, Opt(help="Text before each question.", show_default="the MinorDPO paper's")] = PROMPT,
-    limit: Annotated[int | None, Opt(min=1, help="Use only the first solutions, at most this many.")] = None,
+    limit: Annotated[int | None, Opt(min=1, help="Number of solutions to use, from the first (default: all).")] = None,
     split: Split = None,
     overwrite: Overwrite = False,
 ) -> None:

@@ -29,6 +29,7 @@ class Tally:
     first_lines: dict[str, list[int]] = field(default_factory=dict)
 
     def count(self, counter: Counter[str], what: str, row: Row) -> None:
+        """Count a row as written or dropped, by its kind or reason."""
         counter[what] += 1
         lines = self.first_lines.setdefault(what, [])
         if len(lines) < 5:

@@ -38,6 +38,7 @@ class Degeneration:
         return self.empty or self.loop or self.seq_rep_4 > MAX_SEQ_REP_4
 
     def as_dict(self) -> dict[str, float | bool]:
+        """The signs by name, with `degenerate`."""
         return {**asdict(self), "degenerate": self.degenerate}
 
 

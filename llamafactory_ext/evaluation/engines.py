@@ -59,6 +59,8 @@ class Settings:
 
 
 class Engine(Protocol):
+    """What every engine provides."""
+
     def check(self, chats: list[Chat]) -> None:
         """Raise a UserError for what cannot be answered, before anything is loaded or written."""
 

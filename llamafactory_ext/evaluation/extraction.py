@@ -123,7 +123,7 @@ _MARKUP: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
     (re.compile(r"\{,\}"), ","),
     (re.compile(rf"{_TEXT}\{{([^{{}}]*)\}}"), r" \1 "),
     (re.compile(rf"{_FRAC}\{{([^{{}}]*)\}}\{{([^{{}}]*)\}}"), r" (\1)/(\2) "),
-    # What only decorates. Any other command may compute: it stays, and what it stands in is no answer.
+    # Commands that only decorate. Any other may compute: it is kept, and text with it is no answer.
     (re.compile(rf"(?:{_TEXT}|\\(?:boxed|displaystyle|textstyle|left|right|q?quad))(?![A-Za-z])"), " "),
     (re.compile(r"\\([A-Za-z]+)"), lambda command: _LATEX_SYMBOLS.get(command[1], command[0])),
     (re.compile(r"\\!"), ""),
@@ -290,7 +290,7 @@ def _operator(gap: str, following: str) -> str | None:
 
 # --- numbers ---------------------------------------------------------------------------------------------------------
 
-# A run of digits and of what can stand between digits; which runs are numbers is decided afterwards.
+# A run of digits and of characters between digits; which runs are numbers is decided afterwards.
 _RUN = re.compile(rf"\.?[0-9{_NUMERAL}](?:[0-9,.:/{_NUMERAL}]*[0-9{_NUMERAL}])?(?:[eE][-+]?[0-9]{{1,3}}(?![0-9]))?")
 _PLAIN = re.compile(r"(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+")
 _SCIENTIFIC = re.compile(r"[0-9]+(?:\.[0-9]+)?[eE][-+]?[0-9]{1,3}")
@@ -357,7 +357,7 @@ def _number(text: str, run: re.Match[str]) -> _Number:
         or (signs and in_front.endswith("|"))
         or _CHANGED_BEHIND.match(text, end)
         or (sign.group().strip("+- ") and _MONEY_SCALE.match(text, end))
-        or ("." in run.group() and text.startswith(("..", "…"), end))  # 0.333... goes on
+        or ("." in run.group() and text.startswith(("..", "…"), end))  # 0.333... continues
         or unicodedata.category(text[end : end + 1] or " ")[0] == "M"  # struck out, or repeating
     )
     if value is None or changed:

@@ -89,7 +89,7 @@ def main(
     prompt: Annotated[Path | None, Opt(help="A file that contains {question}, {first} and {second}.")] = None,
     names: Annotated[str | None, Opt(help="Names of A and B, such as dpo,sr_dpo (default: their paths).")] = None,
     concurrency: Annotated[int, Opt(min=1, help="Parallel requests.")] = 16,
-    limit: Annotated[int | None, Opt(min=1, help="Use only the first questions of A, at most this many.")] = None,
+    limit: Annotated[int | None, Opt(min=1, help="Number of questions to use, from A's first (default: all).")] = None,
     temperature: Annotated[float, Opt(min=0, help="0: greedy.")] = 0.0,
     max_tokens: Annotated[int, Opt(min=1, help="Token limit of a reply.")] = 1024,
     chat_template_kwargs: ChatTemplateKwargs = "{}",

@@ -14,12 +14,16 @@ BASE = "base"  # the run of the model itself, beside those of its adapters
 
 
 class EngineName(StrEnum):
+    """Values of --engine."""
+
     vllm = "vllm"
     openai = "openai"
     hf = "hf"
 
 
 class Dtype(StrEnum):
+    """Values of --dtype."""
+
     auto = "auto"
     float32 = "float32"
     bfloat16 = "bfloat16"

@@ -36,7 +36,7 @@ class Options:
     engine: Annotated[EngineName, Option(help="Inference engine.")] = EngineName.vllm
     adapter: Annotated[list[str] | None, Option(help="NAME=DIR of a LoRA adapter; may be repeated.")] = None
     skip_base: Annotated[bool, Option("--skip-base", help="Ask only the adapters.")] = False
-    limit: Annotated[int | None, Option(min=1, help="Use only the first problems, at most this many.")] = None
+    limit: Annotated[int | None, Option(min=1, help="Number of problems to use, from the first (default: all).")] = None
     system: Annotated[str | None, Option(help="System turn for rows without one; may be empty.")] = None
     chat_template_kwargs: ChatTemplateKwargs = "{}"
     temperature: Annotated[float, Option(min=0, help="0: greedy.")] = 0.0

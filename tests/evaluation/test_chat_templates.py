@@ -79,7 +79,7 @@ def test_a_template_without_system_turn(template, script, templated, data, tmp_p
     model, output = templated(template + tiny.CHATML), tmp_path / "out"
     said = refusal(ask(model, data, output, "--system", "Brief", script=script), output)
     assert "does not accept a system turn (" in said
-    assert "leave out --system" in said
+    assert "remove --system" in said
     assert ask(model, data, output, script=script).exit_code == 0
 
 
@@ -200,7 +200,7 @@ def test_an_argument_that_the_template_does_not_read_is_told(templated, data, tm
     result = ask(templated(tiny.CHATML + THINKING), data, tmp_path / "out", *words)
     assert result.exit_code == 0
     assert "Note: `enable_thinkin` in --chat-template-kwargs has no effect" in result.output
-    assert "it reads enable_thinking." in result.output
+    assert "reads enable_thinking." in result.output
 
 
 def test_an_argument_that_the_template_does_not_take(templated, data, tmp_path):
