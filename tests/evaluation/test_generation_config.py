@@ -240,4 +240,4 @@ def test_other_end_tokens_are_another_run(copy, tmp_path):
     rewrite(copy / "generation_config.json", eos_token_id=[OWN_END, 5])
     result = ask(copy, tmp_path)
     assert result.exit_code == 2
-    assert "holds another run" in result.output
+    assert "belongs to another run" in result.output
