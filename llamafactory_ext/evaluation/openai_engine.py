@@ -17,7 +17,7 @@ REFUSED = (400, 413, 422)
 # Statuses for a field that the server does not know or accept.
 FIELD_REFUSED = (400, 422)
 # Fields that `vllm serve` would take from the model's generation_config.json if a request did not set them; other
-# servers may not know all of them. With -1, top_k limits nothing in any version of vLLM.
+# servers may not know all of them. For top_k, -1 means no limit, in old versions of vLLM as well.
 NEUTRAL = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "top_k": -1, "min_p": 0.0}
 
 
