@@ -298,7 +298,7 @@ def test_answers_read_by_different_rules_are_not_compared(sweep):
         train(sweep, cell)
         score(sweep, cell.name, right=5)
     changed(next((sweep.output / "cells" / first.name).rglob("results.json")), ("extractor",), "2")
-    with pytest.raises(UserError, match=r"were scored with versions 2 and None of the answer extractor: score both"):
+    with pytest.raises(UserError, match=r"were read by versions 2 and None of the extractor: score both"):
         report(sweep)
 
 
