@@ -130,7 +130,7 @@ def _trap(kind: str, rng: random.Random, number: int, solved: list[tuple[str, st
         case "no suffix":
             return _example(rng, query, response, solved, how="the prompt does not end", suffix="\nThoughts?")
         case "not JSON":
-            whole = _example(rng, query, response, solved, how="not a line of JSON")
+            whole = _example(rng, query, response, solved, how="not valid JSON")
             return Example(whole.line[:-9], whole.questions, whole.how, query)
         case _:
             return _example(rng, query, response, solved, how="the column 'chosen' is empty", chosen=" ")

@@ -1,4 +1,4 @@
-"""Compare runs of gsm8k.py: `llamafactory-ext eval compare` for where only vLLM is installed.
+"""Compare scored runs: `llamafactory-ext eval compare` for where only vLLM is installed.
 
 python evaluation/compare.py --help
 """

@@ -1,4 +1,4 @@
-"""What is installed, found by the name under which it is imported: forks go by another name, source trees by none."""
+"""Installed distributions by import name: a fork has another distribution name, a source tree may have none."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ def version(package: str) -> str | None:
 
 
 def requires(package: str) -> list[str]:
-    """What a package's metadata requires of others; nothing if it has none."""
+    """The requirements in a package's metadata; an empty list if there is no metadata."""
     found = distribution(package)
     return [] if found is None else _metadata(found, "requires") or []
 
 
 def unreadable() -> list[str]:
-    """The folders of metadata that are no text. One of them is enough for transformers not to be imported."""
+    """Metadata folders that are not valid text. A single one keeps transformers from being imported."""
     return [str(getattr(each, "_path", each)) for each in distributions() if _metadata(each, "metadata") is None]
 
 
 def _metadata(found: Distribution, field: str) -> Any:
-    """A field of a distribution's metadata; None if it lacks it, or cannot be read."""
+    """A field of a distribution's metadata; None if it is missing or cannot be read."""
     try:
         return getattr(found, field)
     except (KeyError, UnicodeDecodeError):
@@ -53,7 +53,7 @@ def _metadata(found: Distribution, field: str) -> Any:
 
 @functools.cache
 def _providers() -> dict[str, list[str]]:
-    """Import name -> names of distributions; half a second, once. Nothing if the metadata of any one is damaged."""
+    """Import name -> distribution names, empty if any metadata is damaged. Takes half a second, hence the cache."""
     try:
         return {package: sorted(set(names)) for package, names in packages_distributions().items()}
     except UnicodeDecodeError:
@@ -61,7 +61,7 @@ def _providers() -> dict[str, list[str]]:
 
 
 def _code_version() -> str | None:
-    """LLaMA-Factory's own word: of several distributions that hold its package, the one that says the same is meant."""
+    """The version in LLaMA-Factory's code; it decides between several distributions of the package."""
     try:
         code: str = importlib.import_module("llamafactory.extras.env").VERSION
     except ImportError:

@@ -1,4 +1,4 @@
-"""What `llamafactory-ext env` finds: versions, whether the plugin acts, devices, and conflicts with their fix."""
+"""The checks of `llamafactory-ext env`: versions, whether the plugin is active, devices, conflicts and their fixes."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Finding:
 
 
 def findings() -> Iterator[Finding]:
-    """Everything worth knowing when a training does not do what it should, in the order in which to read it."""
+    """Run each check and yield what it finds, in the order in which to read it."""
     checks: tuple[Callable[[], Iterator[Finding]], ...] = (_versions, _metadata, _requirements, _torch, _companions)
     checks += (_optional, _training, _plugin)
     checks += (*((_devices, _deepspeed) if _import_error("torch") is None else ()), _vllm, _loss_dispatch)
@@ -50,7 +50,7 @@ def findings() -> Iterator[Finding]:
 
 
 def _parsed(package: str) -> Version | None:
-    """The installed version; None also if it is no version, which `_metadata` reports."""
+    """The installed version, or None; also None if it is not a valid version, which `_metadata` reports."""
     from packaging.version import InvalidVersion, Version
 
     try:
@@ -60,7 +60,7 @@ def _parsed(package: str) -> Version | None:
 
 
 def _required(package: str) -> list[Requirement]:
-    """What a package requires, without the lines that cannot be read."""
+    """The requirements of a package, without those that cannot be read."""
     return [line for line in map(_requirement, requires(package)) if line is not None]
 
 
@@ -91,9 +91,9 @@ def _versions() -> Iterator[Finding]:
 
 
 def _metadata() -> Iterator[Finding]:
-    """Packages whose metadata cannot be read: pip knows them no better."""
+    """Packages whose metadata cannot be read, not even by pip."""
     for folder in unreadable():
-        fix = f"install its package again, or remove it: rm -r {shlex.quote(folder)}"
+        fix = f"reinstall its package, or remove the folder: rm -r {shlex.quote(folder)}"
         yield Finding("metadata", f"{folder} is damaged", fix)
     for package in ("llamafactory-ext", *PACKAGES, *OPTIONAL):
         found, lines = distribution(package), requires(package)
@@ -105,7 +105,7 @@ def _metadata() -> Iterator[Finding]:
 
 
 def _requirements() -> Iterator[Finding]:
-    """What LLaMA-Factory and the plugin require of other packages, and do not get."""
+    """Requirements of LLaMA-Factory and the plugin that the installed packages do not meet."""
     for package in ("llamafactory", "llamafactory-ext"):
         found = distribution(package)
         for requirement in _required(package):
@@ -115,7 +115,7 @@ def _requirements() -> Iterator[Finding]:
             requirement.marker = None
             installed = version(requirement.name)
             needs = f"{package if found is None else found.name} needs"
-            # torchvision and torchaudio are required of everybody, but a text-only machine does without.
+            # torchvision and torchaudio are required, but text-only training works without them.
             if installed is None and requirement.name not in COMPANIONS:
                 yield Finding(needs, line, f'it is not installed: pip install "{requirement}"')
             if installed is not None and not requirement.specifier.contains(installed, prereleases=True):
@@ -123,13 +123,13 @@ def _requirements() -> Iterator[Finding]:
 
 
 def _import_error(module: str) -> BaseException | None:
-    """What an import ends with, at its root: a RuntimeError for a missing symbol, an OSError for a missing library."""
-    logging.disable(logging.WARNING)  # DeepSpeed reports that there is no GPU, in the middle of our lines
+    """The root cause if an import fails, else None: an OSError for a missing library, for example, or a SystemExit."""
+    logging.disable(logging.WARNING)  # DeepSpeed would log, between our lines, that there is no GPU
     try:
         importlib.import_module(module)
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # some end the process (SystemExit)
+    except BaseException as error:  # some raise SystemExit
         while error.__cause__ is not None:
             error = error.__cause__
         return error
@@ -150,14 +150,14 @@ def _torch() -> Iterator[Finding]:
 
 
 def _companions() -> Iterator[Finding]:
-    """torchvision and torchaudio are built for one torch: beside another, LLaMA-Factory fails at their import."""
+    """torchvision and torchaudio are built for one version of torch: with another, LLaMA-Factory cannot import them."""
     broken = {package: reason for package in COMPANIONS if (reason := _misfit(package))}
     for package, reason in broken.items():
         yield Finding(package, f"{version(package)} {reason}", _companions_fix(tuple(broken)))
 
 
 def _misfit(companion: str) -> str | None:
-    """Why an installed companion does not go with the installed torch; None if it does, or one of them is not there."""
+    """Why an installed companion does not work with the installed torch; None if it does, or one is not installed."""
     if _parsed(companion) is None or _parsed("torch") is None or _import_error("torch") is not None:
         return None
     if wanted := _torch_refused_by(companion):
@@ -167,16 +167,16 @@ def _misfit(companion: str) -> str | None:
 
 
 def _torch_refused_by(companion: str) -> str | None:
-    """The torch that a companion's metadata requires, if it is not the installed one."""
+    """The torch that a companion's metadata requires, if the installed one does not meet it."""
     wanted = [each for each in _required(companion) if each.name == "torch"]
     refused = [each for each in wanted if not each.specifier.contains(version("torch") or "", prereleases=True)]
     return str(refused[0]) if refused else None
 
 
 def _companions_fix(broken: tuple[str, ...]) -> str:
-    """The one line of pip after which torch, torchvision and torchaudio go together, and with them LLaMA-Factory.
+    """One pip command that makes torch, torchvision and torchaudio compatible with each other and with LLaMA-Factory.
 
-    torch stays as it is, unless no torchaudio is built for its CUDA. torchvision's metadata leads pip to the right one.
+    It keeps torch, unless no torchaudio is built for its CUDA. pip finds the right torchvision by its metadata.
     """
     from packaging.specifiers import SpecifierSet
     from packaging.version import Version
@@ -190,27 +190,29 @@ def _companions_fix(broken: tuple[str, ...]) -> str:
         if installed["torch"] not in SpecifierSet(ITS_TORCH):
             wanted["torch"] = SpecifierSet(ITS_TORCH)
     are_wanted = all(installed[name] in wanted[name] for name in wanted) and not any(map(_torch_refused_by, broken))
-    # A build like 2.13.0+cu126 comes from an index of its own, which the companion must come from, too.
+    # A build like 2.13.0+cu126 comes from an index of its own; its companions must come from the same index.
     if are_wanted or any(installed[name].local for name in ("torch", *broken)):
         names = " ".join(broken)
-        return f"install {names} from where torch came from; text data needs none: pip uninstall -y {names}"
+        return (
+            f"install {names} from the package index that torch came from; for text-only data: pip uninstall -y {names}"
+        )
     return "pip install " + " ".join(f'"{name}{wanted[name]}"' if wanted[name] else name for name in wanted)
 
 
 def _optional() -> Iterator[Finding]:
-    """Packages that transformers, PEFT and accelerate import as soon as they are installed."""
+    """Optional packages, which transformers, PEFT and accelerate import if they are installed."""
     if _import_error("torch") is not None:
         return
     for package in (*OPTIONAL, "deepspeed"):
         if package not in COMPANIONS and version(package) is not None:
             error = _import_error(package.replace("-", "_"))
             if error is not None:
-                fix = f"install it again, or do without: pip uninstall -y {package}"
+                fix = f"reinstall it, or remove it: pip uninstall -y {package}"
                 yield Finding(package, f"cannot be imported ({_told(error)})", fix)
 
 
 def _training() -> Iterator[Finding]:
-    """Whether LLaMA-Factory itself starts, where nothing that was found before says why it would not."""
+    """Whether LLaMA-Factory starts; skipped if torch or its companions are already known to be broken."""
     if any(_torch()) or any(_companions()):
         return
     error = _import_error("llamafactory.train.tuner") or _refusal()
@@ -224,12 +226,12 @@ def _training() -> Iterator[Finding]:
     elif sys.flags.optimize == 2:
         fix = "unset PYTHONOPTIMIZE (or run without -OO): transformers needs its docstrings"
     else:
-        fix = 'see where it ends: python -c "import llamafactory.train.tuner"'
+        fix = 'see the traceback: python -c "import llamafactory.train.tuner"'
     yield Finding("LLaMA-Factory", f"does not start ({_told(error)})", fix)
 
 
 def _refusal() -> BaseException | None:
-    """LLaMA-Factory's own check of versions: the development version makes it at a launch, not at the import."""
+    """The error of LLaMA-Factory's own version check, or None: its development version runs the check at launch."""
     try:
         importlib.import_module("llamafactory.extras.misc").check_dependencies()
     except Exception as error:
@@ -242,7 +244,7 @@ def _plugin() -> Iterator[Finding]:
         yield Finding("plugin", "off: LLAMAFACTORY_EXT=0 is set", "unset LLAMAFACTORY_EXT")
         return
     if _import_error("llamafactory.hparams") is not None:
-        yield Finding("plugin", "waits for a LLaMA-Factory that can be imported")
+        yield Finding("plugin", "not active: LLaMA-Factory cannot be imported")
         return
     if hasattr(importlib.import_module("llamafactory.hparams").FinetuningArguments, "dpop_lambda"):
         yield Finding("plugin", "active: LLaMA-Factory knows its keys")
@@ -262,7 +264,9 @@ def _devices() -> Iterator[Finding]:
         memory = psutil.virtual_memory().total / 2**30
         yield Finding("CPU", f"{os.cpu_count()} cores, {memory:.0f} GiB; no GPU that torch can use")
         if shutil.which("nvidia-smi") and torch.version.cuda is None:
-            yield Finding("torch", "built without CUDA", "there is an NVIDIA driver: install torch's CUDA build")
+            yield Finding(
+                "torch", "built without CUDA", "this machine has an NVIDIA driver: install a CUDA build of torch"
+            )
 
 
 def _deepspeed() -> Iterator[Finding]:
@@ -275,23 +279,23 @@ def _deepspeed() -> Iterator[Finding]:
         fix = f"its ZeRO-3 corrupts weights on gloo: pip install deepspeed=={SAFE_DEEPSPEED}"
         yield Finding("DeepSpeed", f"{version('deepspeed')} without a GPU", fix)
     if _older("llamafactory", "0.9.5") and not _older("deepspeed", "0.16.10"):
-        fix = "set DISABLE_VERSION_CHECK=1, or install llamafactory 0.9.5, which does not refuse DeepSpeed above 0.16.9"
+        fix = "set DISABLE_VERSION_CHECK=1, or install llamafactory 0.9.5, which accepts DeepSpeed above 0.16.9"
         yield Finding("DeepSpeed", f"{version('deepspeed')} with LLaMA-Factory {version('llamafactory')}", fix)
     missing = [tool for tool in ("g++", "ninja") if shutil.which(tool) is None]
     if missing:
-        fix = f"install {' and '.join(missing)}: DeepSpeed compiles what it needs at its first start"
-        yield Finding("DeepSpeed", "cannot compile its operations", fix)
+        fix = f"install {' and '.join(missing)}: DeepSpeed compiles its operators at the first start"
+        yield Finding("DeepSpeed", "cannot compile its operators", fix)
     else:
-        yield Finding("DeepSpeed", "available; compiles what it needs at its first start")
+        yield Finding("DeepSpeed", "available; compiles its operators at the first start")
 
 
 def _vllm() -> Iterator[Finding]:
     if version("vllm") is None:
-        yield Finding("vLLM", "not in this environment; `make eval-env` gives the evaluation one of its own")
+        yield Finding("vLLM", "not installed here; `make eval-env` creates an environment with vLLM for the evaluation")
 
 
 def _loss_dispatch() -> Iterator[Finding]:
     if os.environ.get("LLAMAFACTORY_EXT") == "0" and not _older("trl", "0.20"):
         losses = ", ".join(name for name in STOCK_LOSSES if name not in ("sigmoid", "orpo", "simpo"))
-        fix = "LLaMA-Factory alone does not pass pref_loss on to TRL 0.20 or later: unset LLAMAFACTORY_EXT"
-        yield Finding("pref_loss", f"{losses} train sigmoid", fix)
+        fix = "LLaMA-Factory alone does not pass pref_loss to TRL 0.20 or later: unset LLAMAFACTORY_EXT"
+        yield Finding("pref_loss", f"{losses} train the sigmoid loss instead", fix)

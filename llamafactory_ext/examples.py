@@ -1,6 +1,6 @@
-"""Recipes, DeepSpeed settings, sample data and the evaluation, which `llamafactory-ext examples` writes out.
+"""The recipes, DeepSpeed settings, sample data and evaluation scripts that `llamafactory-ext examples` writes.
 
-Recipes name them by paths from the folder that holds these, such as examples/deepspeed/zero3.json.
+Recipes refer to them by relative paths, such as examples/deepspeed/zero3.json.
 """
 
 from __future__ import annotations
@@ -16,23 +16,21 @@ PACKAGE = Path(__file__).resolve().parent
 
 
 def home() -> Path:
-    """The folder that holds FOLDERS: the package's own, or the checkout of an editable install."""
+    """The folder that contains FOLDERS: in the package, or in the checkout of an editable install."""
     shipped = PACKAGE / "share"
     return shipped if shipped.is_dir() else PACKAGE.parent
 
 
 def write_examples(folder: Path) -> Iterator[tuple[Path, bool]]:
-    """Copy the examples into a folder, as FOLDERS; yields each file and whether it is new.
-
-    A file that is there already stays as it is, whatever it holds.
+    """Copy FOLDERS into a folder and yield each file with whether it is new. Existing files are kept.
 
     Raises:
-        UserError: if a folder has the name of a file.
+        UserError: if a folder is where a file must be written.
     """
     for source in _sources():
         target = folder / source.relative_to(home())
         if target.is_dir():
-            raise UserError(f"{str(target)!r} is a folder where a file would be: name another folder.")
+            raise UserError(f"{str(target)!r} is a folder, and a file must be written there: choose another folder.")
         if target.exists():
             yield target, False
             continue
@@ -42,7 +40,7 @@ def write_examples(folder: Path) -> Iterator[tuple[Path, bool]]:
 
 
 def _sources() -> Iterator[Path]:
-    """What is versioned of them: no scripts of the repository's own, nothing that was made from the samples."""
+    """The files to copy: without the repository's own scripts and without data made from the samples."""
     for name in FOLDERS:
         for path in sorted((home() / name).rglob("*")):
             if is_shipped(path.relative_to(home())):
@@ -50,10 +48,10 @@ def _sources() -> Iterator[Path]:
 
 
 def is_shipped(path: Path) -> bool:
-    """Whether a file belongs to the examples; setup.py asks this, too.
+    """Whether a file belongs to the examples; setup.py uses this as well.
 
     Args:
-        path: from the folder that holds these.
+        path: relative to `home()`.
     """
     if path.parts[0] == "data":
         return path.name.endswith("_sample.jsonl") or path.name in ("dataset_info.json", "arithmetic_pairs.jsonl")

@@ -20,7 +20,7 @@ def first_difference(recorded: Any, now: Mapping[str, Any]) -> str | None:
     for key in sorted({*before, *now}):
         if before.get(key) != now.get(key):
             was, is_now = _parts_that_differ(before.get(key), now.get(key))
-            return f"its {key} is {_short(was)}, now it would be {_short(is_now)}"
+            return f"its {key} is {_short(was)}, not {_short(is_now)}"
     return None
 
 

@@ -1,4 +1,4 @@
-"""The rows of a file, a folder or a data set of the hub: each with its fields or what is wrong with it."""
+"""Rows of a file, a folder or a data set on the Hugging Face Hub: each with its fields or what is wrong with it."""
 
 from __future__ import annotations
 
@@ -23,40 +23,40 @@ HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 SUFFIXES = (".jsonl", ".gz", ".json", ".parquet")
 KINDS = ".jsonl, .jsonl.gz, .json or .parquet"
 IN_FOLDERS = re.compile(r"\.(jsonl|jsonl\.gz|parquet)$")  # a .json there may be anything
-# `-00000-of-00002`, `-00000-of-00001-6f3344faa23e9b0a`, `_1`, and a number that is all of the name.
+# `-00000-of-00002`, `-00000-of-00001-6f3344faa23e9b0a`, `_1`, or a name that is only a number.
 SHARD = re.compile(r"(^|[-_])\d+([-_]of[-_]\d+)?(-[0-9a-f]{16})?$")
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-MEANINGLESS = ("", "data", "default", "part", "shard")  # names of files and folders that are no split's
+MEANINGLESS = ("", "data", "default", "part", "shard")  # file and folder names that do not name a split
 
 
 class BadRow(ValueError):  # noqa: N818  (a reason, not a fault of the program)
-    """A row that no pair can be made of; the message is the reason, the same for all rows of a kind."""
+    """A row that cannot be used. The message is the reason, the same for all rows of a kind."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a source: its line or number, from 1, and its fields or what is wrong with it."""
+    """A row: its line or number, from 1, and its fields or what is wrong with it."""
 
     number: int
     fields: Fields | BadRow
 
 
 def read_rows(source: str, split: str = "train") -> Iterator[Row]:
-    """The rows of a file or of a hub's data set, with a progress bar; nothing is held in memory but for `.json`.
+    """The rows of a file, a folder or a Hub data set, with a progress bar. Only `.json` files are read as a whole.
 
     Args:
-        source: a path ending in .jsonl, .jsonl.gz, .json (a list) or .parquet, a folder of such files but .json, or an
-            `owner/name` or `owner/name:subset` of the Hugging Face hub.
-        split: the hub's or the folder's split (see `splits_of`); a file has none.
+        source: the path of a .jsonl, .jsonl.gz, .json (a list) or .parquet file, a folder of .jsonl, .jsonl.gz or
+            .parquet files, or `owner/name` or `owner/name:subset` on the Hugging Face Hub.
+        split: of a Hub data set or a folder (see `splits_of`); ignored for a file.
 
     Raises:
-        UserError: if there is no such source or split, it is of another kind, or cannot be read to its end.
+        UserError: if the source or split does not exist, has an unsupported type, or cannot be read to its end.
     """
     return _to_the_end(_rows_of(source, split), source)
 
 
 def _to_the_end(rows: Iterator[Row], source: str) -> Iterator[Row]:
-    """The rows; a source that ends within one, or is damaged, raises a sentence."""
+    """The rows; raises a UserError where the source is damaged or ends within a row."""
     number = 0
     try:
         for row in rows:
@@ -64,7 +64,7 @@ def _to_the_end(rows: Iterator[Row], source: str) -> Iterator[Row]:
             yield row
     except UserError:
         raise
-    except Exception as error:  # whatever the system, gzip, pyarrow or the hub's client raises
+    except Exception as error:  # whatever the system, gzip, pyarrow or the Hub's client raises
         raise UserError(
             f"{source!r} cannot be read beyond row {number} ({in_a_line(error)}): download it again, or name another."
         ) from error
@@ -72,10 +72,12 @@ def _to_the_end(rows: Iterator[Row], source: str) -> Iterator[Row]:
 
 def _rows_of(source: str, split: str) -> Iterator[Row]:
     path = Path(source)
-    if not os.path.exists(path):  # unlike Path.exists, also of a name that is too long for a file's
+    if not os.path.exists(path):  # unlike Path.exists, also for a name that is too long for a file
         if HUB_NAME.fullmatch(source) and path.suffix not in SUFFIXES:
             return _hub_rows(source, split)
-        raise UserError(f"{source!r} is not there: write the path of a {KINDS} file, or owner/name of the hub.")
+        raise UserError(
+            f"{source!r} does not exist: write the path of a {KINDS} file, or owner/name on the Hugging Face Hub."
+        )
     if path.is_dir():
         return _folder_rows(path, split)
     _check_content(path)
@@ -85,11 +87,11 @@ def _rows_of(source: str, split: str) -> Iterator[Row]:
         return _list_rows(path)
     if path.suffixes[-1:] == [".jsonl"] or path.suffixes[-2:] == [".jsonl", ".gz"]:
         return _line_rows(path)
-    raise UserError(f"{source!r} is of no kind that can be read: name a {KINDS} file.")
+    raise UserError(f"{source!r} has an unsupported file type: name a {KINDS} file.")
 
 
 def _check_content(path: Path) -> None:
-    """Refuse what stands for a file in a git repository that was cloned without Git LFS."""
+    """Refuse a file that cannot be opened, or a pointer from a repository that was cloned without Git LFS."""
     try:
         with path.open("rb") as file:
             is_pointer = path.is_file() and file.read(len(LFS_POINTER)) == LFS_POINTER
@@ -97,23 +99,22 @@ def _check_content(path: Path) -> None:
         raise UserError(f"{str(path)!r} cannot be read ({in_a_line(error)}): name a {KINDS} file.") from error
     if is_pointer:
         raise UserError(
-            f"{str(path)!r} is not the data but a pointer of Git LFS: write `git lfs pull` in its folder, or download "
-            "the file."
+            f"{str(path)!r} is a Git LFS pointer, not the data: run `git lfs pull` in its folder, or download the file."
         )
 
 
 def _folder_rows(folder: Path, split: str) -> Iterator[Row]:
-    """The rows of a split's files in the order of their names, numbered through."""
+    """The rows of a split's files, ordered by file name and numbered across files."""
     splits = {path: splits_of(path.relative_to(folder)) for path in _data_files(folder)}
     if not splits:
-        raise UserError(f"the folder {str(folder)!r} holds no parquet or jsonl file: name a {KINDS} file.")
+        raise UserError(f"the folder {str(folder)!r} contains no parquet or jsonl file: name a {KINDS} file.")
     files = [path for path, names in splits.items() if split in names]
     if not files:
         there = ", ".join(sorted(set().union(*splits.values())))
-        raise UserError(f"the folder {str(folder)!r} has no split {split!r}: write one that is there ({there}).")
+        raise UserError(f"the folder {str(folder)!r} has no split {split!r}: choose one of {there}.")
     if len({path.suffix == ".parquet" for path in files}) > 1:
         raise UserError(
-            f"the folder {str(folder)!r} has the split {split!r} as parquet and as jsonl: name a {KINDS} file."
+            f"the folder {str(folder)!r} has the split {split!r} both as parquet and as jsonl: name one of the files."
         )
     for path in files:
         _check_content(path)
@@ -124,14 +125,14 @@ def _folder_rows(folder: Path, split: str) -> Iterator[Row]:
 
 
 def _data_files(folder: Path) -> list[Path]:
-    """The parquet and jsonl files in a folder and below, but for hidden ones."""
+    """The parquet and jsonl files in a folder and its subfolders, without hidden ones."""
     found = (path for path in folder.glob("**/*") if IN_FOLDERS.search(path.name))
     return sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts))
 
 
 def splits_of(path: Path) -> set[str]:
-    """The names that a file of a data set's folder has as a split's: its own, without the number of a shard, and those
-    of the folders that it is in. Where none of them says anything, it is `train`, as on the hub.
+    """The splits that a file in a data set's folder belongs to: its own name without the shard number, and the names of
+    the folders that it is in. If none of these names a split, it is `train`, as on the Hugging Face Hub.
 
     Args:
         path: relative to the folder: `data/test-00000-of-00002.parquet`, `test.jsonl`, `test/0000.parquet`.
@@ -154,13 +155,13 @@ def _line_rows(path: Path) -> Iterator[Row]:
 
 
 def parse(line: bytes) -> Fields | BadRow:
-    """The fields of a line of JSON, or what is wrong with it."""
+    """The fields of one line of a .jsonl file, or what is wrong with it."""
     try:
         fields = json.loads(line)
     except UnicodeDecodeError:
-        return BadRow("not UTF-8: save the file in that encoding")
-    except (ValueError, RecursionError):  # lists in lists in lists
-        return BadRow("not a line of JSON")
+        return BadRow("not UTF-8: save the file as UTF-8")
+    except (ValueError, RecursionError):  # too deeply nested
+        return BadRow("not valid JSON")
     return fields if isinstance(fields, dict) else BadRow("not a JSON object")
 
 
@@ -169,14 +170,26 @@ def _list_rows(path: Path) -> Iterator[Row]:
     try:
         rows = json.loads(content)
     except (ValueError, RecursionError) as error:
-        if isinstance(parse(content.lstrip().partition(b"\n")[0]), dict):  # a .jsonl by another name
+        if isinstance(parse(content.lstrip().partition(b"\n")[0]), dict):  # a .jsonl file with another suffix
             yield from _line_rows(path)
             return
-        raise UserError(f"{str(path)!r} is not JSON ({error}): name a {KINDS} file.") from error
+        raise UserError(
+            f"{str(path)!r} is not valid JSON ({error}): correct it, or name another {KINDS} file."
+        ) from error
     if not isinstance(rows, list):
-        raise UserError(f"{str(path)!r} holds no list of rows: name a {KINDS} file.")
+        raise UserError(_no_list(path, rows))
     for number, fields in enumerate(_bar(path.name, rows), start=1):
         yield Row(number, fields if isinstance(fields, dict) else BadRow("not a JSON object"))
+
+
+def _no_list(path: Path, content: Any) -> str:
+    """What to write in place of a .json file that is not a list; some hold the list in an object, as `{"data": []}`."""
+    lists = [key for key, value in content.items() if isinstance(value, list)] if isinstance(content, dict) else []
+    if len(lists) == 1:
+        what = f"an object, not a list of rows: if {lists[0]!r} holds the rows, write only that list to the file"
+    else:
+        what = "not a list of rows: write one"
+    return f"{str(path)!r} is {what}, as [{{…}}, {{…}}]."
 
 
 def _parquet_rows(paths: list[Path]) -> Iterator[Row]:
@@ -202,12 +215,12 @@ def _batched_rows(files: list[Any], name: str) -> Iterator[Row]:
 
 
 def _fields_of(batch: Any) -> list[Fields | BadRow]:
-    """The rows of a batch of Arrow's; parquet holds texts that are not UTF-8, and times that Python has no word for."""
+    """The rows of an Arrow batch, one by one if one of them holds invalid UTF-8 or a time out of Python's range."""
     try:
         return list(batch.to_pylist())
     except (ValueError, OverflowError):
         if batch.num_rows == 1:
-            return [BadRow("holds a text that is not UTF-8, or a value out of range")]
+            return [BadRow("contains text that is not UTF-8, or a value out of range")]
         return [fields for number in range(batch.num_rows) for fields in _fields_of(batch.slice(number, 1))]
 
 
@@ -217,25 +230,25 @@ def _hub_rows(name: str, split: str) -> Iterator[Row]:
     try:
         repository, _, subset = name.partition(":")
         rows = datasets.load_dataset(repository, subset or None, split=split, streaming=True)
-    except Exception as error:  # whatever the hub's client raises: no such name, no such split, no network
+    except Exception as error:  # whatever the Hub's client raises: no such name, no such split, no network
         raise UserError(
-            f"{name!r} with split {split!r} cannot be had from the hub ({type(error).__name__}: {error}): "
-            "check both, or download it and name the file."
+            f"{name!r} with split {split!r} cannot be loaded from the Hugging Face Hub ({type(error).__name__}: "
+            f"{error}): check the name and the split, or download the data and name the file."
         ) from error
     return (Row(number, fields) for number, fields in enumerate(_bar(name, rows), start=1))
 
 
 def _bar(name: str, rows_or_total: Any, **options: Any) -> Any:
-    """A progress bar on a terminal, and silence in a log."""
+    """A progress bar on a terminal; nothing in a log."""
     what = {"total": rows_or_total} if isinstance(rows_or_total, int) else {"iterable": rows_or_total}
     return tqdm(desc=name, disable=None, leave=False, **{"unit": " rows", **what, **options})
 
 
 def text(fields: Fields, column: str) -> str:
-    """A column that must hold text.
+    """The text in a column.
 
     Raises:
-        BadRow: if it is missing, empty or no text, or holds half a character.
+        BadRow: if it is missing, not text or empty, or contains half a character.
     """
     value = fields.get(column)
     if not isinstance(value, str):
@@ -247,16 +260,17 @@ def text(fields: Fields, column: str) -> str:
 
 
 def check_characters(value: str) -> None:
-    """Refuse a text that cannot be written as UTF-8.
+    """Refuse text that cannot be written as UTF-8.
 
     Raises:
-        BadRow: if it holds one half of a surrogate pair, as a text does that was cut within an emoji.
+        BadRow: if it contains half of a surrogate pair, as text does that was cut within an emoji.
     """
     if not is_utf8(value):
-        raise BadRow("holds half a character (a lone surrogate), which no tokenizer takes")
+        raise BadRow("contains half a character (a lone surrogate), which no tokenizer accepts")
 
 
 def is_utf8(text: str) -> bool:
+    """Whether text can be written as UTF-8: it has no lone surrogate."""
     try:
         text.encode()
     except UnicodeEncodeError:

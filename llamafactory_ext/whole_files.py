@@ -1,7 +1,7 @@
-"""Files that appear whole or not at all, whoever else writes them and whatever is killed meanwhile.
+"""Atomic writes: a file appears complete or not at all, even with several writers or if a writer is killed.
 
-A writer fills a hidden file of its own beside the target, which takes the target's name when it is on the disk: of
-several writers the last one counts. What a killed writer leaves is removed by the next one in that folder.
+A writer fills a hidden file beside the target and renames it to the target once it is on disk; of several writers, the
+last one wins. The next writer in the folder removes what a killed writer has left.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from stat import S_IMODE
 from typing import IO
 
 UNFINISHED = re.compile(r"\..+\.(?P<machine>[0-9a-f]{8})-(?P<process>\d{1,9})-[0-9a-f]{8}\.unfinished")
-LONGEST = 24 * 60 * 60  # seconds without a write, after which another machine's writer is taken for gone
+LONGEST = 24 * 60 * 60  # seconds without a write after which a writer on another machine counts as dead
 
 
 @contextmanager
 def whole_path(path: Path) -> Iterator[Path]:
-    """A path to write a file to, which gets its name when the block ends, and is removed if the block raises.
+    """A temporary path to write to; it is renamed to `path` when the block ends, and removed if the block raises.
 
-    A link stays one, and what it leads to is replaced. A file that is there keeps its permissions, a new one has those
-    that `open` would give it. What is no file, a pipe or /dev/null, is written to as it is.
+    A symbolic link is kept and its target replaced. An existing file keeps its permissions; a new one gets those that
+    `open` would give it. A pipe or a device such as /dev/null is written to directly.
 
     Raises:
-        OSError: if the folder cannot be written, or the disk is full; what was there is untouched.
+        OSError: if the folder cannot be written, or the disk is full; an existing file is unchanged then.
     """
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_file():
@@ -54,19 +54,19 @@ def whole_path(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[IO[str]]:
-    """A text file that appears under its name when the block ends, and not at all if it raises; see `whole_path`."""
+    """A UTF-8 text file that appears when the block ends, and not at all if the block raises; see `whole_path`."""
     with whole_path(path) as unfinished, unfinished.open("w", encoding="utf-8", newline="") as file:
         yield file
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file at once, text as UTF-8; see `whole_path`."""
+    """Write a whole file, text as UTF-8; see `whole_path`."""
     with whole_path(path) as unfinished:
         unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what killed writers have left in a folder; what somebody may still be writing stays."""
+    """Remove what killed writers have left in a folder; files that may still be written to are kept."""
     with suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
             owner = UNFINISHED.fullmatch(entry.name)
@@ -92,7 +92,7 @@ def _lives(process: int) -> bool:
 
 @cache
 def _machine() -> str:
-    """Where the id of a process means something: this machine, or one container on it."""
+    """Identifies the process-ID namespace: this machine, or one container on it."""
     processes = "/proc/self/ns/pid"
     within = os.readlink(processes) if os.path.lexists(processes) else ""
     return f"{zlib.crc32(f'{platform.node()} {within}'.encode()):08x}"
@@ -106,7 +106,7 @@ def _keep_permissions(target: Path, unfinished: Path) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Put the new name on the disk too, where the system can: Windows opens no folders."""
+    """Write the new name to disk as well, where possible: Windows cannot open folders."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:

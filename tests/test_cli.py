@@ -71,7 +71,7 @@ def test_the_shipped_samples_are_what_the_commands_make(words, sample, tmp_path)
 
     again = run(tmp_path, *words)
     assert again.exit_code == 2
-    assert "is there already: give another --output, or --overwrite." in again.stderr
+    assert "already exists: choose another --output, or add --overwrite." in again.stderr
     assert run(tmp_path, *words, "--overwrite").exit_code == 0
 
 
@@ -85,9 +85,9 @@ def test_corrupt_reports_every_row(tmp_path):
     made, dropped = lines(tmp_path / "pairs.jsonl"), lines(tmp_path / "pairs.dropped.jsonl")
     assert len(made) + len(dropped) == len(rows) + 3
     reasons = {row["line"]: row["reason"] for row in dropped}
-    assert reasons[len(rows) + 1].startswith("nothing to corrupt")
-    assert reasons[len(rows) + 2] == "not a line of JSON"
-    assert reasons[len(rows) + 3].startswith("none of these columns")
+    assert reasons[len(rows) + 1].startswith("nothing to change")
+    assert reasons[len(rows) + 2] == "not valid JSON"
+    assert reasons[len(rows) + 3].startswith("has none of these pairs of columns")
     assert all(str(line) in done.stdout for line in reasons)
     assert all(pair["chosen"] != pair["rejected"] for pair in made)
 
@@ -99,7 +99,7 @@ def test_corrupt_reports_every_row(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["corrupt", "absent.jsonl"], "'absent.jsonl' is not there: write the path of a"),
+        (["corrupt", "absent.jsonl"], "'absent.jsonl' does not exist: write the path of a"),
         (["corrupt", str(DATA / "gsm8k_sample.jsonl"), "--output", "y.csv"], "must end in .jsonl"),
         (["metamath", "x.jsonl", "--lead", "Q: "], "--lead and --suffix"),
         (["check", "absent.yaml"], "there is no recipe 'absent.yaml'"),

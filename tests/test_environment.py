@@ -168,8 +168,8 @@ def test_both_companions_are_mended_by_one_line(torch_family):
 def test_a_companion_that_pip_would_keep_as_it_is_goes(torch_family, torch):
     """Of another index's build, or broken in spite of its versions: an install line would change nothing."""
     fixes = torch_family(torch, "0.28.0", broken=["torchvision"], needs={"torchvision": "==2.13.0"})
-    line = "install torchvision from where torch came from; text data needs none: pip uninstall -y torchvision"
-    assert fixes == {"torchvision": line}
+    line = "install torchvision from the package index that torch came from; for text-only data: pip uninstall -y "
+    assert fixes == {"torchvision": f"{line}torchvision"}
 
 
 def test_companions_that_fit_are_no_conflict(torch_family):
@@ -272,7 +272,7 @@ def test_a_llamafactory_that_refuses_at_its_import(tmp_path):
     shown = seen_with(tmp_path)
     assert "llamafactory | 0.9.6.dev0 | \n" in shown
     assert '| pip install "transformers>=4.55.0,!=5.6.0"\n' in shown
-    assert "plugin | waits for a LLaMA-Factory that can be imported" in shown
+    assert "plugin | not active: LLaMA-Factory cannot be imported" in shown
 
 
 def test_the_distribution_is_the_one_whose_code_is_imported(installed):
@@ -296,8 +296,8 @@ def test_command_line_with_and_without_the_plugin():
     off = run("env", LLAMAFACTORY_EXT="0", COLUMNS="40")
     assert off.returncode == 1
     assert "LLAMAFACTORY_EXT=0 is set" in off.stdout
-    assert "hinge, ipo, kto_pair train sigmoid" in off.stdout
-    assert "pass pref_loss on to TRL 0.20 or later: unset LLAMAFACTORY_EXT\n" in off.stdout, "a line to copy was broken"
+    assert "hinge, ipo, kto_pair train the sigmoid loss instead" in off.stdout
+    assert "pass pref_loss to TRL 0.20 or later: unset LLAMAFACTORY_EXT\n" in off.stdout, "a line to copy was broken"
 
 
 def test_keys_are_those_of_the_recipe():

@@ -187,7 +187,10 @@ def test_refused(settings, changes, message, tmp_path):
 
 def test_outputs_that_are_refused(tmp_path):
     (tmp_path / "there.jsonl").touch()
-    for name, message in (("a.csv", "does not end in .jsonl or .parquet"), ("there.jsonl", "exists and is complete")):
+    for name, message in (
+        ("a.csv", "does not end in .jsonl or .parquet"),
+        ("there.jsonl", "already exists and is complete"),
+    ):
         with pytest.raises(UserError, match=message):
             check_output(tmp_path / name)
 
@@ -290,4 +293,4 @@ def test_command_line_survives_kill(settings, tmp_path):
 
     again = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert again.returncode == 2
-    assert "exists and is complete" in again.stderr
+    assert "already exists and is complete" in again.stderr

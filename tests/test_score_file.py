@@ -64,9 +64,7 @@ def test_a_torn_beginning_is_begun_anew_and_another_one_refused(torn, tmp_path):
     output = tmp_path / "scores.jsonl"
     unfinished_path(output).write_bytes(torn)
     if torn.endswith(b"\n"):
-        with pytest.raises(
-            UserError, match=r"was started with other settings.*: its settings is null, now it would be 1"
-        ):
+        with pytest.raises(UserError, match=r"was started with other settings.*: its settings is null, not 1"):
             ScoreFile(output, MANIFEST).check()
     else:
         score(3)(tmp_path)
@@ -88,7 +86,7 @@ def test_a_file_that_somebody_else_has_put_there_stays(tmp_path):
     with ScoreFile(output, MANIFEST):
         pass
     output.write_text("mine")
-    with pytest.raises(UserError, match="exists and is complete"), ScoreFile(output, MANIFEST) as file:
+    with pytest.raises(UserError, match="already exists and is complete"), ScoreFile(output, MANIFEST) as file:
         list(file.fill(3, rows, 1))
     assert output.read_text() == "mine"
 

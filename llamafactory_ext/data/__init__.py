@@ -1,1 +1,1 @@
-"""Preference data: pairs made from other data, and the checks before a training."""
+"""Preference data: makes pairs from other data sets, and checks a recipe's pairs before training."""

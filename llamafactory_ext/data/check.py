@@ -1,4 +1,4 @@
-"""What a recipe's pairs are like, as LLaMA-Factory will tokenize and cut them: found before the GPUs burn."""
+"""Checks a recipe's pairs, tokenized and truncated as in training, before you spend GPU time."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     import numpy as np
 
 PERCENTILES = (0, 5, 25, 50, 75, 95, 99, 100)
+FIRST_ROWS = 5  # shown of each problem and note
 
-# What is measured of each pair.
+# What is measured for each pair.
 FLAGS = ("empty", "identical", "identical_cut", "truncated", "same_question", "similar_question")
 COUNTS = ("prompt", "chosen", "rejected", "longer", "augmented", "stock", "common")
 SIMILAR = f"{NGRAM} words or {CHARACTERS} characters in common with a test question"
@@ -27,26 +28,27 @@ NOT_MEASURED = {**dict.fromkeys(FLAGS, False), **dict.fromkeys(COUNTS, 0), "pair
 
 @dataclass(frozen=True)
 class Report:
-    """What was found.
+    """The result of a check.
 
     Args:
-        pairs: how many pairs the recipe's data sets hold.
-        problems: what spoils or stops a training, as name -> number of pairs.
-        notes: what is worth knowing, as name -> number of pairs.
-        tokens: of the prompt, each answer and the longer sequence, before truncation: name -> percentiles; of a loss
-            with a refinement term also those of the longer augmented sequence, as trained.
-        stock_tokens: tokens per pair as LLaMA-Factory lays them out, after truncation (mean), the augmented pair's
-            included.
-        shared_tokens: the same with the common prefix of prompt and answers only once (mean).
-        cutoff_len: where sequences are cut.
-        template: how the training's prompts differ from those of the tokenizer's own chat template; empty if they
-            are the same.
+        pairs: number of pairs that LLaMA-Factory trains on.
+        problems: what spoils or stops a training, as name -> number of rows.
+        notes: what is worth knowing, as name -> number of rows.
+        first_rows: name of a problem or note -> the numbers of its first rows, counted from 1 through the recipe's data
+            sets as LLaMA-Factory loads them.
+        tokens: name -> PERCENTILES of the tokens before truncation: of the prompt, each response, and the prompt with
+            the longer response; with a refinement term, also of the longer augmented sequence, after truncation.
+        stock_tokens: mean tokens per pair after truncation in LLaMA-Factory's layout, with the augmented pair.
+        shared_tokens: the same with prefix sharing, which computes the common prefix of a pair once.
+        cutoff_len: tokens at which sequences are truncated.
+        template: how the training's prompts differ from the tokenizer's own chat template; empty if they do not.
         stop: the first row at which a training would stop, and why; empty if there is none.
     """
 
     pairs: int
     problems: dict[str, int]
     notes: dict[str, int]
+    first_rows: dict[str, list[int]]
     tokens: dict[str, list[int]]
     stock_tokens: float
     shared_tokens: float
@@ -56,15 +58,16 @@ class Report:
 
     @property
     def found_problems(self) -> bool:
+        """Whether there are no pairs, or any problems."""
         return self.pairs == 0 or any(self.problems.values())
 
 
 def check_pairs(settings: Settings, test_set: TestSet | None = None) -> Report:
-    """Load, tokenize and cut the pairs of a recipe exactly as its training will, and look at them.
+    """Load, tokenize and truncate a recipe's pairs exactly as in training, and check them.
 
     Args:
-        settings: a recipe for stage dpo; its data, model (the tokenizer), template and cutoff_len are used.
-        test_set: questions that the training must not have seen.
+        settings: a recipe with `stage: dpo` or `rm`; its data, tokenizer, template and cutoff_len are used.
+        test_set: questions that must not occur in the pairs.
 
     Raises:
         UserError: if the recipe is wrong, or the tokenizer or the data cannot be loaded.
@@ -72,10 +75,10 @@ def check_pairs(settings: Settings, test_set: TestSet | None = None) -> Report:
     import datasets
 
     if settings.get("stage", "dpo") not in ("dpo", "rm"):
-        raise UserError(f"stage {settings['stage']!r} does not train on pairs: check a recipe with `stage: dpo`.")
+        raise UserError(f"stage {settings['stage']!r} does not train on pairs: write `stage: dpo` or `stage: rm`.")
     model_args, data_args, finetuning_args = parse_recipe({"stage": "dpo", **settings})
     if data_args.dataset is None:
-        raise UserError("the recipe names no data set: write `dataset:` and `dataset_dir:`.")
+        raise UserError("the recipe names no data set: write `dataset` and `dataset_dir`.")
     data_args.streaming = False
 
     tools = load_tokenization(model_args, data_args)
@@ -112,18 +115,18 @@ MEDIA = ("_images", "_videos", "_audios")
 
 
 def _template_difference(pairs: Any, tools: Tokenization) -> str:
-    """Where the first prompts part from what the tokenizer's own chat template makes of them, or an empty text."""
+    """The first difference between the first prompts and the tokenizer's own chat template; empty if there is none."""
     if tools.chat_template is None:
-        return ""  # LLaMA-Factory saves its own with the model then
-    # As evaluations of such a training are asked, with --chat-template-kwargs.
+        return ""  # LLaMA-Factory then saves its own with the model
+    # As `eval` prompts such a model, with --chat-template-kwargs.
     thinking = {"enable_thinking": False} if tools.template.enable_thinking is False else {}
     for row in pairs.select(range(min(8, len(pairs)))):
         if len(row["_prompt"]) % 2 == 0 or not row["_response"] or any(row[name] for name in MEDIA):
-            continue  # LLaMA-Factory skips it, or there is more than text
+            continue  # LLaMA-Factory skips it, or it has more than text
         try:
             messages = row["_prompt"] + row["_response"][:1]
             ours, _ = tools.template.encode_oneturn(tools.tokenizer, messages, row["_system"], "")
-        except Exception:  # the training stops at this row, which is found below
+        except Exception:  # the training stops at this row: `_Measure` reports it
             continue
         system = [{"role": "system", "content": row["_system"]}] if row["_system"] else []
         try:
@@ -134,8 +137,8 @@ def _template_difference(pairs: Any, tools: Tokenization) -> str:
                 return_dict=False,
                 **thinking,
             )
-        except Exception as error:  # whatever a template raises: Gemma's, that there is no system message
-            return f"training: {_excerpt(tools, ours, 0)} chat template: refuses the messages ({in_a_line(error)})"
+        except Exception as error:  # whatever a template raises, as Gemma's does for a system message
+            return f"training: {_excerpt(tools, ours, 0)} chat template: rejects the messages ({in_a_line(error)})"
         if ours != own:
             at = common_prefix(ours, own)
             return f"training: {_excerpt(tools, ours, at)} chat template: {_excerpt(tools, own, at)}"
@@ -156,7 +159,7 @@ def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
 
 
 class _Measure:
-    """Maps a pair in LLaMA-Factory's standard format to what `_report` counts; picklable, for several processes."""
+    """Maps a row in LLaMA-Factory's standard format to what `_report` counts; picklable, for several processes."""
 
     def __init__(
         self, tools: Tokenization, data_args: Any, test_set: TestSet | None, sr_prompt: str | None, context: int | None
@@ -177,12 +180,12 @@ class _Measure:
     def __call__(self, row: dict[str, Any], index: int) -> dict[str, Any]:
         try:
             measured = self._measure(row)
-        except Exception as error:  # whatever the tokenizer, the template or a picture's file raises
+        except Exception as error:  # whatever the tokenizer, the template or an image file raises
             return {**NOT_MEASURED, "kind": "stops", "stop": f"row {index + 1}: {in_a_line(error)}"}
         return {**NOT_MEASURED, **measured, "kind": "valid" if measured else "skipped", "stop": ""}
 
     def _measure(self, row: dict[str, Any]) -> dict[str, Any]:
-        """What is known of a pair; nothing where LLaMA-Factory skips it."""
+        """The measures of a pair; empty if LLaMA-Factory skips the row."""
         batch = {name: [value] for name, value in row.items()}
         encoded = self.whole.preprocess_dataset(batch)
         if not encoded:
@@ -191,7 +194,7 @@ class _Measure:
         prompt = _count_prompt(encoded["chosen_labels"][0])
         chosen, rejected = encoded["chosen_input_ids"][0], encoded["rejected_input_ids"][0]
         longer = max(len(chosen), len(rejected))
-        # What fits is not cut, and most pairs fit: tokenizing them again would double the time.
+        # Most pairs are not truncated; tokenizing them again would double the time.
         is_cut = longer > self.cut.data_args.cutoff_len
         cut = self.cut.preprocess_dataset(batch) if is_cut or self.augments else encoded
         cut_chosen, cut_rejected = cut["chosen_input_ids"][0], cut["rejected_input_ids"][0]
@@ -219,7 +222,7 @@ class _Measure:
 
     @staticmethod
     def _augmented(cut: dict[str, Any], measured: dict[str, Any]) -> dict[str, int]:
-        """The counts with the augmented pair: the same answers behind another prompt."""
+        """The counts with the augmented pair: the same responses after another prompt."""
         from ..training.refinement import PROMPT_IDS
 
         further = len(cut[PROMPT_IDS][0]) - _count_prompt(cut["chosen_labels"][0])
@@ -245,30 +248,35 @@ def _report(measures: Any, cutoff_len: int, template: str) -> Report:
 
     kinds = np.array(measures["kind"])
     valid = kinds == "valid"
-    columns = {name: np.array(measures[name])[valid] for name in (*FLAGS, *COUNTS)}
-    pairs, questions = (np.array(measures[name])[valid] for name in ("pair", "question"))
-    copies = len(pairs) - len(set(pairs.tolist()))
-    stock, common = columns["stock"], columns["common"]
+    flags = {name: np.array(measures[name], dtype=bool) for name in FLAGS}
+    counts = {name: np.array(measures[name])[valid] for name in COUNTS}
+    stock, common = counts["stock"], counts["common"]
+    copies = valid & _repeated(measures["pair"])
+    problems = {
+        "rows that LLaMA-Factory skips": kinds == "skipped",
+        "rows at which the training stops": kinds == "stops",
+        "an empty side": flags["empty"],
+        "identical sides": flags["identical"],
+        f"identical after truncation at cutoff_len {cutoff_len}": flags["identical_cut"],
+        "the question is in the test set": flags["same_question"],
+    }
+    notes = {
+        "copies of another pair": copies,
+        "further pairs for a question": valid & _repeated(measures["question"]) & ~copies,
+        f"truncated at cutoff_len {cutoff_len}": flags["truncated"],
+        SIMILAR: flags["similar_question"],
+    }
     return Report(
         pairs=int(valid.sum()),
-        problems={
-            "rows that LLaMA-Factory skips": int((kinds == "skipped").sum()),
-            "rows at which the training stops": int((kinds == "stops").sum()),
-            "an empty side": int(columns["empty"].sum()),
-            "identical sides": int(columns["identical"].sum()),
-            f"identical after truncation at cutoff_len {cutoff_len}": int(columns["identical_cut"].sum()),
-            "the question is in the test set": int(columns["same_question"].sum()),
-        },
-        notes={
-            "copies of another pair": copies,
-            "further pairs for a question": len(questions) - len(set(questions.tolist())) - copies,
-            f"truncated at cutoff_len {cutoff_len}": int(columns["truncated"].sum()),
-            SIMILAR: int(columns["similar_question"].sum()),
+        problems={name: int(rows.sum()) for name, rows in problems.items()},
+        notes={name: int(rows.sum()) for name, rows in notes.items()},
+        first_rows={
+            name: (np.flatnonzero(rows)[:FIRST_ROWS] + 1).tolist() for name, rows in (problems | notes).items()
         },
         tokens={
-            name: _percentiles(columns[name])
+            name: _percentiles(counts[name])
             for name in ("prompt", "chosen", "rejected", "longer", "augmented")
-            if name != "augmented" or columns[name].any()
+            if name != "augmented" or counts[name].any()
         },
         stock_tokens=float(stock.mean()) if len(stock) else 0.0,
         shared_tokens=float((stock - common).mean()) if len(stock) else 0.0,
@@ -276,6 +284,15 @@ def _report(measures: Any, cutoff_len: int, template: str) -> Report:
         template=template,
         stop=next(filter(None, measures["stop"]), ""),
     )
+
+
+def _repeated(values: Sequence[str]) -> np.ndarray:
+    """For each value, whether it has occurred before."""
+    import numpy as np
+
+    repeated = np.ones(len(values), dtype=bool)
+    repeated[np.unique(np.array(values), return_index=True)[1]] = False
+    return repeated
 
 
 def _percentiles(values: np.ndarray) -> list[int]:
@@ -290,32 +307,35 @@ def _percentiles(values: np.ndarray) -> list[int]:
 
 
 def render(report: Report) -> Iterable[Any]:
-    """The report as rich tables and lines."""
+    """The report as tables and lines for a rich console."""
     from rich.markup import escape
     from rich.table import Table
 
-    found = Table("found", "pairs", "share", title=f"{report.pairs:,} pairs", title_justify="left")
+    found = Table("found", "rows", "share", "first rows", title=f"{report.pairs:,} pairs", title_justify="left")
     for style, entries in (("red", report.problems), ("yellow", report.notes)):
         for name, count in entries.items():
             share = f"{count / report.pairs:.1%}" if report.pairs else ""
-            found.add_row(name, f"{count:,}", share, style=style if count else None)
+            rows = ", ".join(map(str, report.first_rows[name]))
+            found.add_row(name, f"{count:,}", share, rows, style=style if count else None)
     yield found
+    if any(report.first_rows.values()):
+        yield "Row numbers count from 1 through the recipe's data sets, as LLaMA-Factory loads them."
 
     if report.pairs:
-        tokens = Table(title="tokens before truncation, percentiles", title_justify="left")
+        tokens = Table(title="Tokens before truncation, percentiles", title_justify="left")
         for heading in ("", *(f"{p}%" for p in PERCENTILES)):
             tokens.add_column(heading, justify="right" if heading else "left")
-        names = {"longer": "prompt and longer answer", "augmented": "the same, augmented and cut"}
+        names = {"longer": "prompt and longer response", "augmented": "the same, augmented and truncated"}
         for name, values in report.tokens.items():
             tokens.add_row(names.get(name, name), *(f"{value:,}" for value in values))
         yield tokens
         saved = 1 - report.shared_tokens / report.stock_tokens if report.stock_tokens else 0
         yield (
-            f"{report.stock_tokens:,.0f} tokens a pair, {report.shared_tokens:,.0f} without the common prefix twice "
-            f"({saved:.0%} less)"
+            f"Tokens per pair after truncation: {report.stock_tokens:,.0f}, with prefix sharing "
+            f"{report.shared_tokens:,.0f} ({saved:.0%} fewer)."
         )
     if report.stop:
         yield f"[red]The training stops at {escape(report.stop)}"
     if report.template:
-        yield "[yellow]The prompts are not those of the tokenizer's chat template, which evaluations use:"
+        yield "[yellow]The training prompts differ from the tokenizer's chat template, which evaluations use:"
         yield escape(report.template)

@@ -1,4 +1,4 @@
-"""`llamafactory-ext data`: makes preference pairs, and checks a recipe's."""
+"""The commands of `llamafactory-ext data`: make preference pairs, and check a recipe's pairs."""
 
 from __future__ import annotations
 
@@ -24,34 +24,38 @@ from .dialogues import hh_rlhf_pair, ultrafeedback_pair
 from .files import Tally, check_output, register, write_pairs
 from .metamath import Template, index_queries, learn_template, zero_shot_pair
 
-app = typer.Typer(help="Make preference pairs, and check a recipe's before training on them.", no_args_is_help=True)
+app = typer.Typer(help="Make preference pairs, and check a recipe's pairs before training.", no_args_is_help=True)
 console = Console()
 
-SAMPLE = 1000  # prompts from which the template is learned
+SAMPLE = 1000  # prompts that the template is learned from
 
 Source = typer.Argument
 Opt = typer.Option
 Output = Annotated[
-    Path, Opt(help="The pairs; their stem becomes a data set's name.", parser=output_path, metavar="PATH")
+    Path, Opt(help="The .jsonl file to write; its stem names the data set.", parser=output_path, metavar="PATH")
 ]
-Overwrite = Annotated[bool, Opt("--overwrite", help="Replace the output if it is there.")]
-Split = Annotated[str | None, Opt(help="Split of a hub data set or a folder (default: train); a file has none.")]
+Overwrite = Annotated[bool, Opt("--overwrite", help="Replace an existing output.")]
+Split = Annotated[str | None, Opt(help="Split of a Hub data set or a folder (default: train).")]
 
 
 @app.command()
 def metamath(
-    pairs: Annotated[str, Source(help="The few-shot pairs: a file, or owner/name of the hub.")] = (
+    pairs: Annotated[str, Source(help="Few-shot pairs: a file, or owner/name on the Hub.")] = (
         "abacusai/MetaMath_DPO_FewShot"
     ),
-    questions: Annotated[str, Opt(help="MetaMathQA: a file, or owner/name of the hub.")] = "meta-math/MetaMathQA",
+    questions: Annotated[str, Opt(help="MetaMathQA: a file, or owner/name on the Hub.")] = "meta-math/MetaMathQA",
     output: Output = Path("data/metamath_zero_shot.jsonl"),
-    prompt: Annotated[str, Opt(help="Put in front of each question.")] = "",
-    lead: Annotated[str | None, Opt(help="Text before the last question (default: learned from the pairs).")] = None,
-    suffix: Annotated[str | None, Opt(help="Text behind the last question (default: learned from the pairs).")] = None,
+    prompt: Annotated[str, Opt(help="Text before each question.")] = "",
+    lead: Annotated[
+        str | None, Opt(help="Text before a prompt's last question (default: learned from the pairs).")
+    ] = None,
+    suffix: Annotated[
+        str | None, Opt(help="Text after a prompt's last question (default: learned from the pairs).")
+    ] = None,
     split: Split = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """MetaMath's few-shot pairs as zero-shot pairs, joined with MetaMathQA for the questions.
+    """Turn MetaMath's few-shot pairs into zero-shot pairs; the questions are found with MetaMathQA.
 
     llamafactory-ext data metamath
 
@@ -59,37 +63,39 @@ def metamath(
     """
     check_output(output, overwrite)
     if (lead is None) != (suffix is None):
-        raise UserError("--lead and --suffix describe the template together: give both or none.")
+        raise UserError("--lead and --suffix describe the template together: give both or neither.")
     rows = _rows(pairs, split)
     index, unusable = index_queries(read_rows(questions))
     for reason, count in unusable.items():
-        console.print(f"[yellow]{count:,} rows of {escape(questions)} not used: {escape(reason)}")
+        console.print(f"[yellow]{count:,} rows of {escape(questions)} are not used: {escape(reason)}")
 
     sample = list(itertools.islice(rows, SAMPLE))
     if lead is not None and suffix is not None:
         template = Template(lead, suffix)
     else:
         template = learn_template([row.fields for row in sample if isinstance(row.fields, dict)], index)
-    console.print(f"The question stands between {escape(repr(template.lead))} and {escape(repr(template.suffix))}.")
+    console.print(f"The question is between {escape(repr(template.lead))} and {escape(repr(template.suffix))}.")
 
     def convert(row: Row, fields: Fields) -> tuple[str, Fields]:
         return zero_shot_pair(fields, index, template, prompt)
 
     tally = write_pairs(itertools.chain(sample, rows), convert, output, overwrite)
-    _finish(tally, output, {"matched": "matched with MetaMathQA", "fallback": "fallback: cut at the template's text"})
+    _finish(
+        tally, output, {"matched": "matched with MetaMathQA", "fallback": "fallback: question found by the template"}
+    )
 
 
 @app.command()
 def corrupt(
-    solutions: Annotated[str, Source(help="GSM8K, MetaMathQA or the like: a file, or owner/name of the hub.")],
+    solutions: Annotated[str, Source(help="GSM8K, MetaMathQA or similar: a file, or owner/name on the Hub.")],
     output: Output = Path("data/corrupted_pairs.jsonl"),
-    seed: Annotated[int, Opt(help="Decides which result is changed, and to what.")] = 0,
-    prompt: Annotated[str, Opt(help="Put in front of each question.", show_default="the MinorDPO paper's")] = PROMPT,
-    limit: Annotated[int | None, Opt(min=1, help="Only the first solutions.")] = None,
+    seed: Annotated[int, Opt(help="Random seed: which result is changed, and to what.")] = 0,
+    prompt: Annotated[str, Opt(help="Text before each question.", show_default="the MinorDPO paper's")] = PROMPT,
+    limit: Annotated[int | None, Opt(min=1, help="Number of solutions to use, from the first (default: all).")] = None,
     split: Split = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Pairs from worked solutions: one intermediate result changed, everything else kept.
+    """Make pairs from worked solutions: the rejected response has one intermediate result changed.
 
     llamafactory-ext data corrupt train.jsonl --output data/gsm8k_pairs.jsonl
 
@@ -102,14 +108,14 @@ def corrupt(
 
 @app.command(name="hh-rlhf")
 def hh_rlhf(
-    dialogues: Annotated[str, Source(help="A .jsonl.gz of the data set, or owner/name of the hub.")] = (
+    dialogues: Annotated[str, Source(help="A .jsonl.gz file of the data set, or owner/name on the Hub.")] = (
         "Anthropic/hh-rlhf"
     ),
     output: Output = Path("data/hh_rlhf.jsonl"),
     split: Split = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Anthropic's HH-RLHF as multi-turn pairs.
+    """Convert Anthropic's HH-RLHF to multi-turn pairs.
 
     llamafactory-ext data hh-rlhf
 
@@ -121,14 +127,14 @@ def hh_rlhf(
 
 @app.command()
 def ultrafeedback(
-    dialogues: Annotated[str, Source(help="Rows with lists of messages: a file, or owner/name of the hub.")] = (
+    dialogues: Annotated[str, Source(help="Rows with lists of messages: a file, or owner/name on the Hub.")] = (
         "HuggingFaceH4/ultrafeedback_binarized"
     ),
     output: Output = Path("data/ultrafeedback.jsonl"),
-    split: Annotated[str | None, Opt(help="As of a hub data set or a folder (default: train_prefs).")] = None,
+    split: Annotated[str | None, Opt(help="Split of a Hub data set or a folder (default: train_prefs).")] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """UltraFeedback, binarized, as pairs; the scores of both sides are kept.
+    """Convert binarized UltraFeedback to pairs; the scores of both responses are kept.
 
     llamafactory-ext data ultrafeedback
 
@@ -141,16 +147,18 @@ def ultrafeedback(
 @app.command()
 def check(
     recipe: Annotated[list[str], Source(help="A recipe and key=value words, as for llamafactory-cli train.")],
-    test_set: Annotated[str | None, Opt(help="Questions that training must not see: a file or owner/name.")] = None,
-    test_split: Annotated[str | None, Opt(help="Split of a --test-set that is no file (default: test).")] = None,
-    strict: Annotated[bool, Opt("--strict", help="Count the notes as problems.")] = False,
+    test_set: Annotated[
+        str | None, Opt(help="Questions that must not be in the pairs: a file, or owner/name on the Hub.")
+    ] = None,
+    test_split: Annotated[str | None, Opt(help="Split of --test-set, if it is not a file (default: test).")] = None,
+    strict: Annotated[bool, Opt("--strict", help="Treat notes as problems.")] = False,
     json_file: Annotated[
-        Path | None, Opt("--json", help="Also write what was found to this file.", parser=output_path, metavar="PATH")
+        Path | None, Opt("--json", help="Also write the report to this JSON file.", parser=output_path, metavar="PATH")
     ] = None,
 ) -> None:
-    """A recipe's pairs, tokenized and cut as its training will: empty, identical, too long, or in the test set.
+    """Check a recipe's pairs as training would load them: empty, identical, truncated, or in the test set.
 
-    Ends with 0 if nothing is wrong, 1 if there are problems, 2 if the check could not be made.
+    Exits with 0 if there are no problems, 1 if there are, 2 if the check could not run.
 
     llamafactory-ext data check recipe.yaml --test-set gsm8k/test.jsonl
 
@@ -171,13 +179,15 @@ def check(
 
 
 def _rows(source: str, split: str | None, usual: str = "train") -> Iterator[Row]:
-    """The rows of a source in a split, which a file has none of.
+    """The rows of a source's split; `usual` if none is named.
 
     Raises:
-        UserError: if a split of a file is asked for, and as `read_rows` does.
+        UserError: if a split is named for a file, and as `read_rows` does.
     """
     if split is not None and Path(source).is_file():
-        raise UserError(f"{source!r} is a file, which has no split {split!r}: leave it out, or name the folder.")
+        raise UserError(
+            f"{source!r} is a file, and files have no splits: remove the split {split!r}, or name a folder."
+        )
     return read_rows(source, usual if split is None else split)
 
 
@@ -186,9 +196,9 @@ def _each(make_pair: Callable[[Fields], Fields]) -> Callable[[Row, Fields], tupl
 
 
 def _finish(tally: Tally, output: Path, kinds: dict[str, str] | None = None, columns: tuple[str, ...] = ()) -> None:
-    """Register the pairs, and say what became of every row."""
+    """Register the pairs, and print what became of every row."""
     is_new = register(output, columns)
-    table = Table("rows", "what became of them", "the first lines", title=str(output), title_justify="left")
+    table = Table("rows", "result", "first lines", title=str(output), title_justify="left")
     for counter, style, prefix in ((tally.written, None, ""), (tally.dropped, "yellow", "dropped: ")):
         for what, count in counter.most_common():
             lines = ", ".join(str(line) for line in tally.first_lines[what])

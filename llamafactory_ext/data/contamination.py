@@ -1,6 +1,6 @@
-"""Whether a training question is in a test set: word for word, or by thirteen words in a row.
+"""Test-set contamination: finds test questions in training questions, word for word or by thirteen words in a row.
 
-Chinese, Japanese and Thai have no spaces between words: there, characters count, twenty of which say about as much.
+Chinese, Japanese and Thai have no spaces between words: there, twenty characters in a row count.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..rows import BadRow, Row, text
 
 QUESTION_COLUMNS = ("question", "query", "problem", "instruction", "prompt")
 
-# The length of the word n-grams by which GPT-3's authors compared (arXiv 2005.14165, appendix C), and of the character
+# The length of the word n-grams that GPT-3's authors compared (arXiv 2005.14165, appendix C), and of the character
 # n-grams: a Chinese word has one and a half characters.
 NGRAM = 13
 CHARACTERS = 20
@@ -29,7 +29,7 @@ _INVISIBLE = regex.compile(r"\p{Cf}+")  # soft hyphens, zero-width spaces
 
 
 def words(question: str) -> tuple[str, ...]:
-    """The words without case and punctuation; where a script has no spaces, the characters."""
+    """The words of a question, lower case and without punctuation; in scripts without spaces, its characters."""
     if question.isascii():  # most are, and this is several times as fast
         return tuple(_ASCII_WORD.findall(question.lower()))
     plain = unicodedata.normalize("NFKC", _INVISIBLE.sub("", question)).casefold()
@@ -37,9 +37,9 @@ def words(question: str) -> tuple[str, ...]:
 
 
 class TestSet:
-    """The questions of a test set, indexed by their n-grams; one shorter than an n-gram counts as one n-gram."""
+    """The questions of a test set, indexed by n-grams; a question shorter than an n-gram is one n-gram."""
 
-    __test__ = False  # not a test case, whatever pytest makes of the name
+    __test__ = False  # not a test case, in spite of its name
 
     def __init__(self, questions: Iterable[str]) -> None:
         self._questions = [words(question) for question in questions]
@@ -53,7 +53,7 @@ class TestSet:
         return len(self._questions)
 
     def overlap(self, question: str) -> str:
-        """`same` if the question holds a test question whole, `similar` if an n-gram of one, else an empty text."""
+        """`same` if the question contains a whole test question, `similar` if an n-gram of one, else empty."""
         asked = words(question)
         near: set[int] = set()
         for length in self._lengths:
@@ -68,7 +68,7 @@ def read_test_set(rows: Iterable[Row]) -> TestSet:
     """The questions of a test set's rows.
 
     Raises:
-        UserError: if a row has none of the columns that hold questions.
+        UserError: if a row cannot be read, or has no question in any of QUESTION_COLUMNS.
     """
     questions = []
     for row in rows:
@@ -86,7 +86,7 @@ def read_test_set(rows: Iterable[Row]) -> TestSet:
 
 
 def _size(question: tuple[str, ...]) -> int:
-    """The length of the n-grams that a question is recognised by: of the unit that most of it is made of."""
+    """The n-gram length for a question: in characters if most of it is characters, else in words."""
     characters = sum(_CHARACTER.fullmatch(word) is not None for word in question)
     return CHARACTERS if 2 * characters > len(question) else NGRAM
 

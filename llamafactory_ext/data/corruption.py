@@ -1,8 +1,8 @@
-"""Pairs from worked solutions: the rejected answer is the chosen one with one intermediate result corrupted.
+"""Pairs from worked solutions: the rejected response is the chosen one with one intermediate result changed.
 
-The manner of MetaMath's DPO pairs (arXiv 2402.13228): the chosen answer is a correct solution, the rejected one is the
-same text with one intermediate result changed, and everything after it, the final answer included, as it was. What
-the final answer is, the evaluation's reader says (evaluation/extraction.py): the two must not differ.
+As in MetaMath's DPO pairs (arXiv 2402.13228), the chosen response is a correct solution; in the rejected one, the rest
+of the text and the final answer are unchanged. The final answer is read as the evaluation reads it
+(evaluation/extraction.py).
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ COLUMNS = (("question", "answer"), ("query", "response"), ("problem", "solution"
 _ENDING = re.compile(r"####|(?:\bso[ ,]{1,2})?\bthe (?:final )?answer is\b:?", re.IGNORECASE)
 _ANNOTATION = re.compile(r"<<[^<>]*=[^<>]*>>")
 _NUMBER = re.compile(r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?")
-# A number behind an annotation of GSM8K's (`<<6/2=3>>3`), which is always a result; or one behind a `=` that does not
-# go on as a part of the next sum.
+# A number after a GSM8K annotation (`<<6/2=3>>3`), which is always a result; or one after a `=` that is not an operand
+# of a further calculation.
 _RESULT = re.compile(
     rf"(?:>>|(?P<equals>=)\s*)\\?[$€£]?(?P<number>{_NUMBER.pattern})"
     r"(?!\d)(?(equals)(?![\d,.]*\s*(?:[-+*/x×÷=^]|\\(?:times|cdot|div)\b)))"
@@ -38,7 +38,7 @@ _RESULT = re.compile(
 
 @dataclass(frozen=True)
 class Problem:
-    """A question, the steps of its solution (each result after a `=` or an annotation), and the final answer."""
+    """A question, the steps of its solution (each result follows a `=` or an annotation), and the final answer."""
 
     question: str
     steps: str
@@ -46,21 +46,21 @@ class Problem:
 
     @property
     def solution(self) -> str:
-        """The steps without GSM8K's annotations, and the answer on a line of its own behind the marker."""
+        """The steps without GSM8K's annotations, and the final answer on its own line after ANSWER_MARKER."""
         return f"{_ANNOTATION.sub('', self.steps)}\n{ANSWER_MARKER}{self.answer}"
 
 
 def parse_solution(question: str, solution: str) -> Problem:
-    """A worked solution as a problem: its steps, and what stands behind the last `####` or `The answer is`.
+    """Split a worked solution into its steps and the final answer after the last `####` or `The answer is`.
 
-    MetaMathQA's solutions end in both, which say the same; neither belongs to the steps then.
+    MetaMathQA's solutions end in both, with the same answer; then neither belongs to the steps.
 
     Raises:
-        BadRow: if the solution has no such ending.
+        BadRow: if the solution has no such ending, or nothing follows it.
     """
     endings = list(_ENDING.finditer(solution))
     if not endings:
-        raise BadRow("the solution ends in no line `#### N` and no `The answer is`")
+        raise BadRow("the solution has no line `#### N` and no `The answer is`")
     answer = solution[endings[-1].end() :].strip().removesuffix(".")
     start = endings[-1].start()
     if len(endings) > 1 and solution[endings[-2].end() : start].strip() == answer:
@@ -73,18 +73,17 @@ def parse_solution(question: str, solution: str) -> Problem:
 def corrupt_steps(steps: str, answer: str, rng: random.Random) -> str | None:
     """The steps with one intermediate result changed and everything else kept.
 
-    Results equal to the final answer are left alone, because with one of them changed the text would contradict its
-    own last line instead of only its reasoning.
+    Results equal to the final answer are not changed: the text would then contradict its last line, not only its
+    reasoning.
 
     Args:
         steps: a worked solution without its answer line.
-        answer: the final answer; where it is not one number (`4:53`, `(3, 5)`), all numbers in it are left alone, and
-            where it has none (`yes`), the last result.
-        rng: decides which result is changed, and to what: the same state gives the same text.
+        answer: the final answer; if it is not one number (`4:53`, `(3, 5)`), none of its numbers is changed in the
+            steps; if it has none (`yes`), the last result is not changed.
+        rng: chooses the result and its new value; the same state gives the same text.
 
     Returns:
-        The corrupted steps, which differ from `steps` outside of annotations, or None if they hold no intermediate
-        result.
+        The corrupted steps, which differ from `steps` outside of annotations, or None without an intermediate result.
     """
     annotated = [match.span() for match in _ANNOTATION.finditer(steps)]
     results = [
@@ -103,13 +102,13 @@ def corrupt_steps(steps: str, answer: str, rng: random.Random) -> str | None:
 
 
 def _final_results(answer: str) -> set[Decimal]:
-    """The number that the evaluation reads in an answer, or all numbers of one that it does not read."""
+    """The number that the evaluation reads from an answer, or all its numbers if the evaluation reads none."""
     read = extract_answer(ANSWER_MARKER + answer)
     return {read} if read is not None else {_decimal(number) for number in _NUMBER.findall(answer)}
 
 
 def make_pair(problem: Problem, rng: random.Random, prompt: str = PROMPT) -> dict[str, str] | None:
-    """A preference pair in LLaMA-Factory's ranking layout, or None if the solution has nothing to corrupt."""
+    """A preference pair in LLaMA-Factory's ranking layout, or None if there is no intermediate result to change."""
     steps = corrupt_steps(problem.steps, problem.answer, rng)
     if steps is None:
         return None
@@ -122,24 +121,24 @@ def make_pair(problem: Problem, rng: random.Random, prompt: str = PROMPT) -> dic
 
 
 def corrupt_row(fields: Fields, seed: int, prompt: str = PROMPT) -> dict[str, str]:
-    """A pair from a row of any of the layouts in `COLUMNS`; it depends on the seed and the row's text alone.
+    """A pair from a row with any of the columns in `COLUMNS`; it depends on the seed and the row's text alone.
 
     Raises:
-        BadRow: for a row of another layout, and where there is nothing to corrupt.
+        BadRow: for a row without such columns, or without an intermediate result to change.
     """
     columns = next((pair for pair in COLUMNS if set(pair) <= set(fields)), None)
     if columns is None:
         known = "; ".join(" and ".join(pair) for pair in COLUMNS)
-        raise BadRow(f"none of these columns: {known}")
+        raise BadRow(f"has none of these pairs of columns: {known}")
     question, solution = (text(fields, column) for column in columns)
     pair = make_pair(parse_solution(question, solution), random.Random(f"{seed} {question} {solution}"), prompt)
     if pair is None:
-        raise BadRow("nothing to corrupt: no intermediate result differs from the final answer")
+        raise BadRow("nothing to change: no intermediate result differs from the final answer")
     return pair
 
 
 def _other_number(number: str, final: set[Decimal], rng: random.Random) -> str:
-    """A wrong number that looks as plausible: off by up to a tenth (at least 9), same decimals, not the answer."""
+    """A plausible wrong number: off by up to a tenth (or up to 9 units), as many decimals, not the final answer."""
     with localcontext(Context(prec=MAX_PREC)):  # a number of any length keeps its digits
         value = _decimal(number)
         unit = Decimal(1).scaleb(min(int(value.as_tuple().exponent), 0))

@@ -1,4 +1,4 @@
-"""Pairs from dialogues: Anthropic/hh-rlhf, and HuggingFaceH4/ultrafeedback_binarized and its kind."""
+"""Pairs from dialogues: Anthropic/hh-rlhf, and data sets laid out as HuggingFaceH4/ultrafeedback_binarized."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..rows import BadRow, Fields, text
 
 Turn = tuple[str, str]  # role and text
 
-# Columns that hold what somebody else thinks of the two answers.
+# Columns with external scores of the two responses.
 SCORES = ("score_chosen", "score_rejected")
 
 _SPEAKER = re.compile(r"(?:^|\n\n)(Human|Assistant):")
@@ -18,26 +18,26 @@ _ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
 def hh_rlhf_pair(fields: Fields) -> Fields:
-    """A pair from two dialogues written out with `Human:` and `Assistant:`, which differ in their last answer.
+    """A pair from two dialogues with `Human:` and `Assistant:` turns, which differ in the last response.
 
     Returns:
         `instruction`, `history`, `chosen` and `rejected`.
 
     Raises:
-        BadRow: if the dialogues differ before the last answer, do not alternate, or have an empty turn.
+        BadRow: if the dialogues differ before the last response, do not alternate, or have an empty turn.
     """
     return _pair(_turns(text(fields, "chosen")), _turns(text(fields, "rejected")))
 
 
 def ultrafeedback_pair(fields: Fields) -> Fields:
-    """A pair from two lists of messages (`role`, `content`) which differ in the last one.
+    """A pair from two lists of messages (`role`, `content`), which differ in the last one.
 
     Returns:
         `system` (empty without a system message), `instruction`, `history`, `chosen`, `rejected`, and the scores
         `score_chosen` and `score_rejected` where the row has them.
 
     Raises:
-        BadRow: if a side is no list of messages; otherwise like `hh_rlhf_pair`.
+        BadRow: if a side is not a list of messages; otherwise as `hh_rlhf_pair`.
     """
     chosen, rejected = _messages(fields, "chosen"), _messages(fields, "rejected")
     system = ""
@@ -48,7 +48,7 @@ def ultrafeedback_pair(fields: Fields) -> Fields:
 
 
 def number(value: Any) -> float | None:
-    """A score, or None for what is none: a column of texts and numbers could not be loaded."""
+    """A finite score, or None for anything else: a column that mixes text and numbers cannot be loaded."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return value if is_number and -math.inf < value < math.inf else None
 
@@ -73,11 +73,11 @@ def _is_message(message: Any) -> bool:
 
 def _pair(chosen: list[Turn], rejected: list[Turn]) -> Fields:
     if chosen[:-1] != rejected[:-1]:
-        raise BadRow("the dialogues differ before the last answer")
+        raise BadRow("the dialogues differ before the last response")
     wanted = ["user", "assistant"] * (len(chosen) // 2)
     for turns in (chosen, rejected):
         if not turns or [role for role, _ in turns] != wanted:
-            raise BadRow("the turns do not alternate from a user's to an assistant's")
+            raise BadRow("the turns do not alternate between user and assistant")
         if not all(said for _, said in turns):
             raise BadRow("a turn is empty")
 

@@ -1,8 +1,7 @@
-"""Pairs out: every row that is read is either written or reported, and a file is whole or not there.
+"""Writes pairs to a .jsonl file and registers it: every row is either written, or reported as dropped.
 
-Pairs are written in LLaMA-Factory's alpaca layout for ranking data: one JSON object a line with `instruction`
-(the last user message), `chosen` and `rejected`, and where there are such, `system` and `history` (the turns before,
-as lists of a user message and its answer).
+Pairs have LLaMA-Factory's alpaca layout for ranking data: one JSON object per line with `instruction` (the last user
+message), `chosen` and `rejected`; and, if present, `system` and `history` (earlier turns, as [user, assistant] lists).
 """
 
 from __future__ import annotations
@@ -23,13 +22,14 @@ from ..whole_files import whole_file, write_whole
 
 @dataclass
 class Tally:
-    """What became of the rows: how many were written how, or dropped why, and the first lines of each kind."""
+    """What became of the rows: the number written, by kind, and dropped, by reason, and the first lines of each."""
 
     written: Counter[str] = field(default_factory=Counter)
     dropped: Counter[str] = field(default_factory=Counter)
     first_lines: dict[str, list[int]] = field(default_factory=dict)
 
     def count(self, counter: Counter[str], what: str, row: Row) -> None:
+        """Count a row as written or dropped, by its kind or reason."""
         counter[what] += 1
         lines = self.first_lines.setdefault(what, [])
         if len(lines) < 5:
@@ -39,17 +39,17 @@ class Tally:
 def write_pairs(
     rows: Iterable[Row], make_pair: Callable[[Row, Fields], tuple[str, Fields]], output: Path, overwrite: bool = False
 ) -> Tally:
-    """Make a pair of each row, and write the pairs, and beside them (`*.dropped.jsonl`) the rows that gave none.
+    """Make a pair from each row. Pairs go to `output`, dropped rows to `*.dropped.jsonl` beside it.
 
     Args:
         rows: from `read_rows`.
-        make_pair: maps a row and its fields to how the pair was made (a word for the tally) and the pair; raises
-            BadRow for a row that gives none.
+        make_pair: maps a row and its fields to the kind of the pair (for the tally) and the pair; raises BadRow for a
+            row to drop.
         output: a .jsonl file; it appears when all rows are done.
-        overwrite: whether it may replace a file.
+        overwrite: whether to replace an existing file.
 
     Raises:
-        UserError: if `output` may not be written, or no row gave a pair.
+        UserError: if `output` must not be written, or no row gave a pair.
     """
     check_output(output, overwrite)
     tally = Tally()
@@ -72,7 +72,7 @@ def write_pairs(
                 tally.count(tally.written, how, row)
                 pairs.write(line + "\n")
         if not tally.written:
-            raise UserError(f"no row gave a pair, so nothing was written: {_most_common(tally)}.")
+            raise UserError(f"nothing was written, because no row makes a pair: {_most_common(tally)}.")
     if not tally.dropped:
         dropped_path.unlink()
     return tally
@@ -86,11 +86,15 @@ def _most_common(tally: Tally) -> str:
 
 
 def check_output(output: Path, overwrite: bool) -> None:
-    """Refuse, before anything is read, an output of another kind, one that is there, or a name that is taken."""
+    """Refuse, before anything is read, an output with another suffix, an existing one, or a name that is taken.
+
+    Raises:
+        UserError: says what to write instead.
+    """
     if output.suffix != ".jsonl":
         raise UserError(f"the output {str(output)!r} must end in .jsonl.")
     if output.exists() and not overwrite:
-        raise UserError(f"{str(output)!r} is there already: give another --output, or --overwrite.")
+        raise UserError(f"{str(output)!r} already exists: choose another --output, or add --overwrite.")
     _registered(output)
 
 
@@ -99,7 +103,7 @@ def _json(fields: Fields, **options: Any) -> str:
 
 
 def _escaped(fields: Fields, **options: Any) -> str:
-    """As JSON that can be written, whatever is in it: half a character only as `\\ud83c`."""
+    """JSON that can be written as UTF-8: half a character is escaped, as `\\ud83c`."""
     readable = _json(fields, **options)
     return readable if is_utf8(readable) else _json(fields, ensure_ascii=True, **options)
 
@@ -110,17 +114,17 @@ INFO = "dataset_info.json"
 
 
 def register(output: Path, columns: Iterable[str] = ()) -> bool:
-    """Name the pairs in the `dataset_info.json` beside them, so that a recipe can say `dataset: <stem>` at once.
+    """Register the pairs in the `dataset_info.json` beside them, so that a recipe can say `dataset: <stem>`.
 
     Args:
         output: the file of pairs.
-        columns: which columns its rows have beside instruction, chosen and rejected: system, history.
+        columns: the columns of its rows beside instruction, chosen and rejected: system, history.
 
     Returns:
-        Whether the name is new; an entry that names this file already stays as it is.
+        Whether the name is new; an existing entry for this file is kept.
 
     Raises:
-        UserError: if the name belongs to another file, or dataset_info.json is no JSON object.
+        UserError: if the name belongs to another file, or dataset_info.json is not a JSON object.
     """
     info = _registered(output)
     if output.stem in info:
@@ -132,29 +136,29 @@ def register(output: Path, columns: Iterable[str] = ()) -> bool:
 
 
 def _registered(output: Path) -> Fields:
-    """What the `dataset_info.json` beside the output holds, checked that the output's name is free or its own."""
+    """The content of the `dataset_info.json` beside the output; the output's name must be free or its own."""
     info = registered(output.parent)
     if output.stem in info and file_of(info, output.stem) != output.name:
         path = str(output.with_name(INFO))
-        raise UserError(f"{path!r} has another data set called {output.stem!r}: give another --output.")
+        raise UserError(f"{path!r} already has another data set named {output.stem!r}: choose another --output.")
     return info
 
 
 def registered(folder: Path) -> Fields:
-    """What a folder's `dataset_info.json` holds, by name of the data set; nothing where there is none.
+    """The content of a folder's `dataset_info.json`, by name of the data set; empty if there is no such file.
 
     Raises:
-        UserError: if it is no JSON object.
+        UserError: if it is not a JSON object.
     """
     path = folder / INFO
     info = parse(path.read_bytes()) if path.is_file() else {}
     if isinstance(info, BadRow):
-        raise UserError(f"{str(path)!r} is not a JSON object: repair it, or name another folder.")
+        raise UserError(f"{str(path)!r} is not a JSON object: correct it, or choose another folder.")
     return info
 
 
 def file_of(info: Fields, name: str) -> str | None:
-    """The file or folder of a data set, if a `dataset_info.json` names one for it."""
+    """The file or folder of a data set, or None if its entry in `dataset_info.json` names none."""
     entry = info.get(name)
     file = entry.get("file_name") if isinstance(entry, dict) else None
     return file if isinstance(file, str) else None

@@ -1,8 +1,8 @@
-"""MetaMath's few-shot pairs made zero-shot, by joining them with MetaMathQA.
+"""Turns MetaMath's few-shot pairs into zero-shot pairs by joining them with MetaMathQA.
 
-A prompt of abacusai/MetaMath_DPO_FewShot holds worked examples and then the question; cutting it at a delimiter would
-cut questions that hold the delimiter. MetaMathQA has the questions (`query`) by their answers (`response`), and the
-pair's chosen answer is such a response: so the question is known, and only has to be found at the prompt's end.
+A prompt of abacusai/MetaMath_DPO_FewShot holds worked examples and then the question. Cutting it at a delimiter would
+cut questions that contain the delimiter. MetaMathQA has each question (`query`) with its `response`, and the chosen
+response of a pair is one of these: so the question is known and only has to be found at the end of the prompt.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ QueryIndex = dict[str, list[str]]
 
 @dataclass(frozen=True)
 class Template:
-    """What stands before a question on its line, and what follows it to the end of the prompt."""
+    """The text before a question on its line, and the text after it to the end of the prompt."""
 
     lead: str
     suffix: str
 
 
 def index_queries(rows: Iterable[Row]) -> tuple[QueryIndex, Counter[str]]:
-    """MetaMathQA by response: the queries that each response answers, both without surrounding white space.
+    """Index MetaMathQA: response -> its queries, both stripped.
 
     Returns:
-        The index, and how often rows could not be used, by reason.
+        The index, and the number of unusable rows by reason.
 
     Raises:
         UserError: if no row has a query and a response.
@@ -46,16 +46,16 @@ def index_queries(rows: Iterable[Row]) -> tuple[QueryIndex, Counter[str]]:
         else:
             index.setdefault(response, []).append(query)
     if not index:
-        raise UserError("the questions have no rows with `query` and `response`: name MetaMathQA with --questions.")
+        raise UserError("--questions has no rows with `query` and `response`: name MetaMathQA.")
     return index, unusable
 
 
 def learn_template(sample: Sequence[Fields], index: QueryIndex) -> Template:
-    """The template that most of the sampled prompts share, read off where their questions stand.
+    """The template that most of the sampled prompts share, learned from the places of their questions.
 
     Args:
         sample: some of the pairs, with `prompt` and `chosen`.
-        index: the queries by response.
+        index: from `index_queries`.
 
     Raises:
         UserError: if most of the questions are not found, or the prompts have no template in common.
@@ -73,31 +73,29 @@ def learn_template(sample: Sequence[Fields], index: QueryIndex) -> Template:
     if 2 * count <= len(sample):
         raise UserError(
             f"only {count} of the first {len(sample)} prompts have a question of --questions in the same place: check "
-            "that the two data sets belong together, or give the text around the last question with --lead and "
-            "--suffix."
+            "that both data sets belong together, or write the text around the last question with --lead and --suffix."
         )
     return template
 
 
 def zero_shot_pair(fields: Fields, index: QueryIndex, template: Template, prompt: str = "") -> tuple[str, Fields]:
-    """A few-shot pair with its question alone.
+    """A few-shot pair reduced to its question.
 
-    Of the queries that the chosen answer belongs to, the one is taken that ends the prompt with nothing but the
-    template's suffix behind it, the longest if there are several (then one is the end of another); a query that occurs
-    in the examples only is not the question. Where there is none, the question is what stands between the template's
-    last lead and its suffix.
+    The question is the query of the chosen response that ends the prompt, with only the template's suffix after it; the
+    longest if there are several (then one is the end of another). A query that occurs only in the examples is not the
+    question. Without such a query, the question is the text between the template's last lead and its suffix.
 
     Args:
         fields: `prompt`, `chosen` and `rejected`.
-        index: the queries by response.
-        template: what stands around the question.
-        prompt: put in front of the question.
+        index: from `index_queries`.
+        template: the text around the question.
+        prompt: text to put before the question.
 
     Returns:
         `matched` or `fallback`, and the pair in LLaMA-Factory's ranking layout.
 
     Raises:
-        BadRow: if a side is empty, or the prompt does not end as the template says.
+        BadRow: if a side is empty, or the prompt does not match the template.
     """
     chosen, rejected = text(fields, "chosen").strip(), text(fields, "rejected").strip()
     body = text(fields, "prompt").rstrip()
@@ -111,13 +109,13 @@ def zero_shot_pair(fields: Fields, index: QueryIndex, template: Template, prompt
 
 
 def _ends_with_question(body: str, query: str, lead: str) -> bool:
-    """Whether the query is the whole last question, not the end of a longer one: the lead is before it."""
+    """Whether the query is the whole last question, not the end of a longer one: the lead precedes it."""
     before = body[: -len(query)]
     return body.endswith(query) and before.endswith(lead) and (lead != "" or before[-1:] in ("", "\n"))
 
 
 def _last_question(body: str, template: Template) -> str:
-    # Without a lead, an empty line is what parts the question from the examples.
+    # Without a lead, an empty line separates the question from the examples.
     _, delimiter, question = body.rpartition(template.lead or "\n\n")
     if not delimiter and template.lead:
         raise BadRow(f"the prompt has no {template.lead!r} before a question")

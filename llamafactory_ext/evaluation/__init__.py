@@ -1,10 +1,10 @@
-"""Models asked and scored: GSM8K, open questions, a judge. Imports neither torch nor LLaMA-Factory before it must.
+"""Evaluates models: GSM8K, open questions, a judge. Imports torch only when needed, and LLaMA-Factory never.
 
-vLLM pins versions that LLaMA-Factory refuses, so this room also runs in an environment that holds neither LLaMA-Factory
-nor this package: as a file, see `__main__`.
+vLLM needs other versions than LLaMA-Factory, so this subpackage also runs by its path in an environment without
+LLaMA-Factory and this package; see `__main__`.
 """
 
 from pathlib import Path
 
-# The words behind an interpreter's name that score a model, in whichever environment that lives.
+# argv after the interpreter's name that scores a model, in whichever environment the interpreter is.
 GSM8K = (str(Path(__file__).with_name("__main__.py")), "gsm8k")

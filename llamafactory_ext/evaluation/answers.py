@@ -1,4 +1,4 @@
-"""Let models answer open questions, such as MT-Bench's, for judge.py to compare.
+"""Let models answer open questions, such as MT-Bench's, for `eval judge` to compare.
 
 llamafactory-ext eval answers --model /path/to/model --data questions.jsonl --output runs/dpo
 
@@ -6,10 +6,10 @@ llamafactory-ext eval answers --model /base --adapter dpo=/lora/dpo --adapter sr
 
 llamafactory-ext eval answers --engine openai --base-url http://127.0.0.1:8000/v1 --model NAME --data ...
 
-A question is `question`, `instruction` (with `input`), `prompt` or the first of `turns`, after the row's `system` and
-`history`. The answers of a run are in OUTPUT/base/answers.jsonl or OUTPUT/ADAPTER/answers.jsonl.
+The question of a row is `question`, `instruction` (with `input`), `prompt` or the first of `turns`, after its `system`
+and `history`. The answers of a run are in OUTPUT/base/answers.jsonl or OUTPUT/ADAPTER/answers.jsonl.
 
-Every answer is kept as it arrives; interrupted, even by kill -9, the same command goes on.
+Each answer is saved as it arrives. Interrupted, even by kill -9: run the same command to resume.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 @with_options
 def main(
     data: Annotated[Path, Opt(help="A jsonl or parquet file with question, instruction, prompt or turns (the first).")],
-    output: Annotated[Path, written_to("A folder for the answers; one sub-folder per model or adapter.")],
+    output: Annotated[Path, written_to("Folder for the answers; one sub-folder per model or adapter.")],
     *,
     options: Options,
 ) -> None:
@@ -68,8 +68,8 @@ class Query:
     """An open question.
 
     Args:
-        id: the row's `id` or `question_id`, else its number, from 1.
-        messages: the row's system turn and history, if it has them, and the question as the last user turn.
+        id: the row's `id` or `question_id`, else its number, counted from 1.
+        messages: the row's system turn and history, if any, and the question as the last user turn.
     """
 
     id: str
@@ -77,13 +77,13 @@ class Query:
 
     @property
     def text(self) -> str:
-        """What a judge reads: the question, or the dialogue that ends in it."""
+        """What a judge reads: the question, or the dialogue that ends with it."""
         if len(self.messages) == 1:
             return self.messages[0]["content"]
         return "\n\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in self.messages)
 
     def chat(self, system: str | None) -> Chat:
-        """What a model is asked: with a system turn, also an empty one, if one is given and the row has none."""
+        """What a model is asked. A row without a system turn gets `system`, even an empty one, unless it is None."""
         if system is None or self.messages[0]["role"] == "system":
             return self.messages
         return [{"role": "system", "content": system}, *self.messages]
@@ -92,10 +92,10 @@ class Query:
 def load_queries(path: Path, limit: int | None = None) -> list[Query]:
     """The questions of a jsonl or parquet file: `question`, `instruction` (and `input`), `prompt`, or first of `turns`.
 
-    LLaMA-Factory's `system` and `history` (pairs of a user's and an assistant's turn) belong to the question.
+    They include LLaMA-Factory's `system` and `history` (pairs of a user and an assistant turn).
 
     Raises:
-        UserError: if there is no such file, a row has no question, or an id occurs twice.
+        UserError: if the file does not exist, a row has no question, or an id occurs twice.
     """
     queries = [_query(number, *located) for number, located in enumerate(_read(path), start=1)][:limit]
     _by_key(path, [query.id for query in queries], queries)
@@ -111,7 +111,7 @@ def _query(number: int, where: str, row: Fields) -> Query:
     history = []
     for turns in row.get("history") or []:
         if not (isinstance(turns, list) and len(turns) == 2):
-            raise UserError(f"{where}: `history` must be a list of pairs, of a user's and an assistant's turn.")
+            raise UserError(f"{where}: `history` must be a list of pairs, each of a user and an assistant turn.")
         user, assistant = turns
         history += [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
     question = "\n".join(filter(None, [text, row.get("input")]))
@@ -119,9 +119,9 @@ def _query(number: int, where: str, row: Fields) -> Query:
 
 
 def write_answers(folder: Path, queries: list[Query], generations: dict[int, Generation]) -> None:
-    """Write `answers.jsonl` into a run's folder: one row of id, question, answer and finish_reason per question.
+    """Write `answers.jsonl` into a run's folder: one row per question, with id, question, answer and finish_reason.
 
-    What the server refused has an empty answer, and `refused` says why.
+    A question that the server refused has an empty answer, and `refused` says why.
     """
     answers = [generations[index] for index in range(len(queries))]
     rows = [
@@ -142,7 +142,7 @@ def write_answers(folder: Path, queries: list[Query], generations: dict[int, Gen
 
 @dataclass(frozen=True)
 class Pair:
-    """A question with the answers of model A and model B; without ids in the data, `id` is its number, from 1."""
+    """A question with the answers of models A and B; without ids in the data, `id` is its number, from 1."""
 
     id: str
     question: str
@@ -151,20 +151,20 @@ class Pair:
 
 
 def load_pairs(a: Path, b: Path, limit: int | None = None) -> tuple[list[Pair], list[str]]:
-    """Two models' answers to the same questions, in the order of the first file, and the ids of questions left out:
-    those that a server has refused to either model, which say nothing of its answers.
+    """Two models' answers to the same questions, in the order of the first file, and the ids of questions left out,
+    because a server refused them for either model.
 
     Rows are matched by `id` (or `question_id`) if every row has one, else by the text of the question.
 
     Args:
-        a: a jsonl or parquet file with `question` and `answer`, or a run's folder of this script, or one that holds
-            that of a single run.
+        a: a jsonl or parquet file with `question` and `answer`, the folder of a run of `eval answers`, or a folder that
+            contains a single run.
         b: likewise.
-        limit: only so many pairs.
+        limit: number of pairs to read, None for all.
 
     Raises:
-        UserError: if a row lacks a field, a question occurs twice, the files do not answer the same questions, or there
-            is none that both models were asked.
+        UserError: if a row lacks a field, a question occurs twice, the files do not answer the same questions, or every
+            question was refused.
     """
     rows_a, rows_b = _answers(a), _answers(b)
     by_id = all(_id(row) for row in [*rows_a, *rows_b])
@@ -175,12 +175,14 @@ def load_pairs(a: Path, b: Path, limit: int | None = None) -> tuple[list[Pair], 
     single = keyed_a.keys() ^ keyed_b.keys()
     if single:
         raise UserError(
-            f"{a} and {b} do not answer the same questions: {len(single)} are in one of them only, such as "
-            f"{min(single)[:80]!r}. Answer the same questions with both models."
+            f"{a} and {b} do not answer the same questions: {len(single)} are in only one of them, such as "
+            f"{min(single)[:80]!r}. Let both models answer the same file."
         )
     for key, row in keyed_a.items():
         if row["question"] != keyed_b[key]["question"]:
-            raise UserError(f"{a} and {b} have different questions under the id {key}: answer the same file with both.")
+            raise UserError(
+                f"{a} and {b} have different questions with the id {key}: let both models answer the same file."
+            )
     pairs, refused = [], []
     for number, (key, row) in itertools.islice(enumerate(keyed_a.items(), start=1), limit):
         called = key if by_id else str(number)
@@ -189,7 +191,7 @@ def load_pairs(a: Path, b: Path, limit: int | None = None) -> tuple[list[Pair], 
         else:
             pairs.append(Pair(called, row["question"], row["answer"], keyed_b[key]["answer"]))
     if not pairs:
-        raise UserError(f"A server has refused every question to {a} or {b}: answer them with answers.py again.")
+        raise UserError(f"Every question was refused for {a} or {b}: run `eval answers` again.")
     return pairs, refused
 
 
@@ -200,7 +202,7 @@ def _answers(path: Path) -> list[Fields]:
     located = _read(path)
     for where, row in located:
         if not all(isinstance(row.get(field), str) for field in ("question", "answer")):
-            raise UserError(f"{where} has no texts `question` and `answer`: name a file with both.")
+            raise UserError(f"{where} has no text in `question` or `answer`: name a file with both.")
     return [row for _, row in located]
 
 
@@ -210,7 +212,7 @@ def _answers(path: Path) -> list[Fields]:
 def _read(path: Path) -> list[tuple[str, Fields]]:
     located = located_rows(str(path))
     if not located:
-        raise UserError(f"{path} holds no rows: write one object per line.")
+        raise UserError(f"{path} is empty: write one JSON object per line.")
     return located
 
 
@@ -223,10 +225,10 @@ def _by_key(path: Path, keys: list[Any], values: list[Any]) -> Fields:
     found = dict(zip(keys, values, strict=True))
     if len(found) < len(keys):
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise UserError(f"{path} has {twice[:80]!r} more than once: give every row an `id` of its own.")
+        raise UserError(f"{path} has {twice[:80]!r} more than once: give each row an `id` of its own.")
     return found
 
 
 def content_hash(rows: list[Query] | list[Pair]) -> str:
-    """sha256 of everything that the rows hold, in their order."""
+    """Fingerprint (SHA-256, hex) of the rows in their order."""
     return hashlib.sha256(json.dumps([astuple(row) for row in rows]).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Ask an engine what has not been answered yet, and keep every reply as it arrives."""
+"""Asks an engine what has not been answered yet, and saves each reply as it arrives."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from .options import Options
 
 
 def is_answered(reply: Generation) -> bool:
+    """Whether a reply is an answer, not a refusal of the server."""
     return reply.refused is None
 
 
@@ -28,20 +29,23 @@ def ask_models(
     output: Path,
     watch: Callable[[Generation], str] = lambda reply: "",
 ) -> dict[str, dict[int, Generation]]:
-    """Ask a model and its adapters what they have not answered yet, in one load; returns the answers of each run.
+    """Ask a model and its adapters what they have not answered yet, in one load.
 
-    The manifest holds everything that the answers depend on: a run is resumed only with the same one.
+    The manifest records everything that the answers depend on; a run resumes only with the same manifest.
 
     Args:
         options: which models, and how they answer.
         chats: the problems in their order.
-        about: what else the answers and their reading depend on, for the manifest.
-        output: holds a folder per run.
+        about: what else the answers and scores depend on, for the manifest.
+        output: the folder that contains a folder per run.
         watch: see `ask_missing`.
 
+    Returns:
+        Run -> index of the problem -> answer.
+
     Raises:
-        UserError: see `ask_missing`; also if an option is wrong or a problem cannot be asked, before anything is loaded
-            or written.
+        UserError: as `ask_missing`; also, before anything is loaded or written, if an option is wrong or a problem
+            cannot be asked.
     """
     settings = options.settings()
     engine = make_engine(options.engine, settings)
@@ -63,7 +67,7 @@ def ask_models(
 
 
 def make_engine(name: str, settings: Settings) -> Engine:
-    """The engine by name; nothing is loaded before `generate`."""
+    """The engine with this name; models are loaded by `generate`."""
     if name == "vllm":
         from .vllm_engine import VllmEngine
 
@@ -84,17 +88,21 @@ def ask_missing(
     is_usable: Callable[[Generation], bool] = is_answered,
     watch: Callable[[Generation], str] = lambda reply: "",
 ) -> dict[str, dict[int, Generation]]:
-    """Ask, in every run, each chat that has no usable reply yet; keep each reply as it arrives and return them all.
+    """Ask, in each run, the chats that have no usable reply yet; save each reply as it arrives.
 
     Args:
-        engine: asked only if something is missing.
+        engine: used only if something is missing.
         chats: what to ask; a reply has the index of its chat.
-        runs: folder and manifest by name, which is the `run` of the engine's jobs.
-        is_usable: whether a reply can stay; others are asked again, and the last reply counts.
-        watch: is shown every reply, those found too, and says what stands beside the progress bar.
+        runs: run -> its folder and manifest.
+        is_usable: whether a reply is kept; other chats are asked again, and the last reply counts.
+        watch: called with each reply, saved ones included; returns the text beside the progress bar.
+
+    Returns:
+        Run -> index of the chat -> reply.
 
     Raises:
-        UserError: if a folder holds another run, the engine fails, or it refuses everything; what was answered is kept.
+        UserError: if a folder belongs to another run, the engine fails, or it refuses everything; replies so far are
+            saved.
     """
     with ExitStack() as stack:
         opened = {name: stack.enter_context(Run(folder)) for name, (folder, _) in runs.items()}
@@ -123,7 +131,7 @@ def ask_missing(
                     opened[job.run].append(reply)
                     count(reply)
             except UserError:
-                # A run without one reply, as after a wrong model name, does not insist on its manifest.
+                # Without a single reply, as after a wrong model name, another manifest may replace this one.
                 for run in opened.values():
                     if not run.read():
                         (run.folder / MANIFEST).unlink()
@@ -134,9 +142,11 @@ def ask_missing(
 def believable(
     replies: Iterable[tuple[Job, Generation]], answered: Iterable[str] = ()
 ) -> Iterator[tuple[Job, Generation]]:
-    """The replies; refusals wait for their run's first answer, for only then it was the question that was refused.
+    """The replies, with a run's refusals held back until its first answer: without one, the request was refused, not
+    the question.
 
     Args:
+        replies: from an engine, each with its job.
         answered: names of runs that have an answer already.
 
     Raises:
@@ -155,29 +165,29 @@ def believable(
         job, reply = refusals[0]
         system = ", such as --system," if job.messages[0]["role"] == "system" else ","
         raise UserError(
-            f"The server refused every question to {run}, {len(refusals)} of them ({reply.refused}): change what it "
-            f"does not take{system} or ask another one."
+            f"The server refused all {len(refusals)} questions to {run} ({reply.refused}): change what it does not "
+            f"accept{system} or use another server."
         )
 
 
 def print_refused(folder: Path, replies: Iterable[Generation], ids: Sequence[str] | None = None) -> None:
-    """Say which problems of a run were refused, and why; by their ids, or by their numbers from 1."""
+    """Print which problems of a run were refused, and why; by id, or else by number, counted from 1."""
     refused = [reply for reply in replies if reply.refused is not None]
     if refused:
         called = [str(reply.index + 1) if ids is None else ids[reply.index] for reply in refused]
         print(
-            f"{folder}: the server refused {len(refused)} problems, which the same command asks again: "
-            f"{first_of(called)} ({refused[0].refused})"
+            f"{folder}: the server refused {len(refused)} problems: {first_of(called)} ({refused[0].refused}). "
+            "Run the same command to ask them again."
         )
 
 
 def first_of(names: Sequence[str]) -> str:
-    """The first twenty names, and whether there are more."""
+    """The first twenty names, with an ellipsis if there are more."""
     return ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
 
 
 def print_left_out(folder: Path, replies: Iterable[Generation]) -> None:
-    """Say which fields the server did not take, so that it used its own values."""
+    """Print which fields the server did not accept, so that its own values applied."""
     fields = sorted({field for reply in replies for field in reply.left_out} - {"max_tokens"})
     if fields:
-        print(f"{folder}: the server does not take {', '.join(fields)}: it was asked without, and has its own values.")
+        print(f"{folder}: the server does not accept {', '.join(fields)}, so its own values apply.")

@@ -1,4 +1,4 @@
-"""`llamafactory-ext eval`: the evaluation's commands together."""
+"""The command group `llamafactory-ext eval`."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
-"""Compare runs of gsm8k.py problem by problem.
+"""Compare runs of `eval gsm8k` problem by problem.
 
 llamafactory-ext eval compare runs/study/dpo runs/study/dpop runs/study/minor_dpo
 
 llamafactory-ext eval compare runs/whole/dpo runs/first100/dpop --shared
 
-The first run is compared with each of the others by McNemar's exact test, corrected by Holm's method where there are
-several. Runs that were asked different problems are refused; with --shared, they are compared on the problems that all
-of them were asked. A problem that a run has not answered counts as wrong there.
+The first run is compared with each other run by McNemar's exact test; with several, p-values are corrected by Holm's
+method. Runs must have been asked the same problems; with --shared, they are compared on the problems that all of them
+were asked. A problem without an answer counts as wrong.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 
 @dataclass(frozen=True)
 class Scored:
-    """A run as gsm8k.py scored it.
+    """A run as `eval gsm8k` scored it.
 
     Args:
-        extractor: the version that read its answers.
-        problems: by index, the id of the problem that it was asked.
-        correct: by index, whether it has the problem right.
-        missing: the indices of the problems that it has no answer to.
+        extractor: version of the answer extractor.
+        problems: index -> id of the problem.
+        correct: index -> whether the answer is correct.
+        missing: the indices of problems without an answer.
     """
 
     extractor: str
@@ -49,24 +49,24 @@ class Scored:
 
 @app.command(cls=Command, help=__doc__, no_args_is_help=True)
 def main(
-    runs: Annotated[
-        list[Path], typer.Argument(help="Folders with a results.json of gsm8k.py; the first is the baseline.")
-    ],
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs of `eval gsm8k`; the first is the baseline.")],
     tier: Annotated[str, typer.Option(help="strict_prompt, strict or flexible.")] = "strict",
-    shared: Annotated[bool, typer.Option("--shared", help="Only the problems that all runs were asked.")] = False,
+    shared: Annotated[
+        bool, typer.Option("--shared", help="Compare only the problems that all runs were asked.")
+    ] = False,
     output: Annotated[
         Path | None,
-        written_to("Also write the comparison to this json file."),
+        written_to("Also write the comparison to this JSON file."),
     ] = None,
 ) -> None:
     if len(runs) < 2:
         raise UserError("Name at least two runs to compare.")
     if tier not in TIERS:
-        raise UserError(f"--tier {tier}: write {', '.join(TIERS)}.")
+        raise UserError(f"--tier {tier} is unknown: write one of {', '.join(TIERS)}.")
     folders = [run_folder(folder, "results.json") for folder in runs]
     loaded = {str(folder): load_scored(folder, tier) for folder in folders}
     if len({folder.resolve() for folder in folders}) < len(folders):
-        raise UserError("A run is named twice: name each once.")
+        raise UserError("A run is named twice: name each run once.")
     comparisons = compare(loaded, shared)
     if output:
         write_whole(output, json.dumps(comparisons, indent=2))
@@ -74,24 +74,24 @@ def main(
 
 
 def load_scored(folder: Path, tier: Tier | str) -> Scored:
-    """A run's verdicts in a tier.
+    """A run's results in a tier.
 
     Raises:
-        UserError: if the folder holds no scored run.
+        UserError: if the folder is not that of a scored run.
     """
     file = folder / "results.json"
     if not file.is_file() and (folder / GENERATIONS).is_file():
-        raise UserError(f"{folder} is not scored yet: run its gsm8k.py command again, which goes on.")
+        raise UserError(f"{folder} is not scored yet: run its `eval gsm8k` command again to resume.")
     if not file.is_file():
-        raise UserError(f"{folder} holds no results.json: name the folder of one run, such as runs/study/base.")
-    again = "score the run again with gsm8k.py --score-only"
+        raise UserError(f"{folder} has no results.json: name the folder of one run, such as runs/study/base.")
+    again = "score the run again with `eval gsm8k --score-only`"
     try:
         result = json.loads(file.read_bytes())
         rows = result.get("rows")
         if not rows:
-            raise UserError(f"{file} is not the score of one run: name a run's own folder, such as runs/study/base.")
+            raise UserError(f"{file} is not of a single run: name a run's own folder, such as runs/study/base.")
         if "problem" not in rows[0]:
-            raise UserError(f"{file} does not say what was asked: {again}.")
+            raise UserError(f"{file} does not record the problems: {again}.")
         return Scored(
             extractor=result["extractor"],
             problems={row["index"]: row["problem"] for row in rows},
@@ -103,14 +103,14 @@ def load_scored(folder: Path, tier: Tier | str) -> Scored:
 
 
 def compare(runs: Mapping[str, Scored], shared: bool = False) -> list[dict[str, Any]]:
-    """The first run against each other one: McNemar's exact test on the discordant problems, p-values by Holm.
+    """The first run against each other run: McNemar's exact test on the discordant problems, p-values also by Holm.
 
     Args:
         runs: by name.
-        shared: whether to compare the problems that all runs were asked, where they were not asked the same.
+        shared: whether to compare only the problems that all runs were asked; otherwise these must be all problems.
 
     Raises:
-        UserError: if the runs were not asked the same problems, or were read by different versions of the extractor.
+        UserError: if the runs were not asked the same problems, or were scored with different extractor versions.
     """
     from statsmodels.stats.multitest import multipletests
 
@@ -122,7 +122,7 @@ def compare(runs: Mapping[str, Scored], shared: bool = False) -> list[dict[str, 
 
 
 def comparable_problems(runs: Mapping[str, Scored], shared: bool) -> list[int]:
-    """The indices of the problems that runs are compared on: all of them, or with `shared` those that all runs have.
+    """The indices of the problems to compare: all, or with `shared` those that all runs were asked.
 
     Raises:
         UserError: as `compare` does.
@@ -130,24 +130,24 @@ def comparable_problems(runs: Mapping[str, Scored], shared: bool) -> list[int]:
     for (first, a), (second, b) in combinations(runs.items(), 2):
         if a.extractor != b.extractor:
             raise UserError(
-                f"{first} and {second} were read by versions {a.extractor} and {b.extractor} of the extractor: score "
-                "both again with gsm8k.py --score-only."
+                f"{first} and {second} were scored with versions {a.extractor} and {b.extractor} of the answer "
+                "extractor: score both again with `eval gsm8k --score-only`."
             )
         both = a.problems.keys() & b.problems.keys()
         other = [index for index in sorted(both) if a.problems[index] != b.problems[index]]
         if other:
             raise UserError(
-                f"{first} and {second} were asked different problems, the first of them number {other[0] + 1}: compare "
-                "runs on the same data."
+                f"{first} and {second} were asked different problems, from number {other[0] + 1} on: compare runs on "
+                "the same data."
             )
         if not shared and a.problems.keys() != b.problems.keys():
             raise UserError(
-                f"{first} was asked {len(a.problems)} problems and {second} {len(b.problems)}, {len(both)} of them the "
-                "same: write --shared to compare the runs on those."
+                f"{first} was asked {len(a.problems)} problems and {second} {len(b.problems)}, with {len(both)} in "
+                "common: add --shared to compare the runs on those."
             )
     indices = sorted(_of_all(runs))
     if not indices:
-        raise UserError(f"{' and '.join(runs)} share no problem: compare runs on the same data.")
+        raise UserError(f"{' and '.join(runs)} have no problem in common: compare runs on the same data.")
     return indices
 
 
@@ -189,9 +189,7 @@ def _print(comparisons: list[dict[str, Any]], runs: Mapping[str, Scored], tier: 
     title = (
         f"{tier}, {first['problems']} problems, baseline {escape(first['baseline'])}: {first['baseline_accuracy']:.1%}"
     )
-    caption = (
-        "p: McNemar's exact test on the problems that only one of the two has right; Holm: corrected over all runs"
-    )
+    caption = "p: McNemar's exact test on the problems that only one of the two solved; Holm: p corrected over all runs"
     table = Table(title=title, caption=caption, box=box.SIMPLE, padding=(0, 1, 0, 0))
     table.add_column("run", overflow="fold")
     for column in ("acc.", "diff.", "both", "base only", "run only", "neither", "p", "Holm"):

@@ -1,4 +1,4 @@
-"""Signs of a model that fell apart: repetition, and answers that never end."""
+"""Signs of degeneration in generated text: repetition, loops, and answers cut off at the token limit."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import zlib
 from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass
 
-# A text is called degenerate where it is empty, ends in a loop, or repeats half of its 4-grams; ordinary worked
-# solutions stay far below these.
+# A text is degenerate if it is empty, ends in a loop, or more than half of its 4-grams are repeated; ordinary worked
+# solutions stay far below these limits.
 MAX_SEQ_REP_4 = 0.5
 MAX_PERIOD = 200
 MIN_REPEATS = 4
@@ -16,12 +16,12 @@ MIN_LOOP = 40  # characters
 
 @dataclass(frozen=True)
 class Degeneration:
-    """The signs in one output.
+    """The signs in one answer.
 
     Args:
-        seq_rep_4: share of the 4-grams of tokens that occurred before in the text (arXiv 1908.04319), from 0 to 1.
-        zlib_ratio: bytes of the text per byte of its zlib compression; ordinary prose has 1 to 3.
-        loop: whether the text ends in a passage of up to 200 characters repeated at least 4 times.
+        seq_rep_4: share of token 4-grams that occurred before in the text (arXiv 1908.04319), from 0 to 1.
+        zlib_ratio: bytes of the text per byte when compressed with zlib; ordinary prose has 1 to 3.
+        loop: whether the text ends with a passage of up to 200 characters repeated at least 4 times.
         cut_off: whether generation ended at the token limit.
         empty: whether there is no text.
     """
@@ -34,16 +34,18 @@ class Degeneration:
 
     @property
     def degenerate(self) -> bool:
+        """Whether the text is empty, ends in a loop, or repeats more than half of its 4-grams."""
         return self.empty or self.loop or self.seq_rep_4 > MAX_SEQ_REP_4
 
     def as_dict(self) -> dict[str, float | bool]:
+        """The signs by name, with `degenerate`."""
         return {**asdict(self), "degenerate": self.degenerate}
 
 
 def inspect_output(
     text: str, tokens: Sequence[Hashable] | None = None, finish_reason: str | None = None
 ) -> Degeneration:
-    """Look for every sign in one output; without token ids, words stand in for tokens."""
+    """Look for all signs in one answer; without token ids, words count as tokens."""
     return Degeneration(
         seq_rep_4=seq_rep(text.split() if tokens is None else tokens, 4),
         zlib_ratio=zlib_ratio(text),
@@ -65,12 +67,13 @@ def seq_rep(tokens: Sequence[Hashable], n: int) -> float:
 
 
 def zlib_ratio(text: str) -> float:
+    """Bytes of the text per compressed byte; 0 for an empty text."""
     raw = text.encode("utf-8", errors="surrogatepass")
     return len(raw) / len(zlib.compress(raw)) if raw else 0.0
 
 
 def ends_in_loop(text: str) -> bool:
-    """Whether the end of the text has a period of at most `MAX_PERIOD` characters, repeated `MIN_REPEATS` times."""
+    """Whether the text ends with a passage of at most `MAX_PERIOD` characters repeated `MIN_REPEATS` times."""
     return _is_loop(text) or _is_loop(text.rstrip())
 
 

@@ -1,9 +1,9 @@
-"""What produces the answers: vLLM in process, an OpenAI-compatible server, or transformers.
+"""The interface of the engines that generate answers: vLLM in process, an OpenAI-compatible server, or transformers.
 
-Every engine takes jobs and yields each answer as soon as it is finished, so that the caller can keep it at once.
-Sampling is greedy unless asked otherwise, and all its parameters are sent with every question. An engine takes those
-that it is not sent from the model's generation_config.json, where a penalty for repetition or a search with beams hides
-the very degeneration that is to be measured. Of that file, only the end tokens count.
+An engine takes jobs and yields each answer as soon as it is finished, so that the caller can save it at once. Decoding
+is greedy by default, and all sampling parameters are sent with every question: an engine would take missing ones from
+the model's generation_config.json, where a repetition penalty or beam search would hide the degeneration that is
+measured here. Of that file, only the end tokens are used.
 """
 
 from __future__ import annotations
@@ -18,9 +18,13 @@ from .chat_templates import Chat, print_unused, prompt_ids
 from .generations import Generation
 from .models import context_length
 
+RESUME = "finished answers are saved; run the same command to resume"
+
 
 @dataclass(frozen=True)
 class Sampling:
+    """Sampling parameters; greedy decoding at temperature 0. `max_tokens` limits an answer."""
+
     temperature: float = 0.0
     top_p: float = 1.0
     repetition_penalty: float = 1.0
@@ -30,7 +34,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Job:
-    """One problem for one model: `run` is the name of the adapter, or `base`."""
+    """A problem for a model: `run` is the name of the adapter, or `base`; `index` is that of the problem, from 0."""
 
     run: str
     index: int
@@ -39,7 +43,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Settings:
-    """What the engines need to know; each uses its part."""
+    """The settings of all engines; each uses its own."""
 
     model: str
     adapters: dict[str, str]
@@ -55,27 +59,30 @@ class Settings:
 
 
 class Engine(Protocol):
+    """What every engine provides."""
+
     def check(self, chats: list[Chat]) -> None:
-        """Refuse, with a UserError, what could not be answered, before anything is loaded or written."""
+        """Raise a UserError for what cannot be answered, before anything is loaded or written."""
 
     def versions(self) -> dict[str, str]:
         """The packages that the answers depend on, for the manifest."""
 
     def parameters(self) -> dict[str, Any]:
-        """What is sent with every question, end tokens too where the engine is told them; for the manifest."""
+        """The parameters that are sent with every question, for the manifest."""
 
     def generate(self, jobs: list[Job]) -> Generator[tuple[Job, Generation]]:
-        """Each job with its answer, or with why it was refused, in the order in which they are finished.
+        """Each job with its answer or refusal, in the order in which they are finished.
 
         Raises:
-            UserError: if the engine fails; what it answered before has been yielded.
+            UserError: if the engine fails; answers so far have been yielded.
         """
 
 
 def check_texts(chats: list[Chat]) -> None:
-    """
+    """Refuse turns that are not text.
+
     Raises:
-        UserError: if a turn is no text, or one that no model could read.
+        UserError: if a turn is not a string, or contains a lone surrogate.
     """
     for number, chat in enumerate(chats, start=1):
         for turn in chat:
@@ -83,27 +90,27 @@ def check_texts(chats: list[Chat]) -> None:
                 turn["content"].encode()
             except (AttributeError, UnicodeEncodeError) as error:
                 raise UserError(
-                    f"The {turn['role']} turn of problem {number} is no text ({error}): correct it in the data, or in "
-                    "--system."
+                    f"The {turn['role']} turn of problem {number} is not text ({error}): correct it in the data, or "
+                    "correct --system."
                 ) from error
 
 
 def check_chats(chats: list[Chat], settings: Settings, tokenizer: Any) -> None:
-    """Refuse what the model's chat template does not take, and a prompt that is too long for its context.
+    """Refuse chats that the model's chat template rejects, and prompts that do not fit the context.
 
     Raises:
-        UserError: with what to change.
+        UserError: says what to change.
     """
     check_texts(chats)
-    made_for = context_length(settings.model)
-    context = min(filter(None, (settings.max_model_len, made_for)), default=None)
+    model_context = context_length(settings.model)
+    context = min(filter(None, (settings.max_model_len, model_context)), default=None)
     for number, chat in enumerate(chats, start=1):
         ids = prompt_ids(tokenizer, chat, settings.chat_template_kwargs, number)
         if context and len(ids) >= context:
-            remedy = "" if context == made_for else "raise --max-model-len, "
+            remedy = "" if context == model_context else "raise --max-model-len, "
             raise UserError(
-                f"The prompt of problem {number} has {len(ids)} tokens, the context {context}: {remedy}shorten the "
-                "prompt, or leave that problem out of the data."
+                f"The prompt of problem {number} has {len(ids)} tokens, but the context length is {context}: {remedy}"
+                "shorten the prompt, or remove the problem from the data."
             )
     print_unused(tokenizer, chats[0], settings.chat_template_kwargs)
 

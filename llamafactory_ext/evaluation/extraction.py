@@ -1,4 +1,4 @@
-r"""Reading the final answer out of a generated solution: exactly, or not at all.
+r"""Reads the final answer from a generated solution: exactly, or not at all.
 
 Three tiers, from strict to flexible:
 
@@ -6,19 +6,18 @@ Three tiers, from strict to flexible:
     strict          what follows the last `(so) the (final) answer is`, in any case, or a line `#### N`
     flexible        the last number of the text
 
-A number is read as written, into a `Decimal`: never rounded, never rescaled, never searched for. What could mean two
-numbers is no answer:
+A number is read as written, into a `Decimal`: never rounded or rescaled. Text that could mean two numbers is no answer:
 
-- A number that its surroundings change is none, in any tier: `8:30`, `10-12`, `2024-05-01`, `5 million`, `10^6`, `3,5`,
+- A number that its context changes is not read, in any tier: `8:30`, `10-12`, `2024-05-01`, `5 million`, `10^6`, `3,5`,
   `40+`, `more than 40`, `± 5`, `- 5`, `A-5`, `2x`, and digits that are not 0 to 9 in some typeface.
-- The strict tiers read one sentence. All numbers in it are the same one, written again behind `=` or in brackets:
-  `40 (40.00)`, `40, because 5 x 8 = 40`. The rest are operands of a calculation whose result is that number; so
-  `5 boxes (5 x 8 = 40 pens)`, `5 boxes of 8` and `5 dollars and ten cents` are no answers.
-- `flexible` looks at the last number only, and has no answer where that one cannot be read.
+- The strict tiers read one sentence. Its numbers must all be the same, repeated after `=` or in brackets (`40 (40.00)`,
+  `40, because 5 x 8 = 40`), or operands of a calculation with that result; so `5 boxes (5 x 8 = 40 pens)`,
+  `5 boxes of 8` and `5 dollars and ten cents` are no answers.
+- `flexible` reads only the last number; if it cannot be read, there is no answer.
 
-English conventions hold: `1,234` is above a thousand, `1.234` is not. An approximation and a bound that includes its
-number (`about 40`, `~40`, `at least 40`) are read as that number. A marker without an answer is skipped; among those
-with one the last counts. Every step is linear in the length of the text, and no text makes it raise.
+English notation applies: `1,234` is above a thousand, `1.234` is not. Approximations and inclusive bounds (`about 40`,
+`~40`, `at least 40`) are read as the number. Markers without an answer are skipped; the last one with an answer counts.
+The time is linear in the length of the text, and no text raises an error.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from functools import lru_cache
 from itertools import chain, pairwise
 from typing import Literal, NamedTuple, get_args
 
-# Recorded with every run: scores of different versions are not comparable.
+# Recorded with every run: scores from different versions are not comparable.
 VERSION = "2"
 
 Tier = Literal["strict_prompt", "strict", "flexible"]
@@ -41,13 +40,14 @@ TIERS: tuple[Tier, ...] = get_args(Tier)
 
 @dataclass(frozen=True)
 class Reading:
-    """What a text answers: its last valid answer, and the first one, which a model that keeps going may contradict."""
+    """The answers in a text: the last valid one, and the first, which a model that keeps generating may contradict."""
 
     answer: Decimal | None
     first: Decimal | None
 
     @property
     def conflict(self) -> bool:
+        """Whether the first and the last answer differ."""
         return self.answer != self.first
 
 
@@ -56,7 +56,7 @@ def extract_answer(text: str, tier: Tier = "strict") -> Decimal | None:
 
     Args:
         text: the generated text, of any length and content.
-        tier: how strictly to read; see the head of this module.
+        tier: how strictly to read; see this module's docstring.
 
     Raises:
         ValueError: for an unknown tier; never because of the text.
@@ -65,7 +65,7 @@ def extract_answer(text: str, tier: Tier = "strict") -> Decimal | None:
 
 
 def read_answer(text: str, tier: Tier = "strict") -> Reading:
-    """Like `extract_answer`, with the first answer beside the last."""
+    """Like `extract_answer`, but returns the first answer as well."""
     if tier not in TIERS:
         raise ValueError(f"{tier!r} is not a tier: write one of {', '.join(TIERS)}.")
     plain = _without_markup(text)
@@ -123,7 +123,7 @@ _MARKUP: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
     (re.compile(r"\{,\}"), ","),
     (re.compile(rf"{_TEXT}\{{([^{{}}]*)\}}"), r" \1 "),
     (re.compile(rf"{_FRAC}\{{([^{{}}]*)\}}\{{([^{{}}]*)\}}"), r" (\1)/(\2) "),
-    # What only decorates. Any other command may compute: it stays, and what it stands in is no answer.
+    # Commands that only decorate. Any other may compute: it is kept, and text with it is no answer.
     (re.compile(rf"(?:{_TEXT}|\\(?:boxed|displaystyle|textstyle|left|right|q?quad))(?![A-Za-z])"), " "),
     (re.compile(r"\\([A-Za-z]+)"), lambda command: _LATEX_SYMBOLS.get(command[1], command[0])),
     (re.compile(r"\\!"), ""),
@@ -139,7 +139,7 @@ _MARKUP: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
 
 
 def _without_markup(text: str) -> str:
-    """The text in plain characters, without what decorates numbers in Markdown and LaTeX; line breaks stay."""
+    """The text in plain characters, without Markdown and LaTeX decoration of numbers; line breaks are kept."""
     for pattern, replacement in _MARKUP:
         text = pattern.sub(replacement, text)
     return text
@@ -155,7 +155,7 @@ _HEADING_ANSWER = re.compile(r"\s*[-+]?[$€£¥₹]?[-+]?\.?[0-9](?:[0-9,./]*[0
 
 
 def _marked(text: str, tier: Tier) -> Iterable[Decimal | None]:
-    """What each marker of the tier is followed by: a number, or None."""
+    """For each marker of the tier, the number after it, or None."""
     marker = _PROMPT_MARKER if tier == "strict_prompt" else _ANY_MARKER
     for match, following in pairwise(chain(marker.finditer(text), [None])):
         assert match is not None
@@ -169,7 +169,7 @@ def _marked(text: str, tier: Tier) -> Iterable[Decimal | None]:
 
 
 def _after_marker(segment: str) -> Decimal | None:
-    """The answer on the marker's line; where that line ends at the marker, a next line that is nothing but a number."""
+    """The answer on the marker's line; if nothing follows the marker there, a next line that is only a number."""
     line, _, rest = segment.partition("\n")
     if line.strip(" :$\r"):
         return _sentence(line)
@@ -180,7 +180,7 @@ def _after_marker(segment: str) -> Decimal | None:
 # --- sentences -------------------------------------------------------------------------------------------------------
 
 _CURRENCY = "$€£¥₹₩₽₱₦₺₫₪฿¢₴₵"
-# What follows explains the answer or starts something else; not so in `5. 3`, `4! = 24`, `80 sq. ft.` and `Dr. Lee`.
+# Text after it explains the answer or starts something else, except in `5. 3`, `4! = 24`, `80 sq. ft.` and `Dr. Lee`.
 _SENTENCE_END = re.compile(rf"(?<!\b(?:Dr|Mr|Ms|Rs))(?<!\bMrs)[.!?](?=\s|$)(?!\s+[{_CURRENCY}]?[-+–×*÷/=(.a-z0-9])")
 _EXPLANATION = re.compile(r"\b(?i:because|since|which|as|so)\b")
 _CLAUSE_END = re.compile(rf"[,;:](?=\s|$)|{_EXPLANATION.pattern}")
@@ -207,9 +207,9 @@ _NUMBER_WORD = re.compile(
 
 
 def _sentence(line: str) -> Decimal | None:
-    """The one number that the first sentence of a line means, or None.
+    """The one number in the first sentence of a line, or None.
 
-    A further clause, and what is in brackets with a `=`, may say the number again as the result of an equation.
+    A further clause, or brackets with a `=`, may repeat the number as the result of an equation.
     """
     part = _SENTENCE_END.split(line, maxsplit=1)[0]
     words = _NUMBER_WORD.finditer(_EXPLANATION.split(part, maxsplit=1)[0])
@@ -223,7 +223,7 @@ def _sentence(line: str) -> Decimal | None:
 
 
 def _sides(clause: str) -> list[Decimal | None]:
-    """What the sides of a clause's equation say, but for calculations beside their result."""
+    """The numbers of the sides of a clause's equation, without calculations beside their result."""
     sides = [side for side in _EQUALS.split(clause) if _has_number(side)]
     results = [side for side in sides if not _is_calculation(side)] or sides
     return [_one_number(side) for side in results]
@@ -257,7 +257,7 @@ _UNFINISHED = re.compile(r"[+×*÷/^]|\bx\b|[-–] ")
 def _is_calculation(side: str) -> bool:
     """Whether every two neighbouring numbers are joined by one operator, and nothing else is computed.
 
-    `5 - 5 x 8` is none, as it may be an answer and its explanation.
+    `5 - 5 x 8` is not one: it may be an answer and its explanation.
     """
     side = _RATE.sub(" ", side)
     runs = list(_OPERAND.finditer(side))
@@ -270,7 +270,7 @@ def _is_calculation(side: str) -> bool:
 
 
 def _operator(gap: str, following: str) -> str | None:
-    """The only operator of a gap between numbers, or None; a minus behind a word needs the same word again.
+    """The only operator in the gap between two numbers, or None; a minus after a word needs the same word again.
 
     `20 pens - 2 pens` is a difference, `5 boxes - 8` may be two statements.
     """
@@ -290,7 +290,7 @@ def _operator(gap: str, following: str) -> str | None:
 
 # --- numbers ---------------------------------------------------------------------------------------------------------
 
-# A run of digits and of what can stand between digits; which runs are numbers is decided afterwards.
+# A run of digits and of characters between digits; which runs are numbers is decided afterwards.
 _RUN = re.compile(rf"\.?[0-9{_NUMERAL}](?:[0-9,.:/{_NUMERAL}]*[0-9{_NUMERAL}])?(?:[eE][-+]?[0-9]{{1,3}}(?![0-9]))?")
 _PLAIN = re.compile(r"(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+")
 _SCIENTIFIC = re.compile(r"[0-9]+(?:\.[0-9]+)?[eE][-+]?[0-9]{1,3}")
@@ -298,14 +298,14 @@ _FRACTION = re.compile(r"([0-9]{1,30})/([0-9]{1,30})")
 _POWER_OF_TEN = re.compile(r" ?[x×] ?10 ?(?:\^|\*\*) ?([-+]?[0-9]{1,3})(?![0-9])")
 _MIXED_FRACTION = re.compile(r" ([0-9]{1,30})/([0-9]{1,30})(?![0-9/])")
 _SIGN = re.compile(rf"(?P<outer>[-+]?)(?:(?:\b[A-Z]{{1,2}})?[{_CURRENCY}]{{1,2}} ?)?(?P<inner>[-+]?)\Z")
-# In front of a number: words and signs that make it another one; and nothing may touch it but what is listed.
+# Before a number: words and signs that change it; only the listed characters may touch it.
 _CHANGED_BEFORE = re.compile(
     r"(?:[-+±×*÷/^<>√–—]|(?<!no (?:more|less) )\bthan|\b(?:minus|negative|plus|times|over|under|above|below|x)"
     r"|\b(?:exceeding|exceeds|sqrt|log|ln|sin|cos|tan)|\b(?:root|square|cube|factorial)(?: of)?) *\(? *\Z"
     rf"|[^\s{_CURRENCY}(\[\"'“‘«:=≈≅~≥≤.,;#&|]\Z|[0-9][\"'“‘«~≥≤.,;#&|]\Z",
     re.IGNORECASE,
 )
-# Behind it: words and letters that multiply it, letters that are variables, operators, and half of a range.
+# After it: words and letters that multiply it, variables, operators, and the rest of a range.
 _CHANGED_BEHIND = re.compile(
     rf"[ -]?(?:[kKMB]s?|(?i:{_SCALES}|{_PARTS}))\b|[abeijnoqruyzEIO](?![A-Za-z])|[xXͰ-Ͽ]"
     r"| (?i:x|squared|cubed|pi|choose|factorial|plus|minus|divided|multiplied)\b"
@@ -315,11 +315,11 @@ _MONEY_SCALE = re.compile(r" ?(?:mm?|b|t)\b", re.IGNORECASE)
 # Python's default context rounds every operation to 28 digits, also a change of sign.
 _WIDE = Context(prec=MAX_PREC, Emax=MAX_EMAX, Emin=MIN_EMIN)
 _EXACT_QUOTIENT = Context(prec=200, traps=[Inexact])  # a finite quotient of 30-digit numbers has fewer digits
-_NEAR = 24  # characters in front of a number that can change it
+_NEAR = 24  # characters before a number that can change it
 
 
 class _Number(NamedTuple):
-    """Where a number's digits begin and all of it ends, and its value if that is certain."""
+    """A number: the start of its digits, its end, and its value if that is certain."""
 
     start: int
     end: int
@@ -327,7 +327,7 @@ class _Number(NamedTuple):
 
 
 def _numbers(text: str) -> Iterator[_Number]:
-    """Every number of the text, those that cannot be read too."""
+    """All numbers in the text, including those that cannot be read."""
     position = 0
     while run := _RUN.search(text, position):
         number = _number(text, run)
@@ -336,7 +336,7 @@ def _numbers(text: str) -> Iterator[_Number]:
 
 
 def _number(text: str, run: re.Match[str]) -> _Number:
-    """The number that begins with this run of digits, with its sign, fraction and power of ten."""
+    """The number that starts with this run of digits, with its sign, fraction and power of ten."""
     start, end = run.span()
     value = _value(run.group())
     power, fraction = _POWER_OF_TEN.match(text, end), _MIXED_FRACTION.match(text, end)
@@ -357,7 +357,7 @@ def _number(text: str, run: re.Match[str]) -> _Number:
         or (signs and in_front.endswith("|"))
         or _CHANGED_BEHIND.match(text, end)
         or (sign.group().strip("+- ") and _MONEY_SCALE.match(text, end))
-        or ("." in run.group() and text.startswith(("..", "…"), end))  # 0.333... goes on
+        or ("." in run.group() and text.startswith(("..", "…"), end))  # 0.333... continues
         or unicodedata.category(text[end : end + 1] or " ")[0] == "M"  # struck out, or repeating
     )
     if value is None or changed:
@@ -375,7 +375,7 @@ def _value(run: str) -> Decimal | None:
 
 
 def _exact_fraction(numerator: int, denominator: int) -> Decimal | None:
-    """numerator / denominator where that is a finite decimal, else None: 3/4 is 0.75, 1/3 is nothing."""
+    """numerator / denominator if it is a finite decimal, else None: 3/4 is 0.75, 1/3 is None."""
     if denominator == 0:
         return None
     try:

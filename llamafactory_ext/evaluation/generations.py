@@ -1,4 +1,4 @@
-"""What a run leaves on disk: a manifest that says what it is, and one line per answer, never lost, never doubled."""
+"""The files of a run: a manifest of what the answers depend on, and one line per answer, never lost or duplicated."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..manifests import first_difference
 from ..whole_files import write_whole
 
 MANIFEST, GENERATIONS = "manifest.json", "generations.jsonl"
-CHUNK = 32  # answers per fsync: what a power cut may cost, never what a kill may double
+CHUNK = 32  # answers per fsync: at most this many are lost in a power cut, none if the process is killed
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,12 @@ class Generation:
     """One answer of a model.
 
     Args:
-        index: of the problem in its data.
-        text: without special tokens.
-        token_ids: of the answer, where the engine tells them.
+        index: of the problem in its data, from 0.
+        text: the answer without special tokens.
+        token_ids: the answer's tokens, if the engine returns them.
         finish_reason: `stop`, or `length` at the token limit.
-        refused: why the server would not take the question; there is no answer then, and `text` is empty.
-        left_out: fields of the request that the model does not take, and which were left to their defaults.
+        refused: why the server refused the question; `text` is empty then.
+        left_out: fields of the request that the server does not accept, so that its defaults applied.
     """
 
     index: int
@@ -43,7 +43,7 @@ class Generation:
 
 
 class Run:
-    """A folder with the answers of one model or adapter to one set of problems; one process at a time writes to it."""
+    """A folder with the answers of one model or adapter to one set of problems; one process writes at a time."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -51,20 +51,22 @@ class Run:
         self.lock = FileLock(folder / ".lock")
 
     def open(self, manifest: dict[str, Any]) -> dict[int, Generation]:
-        """Begin or resume, and return what is there already.
+        """Start or resume the run, and return the saved answers by problem.
 
         Raises:
-            UserError: if the folder holds a run with another manifest, or another process is writing to it.
+            UserError: if the folder belongs to a run with another manifest, or another process is writing to it.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
             self.lock.acquire(timeout=0)
         except Timeout:
             raise UserError(
-                f"Another process writes to {self.folder}: wait for it, or name another --output."
+                f"Another process is writing to {self.folder}: wait for it, or choose another --output."
             ) from None
         except NotImplementedError:
-            raise UserError(f"{self.folder} is on a file system without locks: name an --output on another.") from None
+            raise UserError(
+                f"{self.folder} is on a file system without locks: choose an --output on another."
+            ) from None
         file = self.folder / MANIFEST
         if file.is_file():
             self._refuse_another(self.manifest(), manifest)
@@ -77,23 +79,23 @@ class Run:
         return done
 
     def manifest(self) -> dict[str, Any]:
-        """What the run was begun with.
+        """The manifest that the run was started with.
 
         Raises:
-            UserError: if that cannot be read.
+            UserError: if it cannot be read.
         """
         file = self.folder / MANIFEST
         try:
             return dict(json.loads(file.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError, RecursionError) as error:
-            raise UserError(f"{file} cannot be read ({error}): name another --output.") from error
+            raise UserError(f"{file} cannot be read ({error}): choose another --output.") from error
 
     def _refuse_another(self, recorded: dict[str, Any], manifest: dict[str, Any]) -> None:
         if (difference := first_difference(recorded, manifest)) is not None:
-            raise UserError(f"{self.folder} holds another run: {difference}. Name another --output.")
+            raise UserError(f"{self.folder} belongs to another run: {difference}. Choose another --output.")
 
     def _drop_torn_line(self) -> None:
-        """Cut off a last line that a kill left unfinished; its problem is asked again."""
+        """Remove an incomplete last line, left by a killed process; its problem is asked again."""
         if not self.path.is_file():
             return
         with self.path.open("rb+") as file:
@@ -102,7 +104,7 @@ class Run:
                 file.truncate(content.rfind(b"\n") + 1)
 
     def append(self, generation: Generation) -> None:
-        """Add one answer: handed to the operating system at once, which keeps it if this process is killed."""
+        """Save one answer: written to the operating system at once, so that it survives if this process is killed."""
         self.file.write(json.dumps(asdict(generation)) + "\n")
         self.file.flush()
         self.unsynced += 1
@@ -111,31 +113,35 @@ class Run:
             self.unsynced = 0
 
     def refuse_others(self, answers: Iterable[int], count: int) -> None:
-        """
+        """Refuse answers to unknown problems.
+
         Raises:
-            UserError: if there is an answer to none of the problems, whose indices begin with 0.
+            UserError: if an index is not below `count`, the number of problems.
         """
         unknown = [index for index in answers if index >= count]
         if unknown:
-            raise UserError(f"{self.path} answers a problem {unknown[0]}, which there is not: remove that line.")
+            raise UserError(
+                f"{self.path} has an answer to problem {unknown[0]}, which does not exist: remove that line."
+            )
 
     def read(self) -> dict[int, Generation]:
-        """The answers by problem; a torn last line is left out.
+        """The saved answers by problem, without an incomplete last line.
 
         Raises:
-            UserError: if a line that is not the last is damaged.
+            UserError: if a complete line is damaged.
         """
         if not self.path.is_file():
             return {}
         found = {}
-        *lines, _ = self.path.read_bytes().split(
-            b"\n"
-        )  # and nothing else: an answer may hold what str takes for a line end
+        # Not `splitlines`: an answer may contain other characters that str counts as line ends.
+        *lines, _ = self.path.read_bytes().split(b"\n")
         for number, line in enumerate(lines, start=1):
             try:
                 generation = _generation(json.loads(line))
             except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-                raise UserError(f"{self.path}, line {number} is damaged ({error}): remove it and resume.") from error
+                raise UserError(
+                    f"{self.path}, line {number} is damaged ({error}): remove it, then run the same command to resume."
+                ) from error
             found[generation.index] = generation
         return found
 
@@ -153,30 +159,30 @@ class Run:
 
 
 def _generation(fields: dict[str, Any]) -> Generation:
-    """A line's answer; what a later release has added to it is left out.
+    """The answer in a line; fields that a later release has added are ignored.
 
     Raises:
-        ValueError, TypeError, KeyError: if it is none.
+        ValueError, TypeError, KeyError: if it is not an answer.
     """
     known = {field.name: fields[field.name] for field in dataclass_fields(Generation) if field.name in fields}
     generation = Generation(**{**known, "left_out": tuple(known.get("left_out", ()))})
     if type(generation.index) is not int or generation.index < 0 or not isinstance(generation.text, str):
-        raise ValueError("its index is no whole number, or its text no text")
+        raise ValueError("its index is not a whole number, or its text is not text")
     ids = generation.token_ids
     if ids is not None and not (isinstance(ids, list) and all(type(each) is int for each in ids)):
-        raise ValueError("its token_ids are no whole numbers")
+        raise ValueError("its token_ids are not whole numbers")
     return generation
 
 
 def run_folder(folder: Path, file: str) -> Path:
-    """The folder of a run: the one named, unless it is only the --output that holds a single run's folder.
+    """The folder of a run: `folder` itself, or the single run in it that has `file`.
 
     Raises:
-        UserError: if several do.
+        UserError: if it contains several runs.
     """
     inner = sorted(path.parent for path in folder.glob(f"*/{file}"))
     if not inner or (folder / GENERATIONS).is_file():
         return folder
     if len(inner) > 1:
-        raise UserError(f"{folder} holds several runs: name one, such as {inner[0]}.")
+        raise UserError(f"{folder} contains several runs: name one, such as {inner[0]}.")
     return inner[0]

@@ -1,4 +1,4 @@
-"""Score a model on GSM8K: generate, extract, and say how sure the score is.
+"""Score a model on GSM8K: generate answers, extract numbers, and report accuracy with confidence intervals.
 
 llamafactory-ext eval gsm8k --model /path/to/model --data openai/gsm8k --output runs/dpo
 
@@ -10,10 +10,9 @@ llamafactory-ext eval gsm8k --model /path/to/qwen3 --chat-template-kwargs '{"ena
 
 llamafactory-ext eval gsm8k --score-only --data test.jsonl --output runs/dpo
 
-Every answer is kept as it arrives; interrupted, even by kill -9, the same command goes on.
+Each answer is saved as it arrives. Interrupted, even by kill -9: run the same command to resume.
 
-vLLM lives in an environment of its own (`make eval-env`), without LLaMA-Factory: there, write `python
-evaluation/gsm8k.py`.
+vLLM needs an environment of its own without LLaMA-Factory (`make eval-env`): there, run `python evaluation/gsm8k.py`.
 """
 
 from __future__ import annotations
@@ -40,9 +39,9 @@ from .scoring import score_run
 __all__ = ["extract_answer", "is_degenerate"]
 
 LEGEND = (
-    "strict: behind the last `the answer is` or `####`; prompt: behind `So the answer is:`; flex.: the last number; "
-    "confl.: first and last answer differ; degen.: empty, looping or repeating itself; cut: at the token limit; "
-    "miss.: without an answer, which counts as wrong"
+    "strict: after the last `the answer is` or `####`; prompt: after `So the answer is:`; flex.: the last number; "
+    "confl.: first and last answer differ; degen.: empty, looping or repetitive; cut: at the token limit; "
+    "miss.: no answer, counts as wrong"
 )
 
 
@@ -54,10 +53,10 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 @with_options
 def main(
     data: Annotated[str, Opt(help="A jsonl or parquet file with question and answer (`#### N`), or openai/gsm8k.")],
-    output: Annotated[Path, written_to("A folder for the answers and scores; one sub-folder per model or adapter.")],
-    split: Annotated[str, Opt(help="Split of a hub data set.")] = "test",
-    prompt: Annotated[str, Opt(help="paper (MinorDPO's), plain, or a file that holds {question}.")] = "paper",
-    score_only: Annotated[bool, Opt("--score-only", help="Score the answers that are there; no model needed.")] = False,
+    output: Annotated[Path, written_to("Folder for the answers and scores; one sub-folder per model or adapter.")],
+    split: Annotated[str, Opt(help="Split of a Hub data set.")] = "test",
+    prompt: Annotated[str, Opt(help="paper (MinorDPO's), plain, or a file that contains {question}.")] = "paper",
+    score_only: Annotated[bool, Opt("--score-only", help="Only score saved answers; needs no model.")] = False,
     *,
     options: Options,
 ) -> None:
@@ -78,7 +77,7 @@ def main(
 
 
 def _running_accuracy(gold: dict[int, Decimal]) -> Callable[[Generation], str]:
-    """What the progress bar says beside its numbers: the strict accuracy so far."""
+    """The text beside the progress bar: the strict accuracy so far."""
     right: list[bool] = []
 
     def watch(generation: Generation) -> str:
@@ -95,25 +94,25 @@ def _recorded_runs(output: Path, data: str, data_hash: str, count: int) -> list[
     """The folders of the runs in an output.
 
     Raises:
-        UserError: if there is none, or one answers other problems than these.
+        UserError: if there is none, or one was asked other problems.
     """
     runs = sorted(path.parent for path in output.glob(f"*/{MANIFEST}"))
     if not runs:
-        raise UserError(f"{output} holds no runs: name the --output of an earlier run.")
+        raise UserError(f"{output} contains no runs: name the --output of an earlier run.")
     for folder in runs:
         asked = Run(folder).manifest().get("data")
         if not isinstance(asked, dict):
-            raise UserError(f"{folder / MANIFEST} does not say what was asked: score another --output.")
+            raise UserError(f"{folder / MANIFEST} does not record the problems: score another --output.")
         if asked.get("sha256") != data_hash:
             raise UserError(
-                f"{folder} answers {asked.get('problems')} problems of {asked.get('source')}, which are not the "
-                f"{count} that {data} holds now: name the --data and the --limit that it was asked with."
+                f"{folder} has answers to {asked.get('problems')} problems of {asked.get('source')}, not to the "
+                f"{count} problems of {data}: write the --data and --limit of that run."
             )
     return runs
 
 
 def _score(runs: list[Path], questions: list[Question], output: Path) -> None:
-    """Score each run into its folder, and print one table over all."""
+    """Score each run, write results.json into its folder, and print one table of all runs."""
     summaries, answers = {}, {}
     for folder in runs:
         run = Run(folder)
@@ -127,7 +126,7 @@ def _score(runs: list[Path], questions: list[Question], output: Path) -> None:
     for folder in runs:
         print_refused(folder, answers[folder].values())
         print_left_out(folder, answers[folder].values())
-    print(f"\nAll of it: {output / 'results.json'}; each answer read: {output}/*/results.json")
+    print(f"\nScores: {output / 'results.json'}; each answer: {output}/*/results.json")
 
 
 def _print_summary(summaries: dict[str, dict[str, Any]]) -> None:

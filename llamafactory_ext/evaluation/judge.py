@@ -6,16 +6,16 @@ llamafactory-ext eval judge --a runs/answers/sr_dpo --b runs/answers/dpo --names
 
 llamafactory-ext eval judge --a sr_dpo.jsonl --b dpo.jsonl --show-prompt
 
-Answers are rows of `question` and `answer`, perhaps with an `id`; answers.py makes them. The judge is any server with
-OpenAI's chat API (its key in OPENAI_API_KEY). It sees every pair in both orders and ends each reply with a line [[A]]
-(the first answer is better), [[B]] (the second) or [[C]] (equally good).
+Answers are rows with `question` and `answer`, optionally with an `id`; `eval answers` writes them. The judge is any
+server with OpenAI's chat API (its key in OPENAI_API_KEY). It sees each pair in both orders and ends each reply with a
+line [[A]] (the first answer is better), [[B]] (the second) or [[C]] (equally good).
 
-A question is a win for a model only if it is preferred in both orders. Everything else is a tie: two ties, a tie and a
-win, or two orders that contradict each other. A reply whose last line is not a verdict, or that was cut at the token
-limit, is never interpreted, nor is a refusal: its question is listed and left out of the rates, and the same command
-asks it again. A judge that takes no --temperature is asked at its own, which the results say.
+A model wins a question only if it is preferred in both orders. Everything else is a tie: two ties, a tie and a win, or
+two orders that contradict each other. Refusals, replies without a verdict in the last line, and replies cut off at the
+token limit have no verdict: their questions are listed and excluded from the rates, and the same command asks them
+again. A judge that does not accept --temperature uses its own, which the results record.
 
-Every reply is kept as it arrives; interrupted, even by kill -9, the same command goes on.
+Each reply is saved as it arrives. Interrupted, even by kill -9: run the same command to resume.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ PLACES = ("question", "first", "second")
 
 Position = Literal["first", "second", "tie"]
 POSITIONS: dict[str, Position] = {"A": "first", "B": "second", "C": "tie"}
-# The last line and nothing else on it; judges like to print it in bold.
+# The last line, with nothing else on it; judges often print it in bold.
 VERDICT_LINE = re.compile(r"(?:^|\n)[ \t]*(?:\*\*)?\[\[([ABC])\]\](?:\*\*)?\s*\Z")
 
 Opt = typer.Option
@@ -76,23 +76,25 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 
 @app.command(cls=Command, help=__doc__, no_args_is_help=True)
 def main(
-    a: Annotated[Path, Opt(help="Model A: a jsonl or parquet file of its answers, or a folder of answers.py.")],
+    a: Annotated[Path, Opt(help="Model A: a jsonl or parquet file of its answers, or a run of `eval answers`.")],
     b: Annotated[Path, Opt(help="Model B: its answers to the same questions.")],
-    judge: Annotated[str, Opt(help="The name that the judge is served by.")] = "",
+    judge: Annotated[str, Opt(help="The judge's name on its server.")] = "",
     output: Annotated[
         Path | None,
-        written_to("A folder for the replies and results of this comparison."),
+        written_to("Folder for the replies and results of this comparison."),
     ] = None,
-    base_url: Annotated[str, Opt(help="The judge's server; the key in OPENAI_API_KEY.")] = "http://127.0.0.1:8000/v1",
-    prompt: Annotated[Path | None, Opt(help="A file that holds {question}, {first} and {second}.")] = None,
-    names: Annotated[str | None, Opt(help="What to call A and B: dpo,sr_dpo. Default: their paths.")] = None,
-    concurrency: Annotated[int, Opt(min=1, help="Requests at a time.")] = 16,
-    limit: Annotated[int | None, Opt(min=1, help="Only the first questions of A.")] = None,
+    base_url: Annotated[
+        str, Opt(help="The judge's server; its key is read from OPENAI_API_KEY.")
+    ] = "http://127.0.0.1:8000/v1",
+    prompt: Annotated[Path | None, Opt(help="A file that contains {question}, {first} and {second}.")] = None,
+    names: Annotated[str | None, Opt(help="Names of A and B, such as dpo,sr_dpo (default: their paths).")] = None,
+    concurrency: Annotated[int, Opt(min=1, help="Parallel requests.")] = 16,
+    limit: Annotated[int | None, Opt(min=1, help="Number of questions to use, from A's first (default: all).")] = None,
     temperature: Annotated[float, Opt(min=0, help="0: greedy.")] = 0.0,
-    max_tokens: Annotated[int, Opt(min=1, help="Of a reply.")] = 1024,
+    max_tokens: Annotated[int, Opt(min=1, help="Token limit of a reply.")] = 1024,
     chat_template_kwargs: ChatTemplateKwargs = "{}",
     show_prompt: Annotated[
-        bool, Opt("--show-prompt", help="Print the first question's requests; ask nothing.")
+        bool, Opt("--show-prompt", help="Print the requests for the first question; ask nothing.")
     ] = False,
 ) -> None:
     template = load_judge_prompt(prompt)
@@ -121,7 +123,7 @@ def main(
     }
     write_whole(output / "results.json", json.dumps({"summary": summary, "rows": rows}, indent=1))
     _print_summary(summary)
-    print(f"\nAll of it, with every reply: {output / 'results.json'}")
+    print(f"\nResults with every reply: {output / 'results.json'}")
 
 
 def _parse_names(names: str | None, a: Path, b: Path) -> list[str]:
@@ -135,9 +137,9 @@ def _parse_names(names: str | None, a: Path, b: Path) -> list[str]:
 
 
 class JudgeEngine(OpenAIEngine):
-    """A judge, asked with the standard fields of the chat API only: it judges with the settings that it is served with.
+    """A judge, asked with standard fields of the chat API only; for the rest, its server's settings apply.
 
-    Models that reason take no temperature but their own, which is left to them.
+    Reasoning models accept no temperature other than their own, so it is optional.
     """
 
     def parameters(self) -> dict[str, Any]:
@@ -150,7 +152,7 @@ class JudgeEngine(OpenAIEngine):
 
 
 def _judge(engine: JudgeEngine, template: str, pairs: list[Pair], output: Path) -> dict[int, Generation]:
-    """Ask what has no verdict yet; the manifest holds everything that a verdict depends on."""
+    """Ask for the missing verdicts; the manifest records everything that a verdict depends on."""
     sampling = engine.settings.sampling
     manifest = {
         "data": {"sha256": content_hash(pairs), "questions": len(pairs)},
@@ -166,30 +168,30 @@ def _judge(engine: JudgeEngine, template: str, pairs: list[Pair], output: Path) 
 
 
 def load_judge_prompt(path: Path | None) -> str:
-    """The judge's prompt, or the text of a template file instead.
+    """The judge's prompt: the built-in one, or the text of a template file.
 
     Raises:
-        UserError: if there is no such file, or it lacks `{question}`, `{first}` or `{second}`.
+        UserError: if the file does not exist, or lacks `{question}`, `{first}` or `{second}`.
     """
     if path is None:
         return JUDGE_PROMPT
     if not path.is_file():
-        raise UserError(f"There is no prompt file {path}: write one, or leave --prompt out.")
+        raise UserError(f"The prompt file {path} does not exist: write one, or remove --prompt.")
     template = path.read_text(encoding="utf-8").rstrip("\n")
     missing = [f"{{{place}}}" for place in PLACES if f"{{{place}}}" not in template]
     if missing:
-        raise UserError(f"The prompt file {path} does not hold {' and '.join(missing)}: write it where it belongs.")
+        raise UserError(f"The prompt file {path} does not contain {' and '.join(missing)}: write it where it belongs.")
     return template
 
 
 def both_orders(template: str, pair: Pair) -> tuple[Chat, Chat]:
-    """The chats that ask about a pair: with A's answer first, and with B's first."""
+    """The two requests about a pair: with A's answer first, and with B's first."""
     return _chat(template, pair.question, pair.a, pair.b), _chat(template, pair.question, pair.b, pair.a)
 
 
 def _chat(template: str, question: str, first: str, second: str) -> Chat:
     texts = dict(zip(PLACES, (question, first, second), strict=True))
-    # All places at once: what an answer holds in braces is never filled in.
+    # All placeholders at once: braces in an answer are never filled in.
     content = re.sub(rf"\{{({'|'.join(PLACES)})\}}", lambda place: texts[place[1]], template)
     return [{"role": "user", "content": content}]
 
@@ -203,13 +205,13 @@ def _show(template: str, pair: Pair, called: list[str]) -> None:
 
 
 def parse_verdict(reply: Generation) -> Position | None:
-    """Which position the judge prefers, or None if its last line is no verdict or it was cut at the token limit."""
+    """Which position the judge prefers; None if the last line is not a verdict, or the reply was cut off."""
     match = VERDICT_LINE.search(reply.text)
     return POSITIONS[match[1]] if match and reply.finish_reason != "length" else None
 
 
 def outcome(a_first: Position | None, b_first: Position | None) -> Literal["win", "tie", "lose"] | None:
-    """Model A's result on a question from the verdicts in both orders; None if one of them is missing."""
+    """Model A's result on a question, from the verdicts in both orders; None if a verdict is missing."""
     if a_first is None or b_first is None:
         return None
     if (a_first, b_first) == ("first", "second"):
@@ -218,7 +220,7 @@ def outcome(a_first: Position | None, b_first: Position | None) -> Literal["win"
 
 
 def judge_rows(pairs: list[Pair], replies: Mapping[int, Generation]) -> list[dict[str, Any]]:
-    """One row per question; replies 2i and 2i + 1 are those to pair i with A's and with B's answer first."""
+    """One row per question; replies 2i and 2i + 1 belong to pair i with A's and with B's answer first."""
     rows = []
     for number, pair in enumerate(pairs):
         a_first, b_first = replies[2 * number], replies[2 * number + 1]
@@ -242,7 +244,7 @@ def _judgment(verdict: Position | None, reply: Generation) -> dict[str, str | No
 def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Model A's win, tie and lose rates over the questions judged in both orders, and the judge's position bias.
 
-    `contradictions`: both orders prefer the same position, that is, different models. `positions`: the verdicts.
+    `contradictions`: both orders prefer the same position, so different models. `positions`: verdicts by position.
 
     Raises:
         UserError: if no question has a verdict in both orders.
@@ -252,8 +254,8 @@ def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
     judged = [row for row in rows if row["outcome"]]
     if not judged:
         raise UserError(
-            f"None of {len(rows)} questions has a verdict in both orders: read the replies in generations.jsonl, and "
-            "name another --judge or --prompt, with another --output."
+            f"None of {len(rows)} questions has a verdict in both orders: read the replies in generations.jsonl, then "
+            "choose another --judge or --prompt, and another --output."
         )
     count = len(judged)
     orders = [(row["a_first"]["verdict"], row["b_first"]["verdict"]) for row in judged]
@@ -295,12 +297,14 @@ def _print_summary(summary: dict[str, Any]) -> None:
     verdicts = 2 * summary["judged"]
     first, second = (summary["positions"][position] / verdicts for position in ("first", "second"))
     print(f"Exact sign test on wins and losses: p = {summary['sign_test_p']:.3g}")
-    print(f"Questions on which the two orders contradict each other: {summary['contradictions']['rate']:.1%}")
+    print(f"Questions where the two orders contradict each other: {summary['contradictions']['rate']:.1%}")
     print(f"Verdicts for the answer shown first: {first:.1%}, second: {second:.1%}")
     if count := summary["unparseable"]["replies"]:
         ids = summary["unparseable"]["questions"]
-        print(f"Replies without a verdict, asked again by the same command: {count}, to questions {first_of(ids)}")
+        print(
+            f"Replies without a verdict: {count}, to questions {first_of(ids)}. Run the same command to ask them again."
+        )
     if refused := summary["refused"]:
-        print(f"Questions left out, as a server refused them to A or B: {len(refused)}, {first_of(refused)}")
+        print(f"Questions left out, because a server refused them for A or B: {len(refused)}, {first_of(refused)}")
     if "temperature" in summary["left_out"]:
-        print("The judge takes no temperature: it was asked at its own, so that its verdicts may vary.")
+        print("The judge does not accept a temperature: it used its own, so its verdicts may vary.")

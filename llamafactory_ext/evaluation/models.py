@@ -1,4 +1,4 @@
-"""The models that are asked: their names on the command line, and what their folders hold."""
+"""The models that are asked: their names on the command line, and the contents of their folders."""
 
 from __future__ import annotations
 
@@ -14,12 +14,16 @@ BASE = "base"  # the run of the model itself, beside those of its adapters
 
 
 class EngineName(StrEnum):
+    """Values of --engine."""
+
     vllm = "vllm"
     openai = "openai"
     hf = "hf"
 
 
 class Dtype(StrEnum):
+    """Values of --dtype."""
+
     auto = "auto"
     float32 = "float32"
     bfloat16 = "bfloat16"
@@ -27,53 +31,53 @@ class Dtype(StrEnum):
 
 
 def local_model(model: str, engine: EngineName) -> str:
-    """The model's folder, fetched from the hub if it is a hub name; a served model is only a name.
+    """The model's folder, downloaded from the Hugging Face Hub if needed; for a server, only the name.
 
     Raises:
-        UserError: if there is no such model.
+        UserError: if the model does not exist.
     """
     if not model:
-        raise UserError("--model is missing: name a model folder or hub name.")
+        raise UserError("--model is missing: write a model folder or a name on the Hub.")
     if engine is EngineName.openai or Path(model, "config.json").is_file():
         return model
     if model.startswith((".", "/")) or Path(model).exists():
-        raise UserError(f"There is no model at {model}: name a folder with config.json, weights and tokenizer.")
+        raise UserError(f"{model} is not a model: name a folder with config.json, weights and tokenizer.")
 
     from huggingface_hub import snapshot_download
 
     try:
         return snapshot_download(model, ignore_patterns=["original/*", "*.pth", "*.gguf"])
     except Exception as error:
-        raise UserError(f"{model} is neither a folder nor to be had from the hub ({error}).") from error
+        raise UserError(f"{model} is neither a folder nor available on the Hub ({error}): correct --model.") from error
 
 
 def parse_adapters(words: list[str], engine: EngineName) -> dict[str, str]:
-    """LoRA adapters, written as NAME=DIR; a server's are only names.
+    """LoRA adapters by name, from NAME=DIR; for a server, DIR is not read.
 
     Raises:
-        UserError: if a word is written otherwise, or a folder holds no adapter.
+        UserError: if a word has another form, or a folder is not an adapter's.
     """
     adapters = {}
     for word in words:
         name, equals, folder = word.partition("=")
         if not (name and equals and folder) or name == BASE or "/" in name:
-            raise UserError(f"--adapter {word}: write NAME=DIR, with a name that is no path and not `{BASE}`.")
+            raise UserError(f"--adapter {word}: write NAME=DIR, where NAME is not a path and not `{BASE}`.")
         if engine is not EngineName.openai and not Path(folder, "adapter_config.json").is_file():
-            raise UserError(f"{folder} holds no adapter_config.json: name the folder of a LoRA adapter with --adapter.")
+            raise UserError(f"{folder} has no adapter_config.json: name the folder of a LoRA adapter with --adapter.")
         adapters[name] = folder
     return adapters
 
 
 def folder_hashes(folder: str | None) -> dict[str, str] | None:
-    """sha256 of the files of a model or adapter; None where there is no folder."""
+    """SHA-256 of each file of a model or adapter; None if there is no folder."""
     return hashes.of_model(Path(folder), ["*"]) if folder and Path(folder).is_dir() else None
 
 
 def load_tokenizer(model: str) -> Any:
-    """transformers' tokenizer of a model, with a chat template.
+    """The model's tokenizer, which has a chat template.
 
     Raises:
-        UserError: if it cannot be loaded, or has no template that would be taken without naming it.
+        UserError: if it cannot be loaded, or has no default chat template.
     """
     from transformers import AutoTokenizer
 
@@ -81,12 +85,12 @@ def load_tokenizer(model: str) -> Any:
         tokenizer: Any = AutoTokenizer.from_pretrained(model)
     except Exception as error:
         raise UserError(
-            f"The tokenizer of {model} does not load ({in_a_line(error)}): correct its files, or add what is missing."
+            f"The tokenizer of {model} cannot be loaded ({in_a_line(error)}): correct or complete its files."
         ) from error
     template = tokenizer.chat_template
     if template and isinstance(template, dict) and "default" not in template:
         raise UserError(
-            f"{model} has chat templates {', '.join(sorted(template))}, and none called `default`: call one of them so."
+            f"{model} has chat templates {', '.join(sorted(template))}, but no `default`: rename one to `default`."
         )
     if not template:
         raise UserError(f"{model} has no chat template: add a chat_template.jinja to its folder.")
@@ -94,7 +98,7 @@ def load_tokenizer(model: str) -> Any:
 
 
 def context_length(model: str) -> int | None:
-    """How many tokens a model has been made for; None if its configuration does not say.
+    """The context length of a model in tokens; None if its configuration does not say.
 
     Raises:
         UserError: if the configuration cannot be read.
@@ -104,12 +108,12 @@ def context_length(model: str) -> int | None:
 
 
 def end_tokens(model: str, tokenizer: Any) -> list[int]:
-    """The ids of the tokens that end an answer, as vLLM has them: generation_config.json's, and the tokenizer's own.
+    """The ids of the tokens that end an answer: as in vLLM, those in generation_config.json and the tokenizer's own.
 
-    Without that file, config.json's take its place, as in transformers.
+    Without that file, those in config.json are used, as in transformers.
 
     Raises:
-        UserError: if the file cannot be read, or names what is no token.
+        UserError: if the file cannot be read, or has an eos_token_id that is not a token id.
     """
     file = Path(model, "generation_config.json")
     if file.is_file():

@@ -1,4 +1,4 @@
-"""Any server with OpenAI's chat API, such as `vllm serve`."""
+"""The engine for servers with OpenAI's chat API, such as `vllm serve`."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from typing import Any
 
 from ..errors import UserError
 from .chat_templates import Chat
-from .engines import Job, Settings, check_texts, package_versions
+from .engines import RESUME, Job, Settings, check_texts, package_versions
 from .generations import Generation
 
-# What a server says of one request, not of all: too long a prompt, or content that it does not take.
+# Statuses that concern one request, not all: a prompt that is too long, or content that is not accepted.
 REFUSED = (400, 413, 422)
-# What it says of a field that it does not know or take.
+# Statuses for a field that the server does not know or accept.
 FIELD_REFUSED = (400, 422)
-# What `vllm serve` takes from the model's generation_config.json where a request does not say it; other servers may not
-# know all of these. -1 is vLLM's oldest way to say that top_k limits nothing.
+# Fields that `vllm serve` would take from the model's generation_config.json if a request did not set them; other
+# servers may not know all of them. For top_k, -1 means no limit, in old versions of vLLM as well.
 NEUTRAL = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "top_k": -1, "min_p": 0.0}
 
 
 class OpenAIEngine:
-    """Any server with the chat API, such as `vllm serve`; adapters are models that it serves by their names."""
+    """A server with the chat API, such as `vllm serve`, which serves adapters as models by their names."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.not_taken: frozenset[str] = frozenset()
 
     def check(self, chats: list[Chat]) -> None:
-        """The server knows its model's context and template, and says so; the rest is checked here."""
+        """Check the texts; the server itself checks the context length and the chat template."""
         check_texts(chats)
 
     def versions(self) -> dict[str, str]:
@@ -41,7 +41,7 @@ class OpenAIEngine:
             raise UserError(self._sentence(error)) from error
         for name in (self.settings.model, *self.settings.adapters):
             if name not in served:
-                raise UserError(f"The server serves {', '.join(served)}, not {name}: write one of these.")
+                raise UserError(f"The server serves {', '.join(served)}, not {name}: write one of these names.")
         return package_versions("openai")
 
     def parameters(self) -> dict[str, Any]:
@@ -49,7 +49,7 @@ class OpenAIEngine:
         return {**sampling, "return_token_ids": True, **self._template_arguments()}
 
     def optional_fields(self) -> set[str]:
-        """What may be left out if a server does not take it: what is neutral, and `max_tokens`, for its other name."""
+        """Fields to leave out if the server does not accept them: neutral ones, and `max_tokens`, which is renamed."""
         neutral = {name for name, value in NEUTRAL.items() if self.parameters()[name] == value}
         return {"max_tokens", "seed", "return_token_ids", *neutral}
 
@@ -58,7 +58,7 @@ class OpenAIEngine:
         return {"chat_template_kwargs": arguments} if arguments else {}
 
     def _client(self) -> Any:
-        """A client that asks again, with growing pauses, what may pass: 408, 409, 429, 5xx and lost connections."""
+        """A client that retries, with growing pauses, after 408, 409, 429, 5xx and lost connections."""
         from openai import OpenAI
 
         key = os.environ.get("OPENAI_API_KEY", "none")
@@ -82,10 +82,10 @@ class OpenAIEngine:
                         failure = failure or error
                     else:
                         yield futures[future], reply
-                if failure is not None:  # ask no more, but keep what is under way
+                if failure is not None:  # cancel queued requests, but keep those in flight
                     pending = {future for future in pending if not future.cancel()}
         finally:
-            pool.shutdown(cancel_futures=True)  # also if nobody wants the rest
+            pool.shutdown(cancel_futures=True)  # also if the caller stops early
         if failure is not None:
             raise UserError(self._sentence(failure)) from failure
 
@@ -100,7 +100,7 @@ class OpenAIEngine:
             return Generation(job.index, "", None, None, refused=str(error))
 
     def _ask(self, client: Any, job: Job) -> Generation:
-        """One answer; fields that the server names in a refusal are left out, also later if it answers without them."""
+        """One answer. Fields that the server rejects by name are left out, later too if it answers without them."""
         from openai import APIStatusError
 
         left_out = self.not_taken
@@ -124,34 +124,33 @@ class OpenAIEngine:
         return Generation(job.index, text, ids, answer.finish_reason, left_out=tuple(sorted(left_out)))
 
     def _fields(self, left_out: frozenset[str]) -> dict[str, Any]:
-        """The parameters that are sent; models that reason want `max_completion_tokens` in place of `max_tokens`."""
+        """The parameters to send; reasoning models need `max_completion_tokens` instead of `max_tokens`."""
         fields = {name: value for name, value in self.parameters().items() if name not in left_out}
         limit = {"max_completion_tokens": self.settings.sampling.max_tokens} if "max_tokens" in left_out else {}
         return {**fields, **limit}
 
     def _sentence(self, error: Exception) -> str:
-        """What happened and what to do, by what is wrong: the key, the name or address, or the server."""
+        """The error message: what happened and what to do, by status."""
         url, status = self.settings.base_url, getattr(error, "status_code", None)
         if status in (401, 403):
-            return f"The server at {url} refuses the key ({error}): set OPENAI_API_KEY to one that may use this model."
-        if status == 404:
-            return f"The server at {url} does not know what it is asked for ({error}): correct the model or --base-url."
-        if status is None or status in (408, 409, 429) or status >= 500:
             return (
-                f"The server at {url} does not answer ({error}): start it, wait, or change --base-url; what it "
-                "answered is kept, and the same command goes on from there."
+                f"The server at {url} rejects the API key ({error}): set OPENAI_API_KEY to one that may use this model."
             )
-        return f"The server at {url} refuses to answer ({error}): see to that; the same command goes on from there."
+        if status == 404:
+            return f"The server at {url} does not have this model or path ({error}): correct the model or --base-url."
+        if status is None or status in (408, 409, 429) or status >= 500:
+            return f"The server at {url} does not answer ({error}): start it, wait, or change --base-url; {RESUME}."
+        return f"The server at {url} rejects the requests ({error}): fix that; {RESUME}."
 
 
 def first_choice(reply: Any) -> Any:
-    """A reply's answer.
+    """The first answer in a reply.
 
     Raises:
-        OpenAIError: if it holds none, as where a server reports an error of its own with status 200.
+        OpenAIError: if there is none, as when a server reports an error with status 200.
     """
     from openai import OpenAIError
 
     if not getattr(reply, "choices", None):
-        raise OpenAIError(f"its reply holds no answer: {str(reply)[:500]}")
+        raise OpenAIError(f"its reply contains no answer: {str(reply)[:500]}")
     return reply.choices[0]

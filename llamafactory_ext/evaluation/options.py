@@ -17,46 +17,46 @@ from .models import BASE, Dtype, EngineName, local_model, parse_adapters
 
 ChatTemplateKwargs = Annotated[
     str,
-    Option(help="""Arguments of the chat template, as JSON: '{"enable_thinking": false}', if trained like that."""),
+    Option(help="""Arguments of the chat template as JSON, as in training: '{"enable_thinking": false}'."""),
 ]
 
 
 def written_to(help: str) -> Any:
-    """A folder or file to be written."""
+    """The option of a folder or file to write."""
     return Option(help=help, parser=output_path, metavar="PATH")
 
 
 @dataclass(frozen=True)
 class Options:
-    """Which models are asked, by what, and how they are to answer: the options of `gsm8k` and `answers`."""
+    """Which models are asked, with which engine, and how they answer: the options of `gsm8k` and `answers`."""
 
     model: Annotated[
-        str, Option(help="A model folder or hub name; with --engine openai, the name it is served by.")
+        str, Option(help="A model folder or a name on the Hub; with --engine openai, its name on the server.")
     ] = ""
-    engine: Annotated[EngineName, Option(help="What generates.")] = EngineName.vllm
-    adapter: Annotated[list[str] | None, Option(help="NAME=DIR of a LoRA adapter; several in one load.")] = None
-    skip_base: Annotated[bool, Option("--skip-base", help="Ask the adapters only.")] = False
-    limit: Annotated[int | None, Option(min=1, help="Only the first problems.")] = None
-    system: Annotated[str | None, Option(help="Text of the system turn where the data has none, also ''.")] = None
+    engine: Annotated[EngineName, Option(help="Inference engine.")] = EngineName.vllm
+    adapter: Annotated[list[str] | None, Option(help="NAME=DIR of a LoRA adapter; may be repeated.")] = None
+    skip_base: Annotated[bool, Option("--skip-base", help="Ask only the adapters.")] = False
+    limit: Annotated[int | None, Option(min=1, help="Number of problems to use, from the first (default: all).")] = None
+    system: Annotated[str | None, Option(help="System turn for rows without one; may be empty.")] = None
     chat_template_kwargs: ChatTemplateKwargs = "{}"
     temperature: Annotated[float, Option(min=0, help="0: greedy.")] = 0.0
     top_p: Annotated[float, Option(min=0, max=1)] = 1.0
-    repetition_penalty: Annotated[float, Option(min=0.01, help="1: none. Always sent.")] = 1.0
-    max_tokens: Annotated[int, Option(min=1, help="Of an answer.")] = 1024
+    repetition_penalty: Annotated[float, Option(min=0.01, help="1: none.")] = 1.0
+    max_tokens: Annotated[int, Option(min=1, help="Token limit of an answer.")] = 1024
     seed: Annotated[int, Option(min=0, max=2**32 - 1)] = 0
-    dtype: Annotated[Dtype, Option(help="Compare engines in float32.")] = Dtype.auto
+    dtype: Annotated[Dtype, Option(help="Data type of the weights; use float32 to compare engines.")] = Dtype.auto
     tensor_parallel: Annotated[int, Option(min=1, help="vllm: GPUs per copy of the model.")] = 1
     data_parallel: Annotated[int, Option(min=1, help="vllm: copies of the model.")] = 1
     max_model_len: Annotated[int | None, Option(min=1, help="vllm: context length.")] = None
-    batch_size: Annotated[int, Option(min=1, help="hf: problems at a time.")] = 16
-    base_url: Annotated[str, Option(help="openai: the server.")] = "http://127.0.0.1:8000/v1"
-    concurrency: Annotated[int, Option(min=1, help="openai: requests at a time.")] = 64
+    batch_size: Annotated[int, Option(min=1, help="hf: problems per batch.")] = 16
+    base_url: Annotated[str, Option(help="openai: address of the server.")] = "http://127.0.0.1:8000/v1"
+    concurrency: Annotated[int, Option(min=1, help="openai: parallel requests.")] = 64
 
     def settings(self) -> Settings:
-        """What the engine is made with; fetches the model if it is a hub's.
+        """The engine's settings; downloads the model if it is on the Hub.
 
         Raises:
-            UserError: if there is no such model or adapter, or the template's arguments are none.
+            UserError: if a model or adapter does not exist, or the template's arguments are not a JSON object.
         """
         return Settings(
             model=local_model(self.model, self.engine),
@@ -73,12 +73,12 @@ class Options:
         )
 
     def runs(self, settings: Settings) -> list[str]:
-        """The names of what is asked: the model itself, and its adapters."""
+        """The names of the runs: `base` for the model itself, and its adapters."""
         return [*([] if self.skip_base and settings.adapters else [BASE]), *settings.adapters]
 
 
 def with_options(command: Callable[..., None]) -> Callable[..., None]:
-    """A command with the parameter `options: Options`, as Typer wants it: the fields of that are options of its own."""
+    """Replace a command's parameter `options: Options` by one Typer option per field."""
     own = [each for each in inspect.signature(command, eval_str=True).parameters.values() if each.name != "options"]
     kinds, known = get_type_hints(Options, include_extras=True), fields(Options)
     shared = [

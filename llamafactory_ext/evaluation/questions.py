@@ -1,4 +1,4 @@
-"""Problems and the prompts that they are asked with."""
+"""The problems of GSM8K and the prompts that ask them."""
 
 from __future__ import annotations
 
@@ -22,31 +22,33 @@ PROMPTS = {"paper": PAPER_PROMPT, "plain": "{question}"}
 
 @dataclass(frozen=True)
 class Question:
+    """A problem: its index in the data, from 0, its text, and its gold answer."""
+
     index: int
     text: str
     gold: Decimal
 
     @property
     def id(self) -> str:
-        """The same for the same text and gold answer, wherever the problem stands."""
+        """A fingerprint of the text and the gold answer, the same at any index."""
         return hashlib.sha256(_content(self)).hexdigest()[:16]
 
 
 def load_questions(source: str, split: str = "test", limit: int | None = None) -> tuple[list[Question], str]:
-    """The problems of a jsonl or parquet file, or of a hub data set (`openai/gsm8k`), and the sha256 of what was read.
+    """The problems of a file or a Hub data set (`openai/gsm8k`), and their `problems_hash`.
 
     Raises:
-        UserError: if the source does not exist, is empty, or a row lacks `question` or an answer that ends in `#### N`.
+        UserError: if the source does not exist or is empty, or a row lacks `question` or an answer ending in `#### N`.
     """
     rows = located_rows(source, split)
     questions = [_question(index, row) for index, row in enumerate(rows)][:limit]
     if not questions:
-        raise UserError(f"{source} holds no problems: write a file with rows of `question` and `answer`.")
+        raise UserError(f"{source} has no problems: write rows with `question` and `answer`.")
     return questions, problems_hash(questions)
 
 
 def problems_hash(questions: Iterable[Question]) -> str:
-    """sha256 of the problems in their order: what a run was asked, whichever file it came from."""
+    """Fingerprint (SHA-256, hex) of the problems in their order; it does not depend on the file."""
     return hashlib.sha256(b"".join(map(_content, questions))).hexdigest()
 
 
@@ -55,10 +57,10 @@ def _content(question: Question) -> bytes:
 
 
 def located_rows(source: str, split: str = "train") -> list[tuple[str, Fields]]:
-    """The rows of a data file, or of a hub's data set in its subset `main`, each with where it is.
+    """The rows of a data file, or of a Hub data set (subset `main`), each with its place for messages.
 
     Raises:
-        UserError: as `read_rows` does, and for a row that is none.
+        UserError: as `read_rows`, and for a row that is not an object.
     """
     is_hub = HUB_NAME.fullmatch(source) and not Path(source).exists()
     rows = read_rows(f"{source}:main" if is_hub and ":" not in source else source, split)
@@ -68,14 +70,14 @@ def located_rows(source: str, split: str = "train") -> list[tuple[str, Fields]]:
 
 def _located(where: str, row: Row) -> tuple[str, Fields]:
     if isinstance(row.fields, BadRow):
-        raise UserError(f"{where} is {row.fields}: write one object per line.")
+        raise UserError(f"{where} is {row.fields}: write one JSON object per line.")
     return where, row.fields
 
 
 def _question(index: int, located: tuple[str, Fields]) -> Question:
     where, row = located
     if not {"question", "answer"} <= set(row):
-        raise UserError(f"{where} has no fields `question` and `answer`: name data with both.")
+        raise UserError(f"{where} needs `question` and `answer`: name data with both.")
     _, marker, final = str(row["answer"]).rpartition("####")
     try:
         gold = Decimal(final.strip().replace(",", "").lstrip("$"))
@@ -87,10 +89,10 @@ def _question(index: int, located: tuple[str, Fields]) -> Question:
 
 
 def load_prompt(name: str) -> str:
-    """A prompt by name, or the text of a template file that holds `{question}`.
+    """A prompt by name, or the text of a template file that contains `{question}`.
 
     Raises:
-        UserError: if there is no such prompt or file, or the file lacks `{question}`.
+        UserError: if the prompt or file does not exist, or the file lacks `{question}`.
     """
     if name in PROMPTS:
         return PROMPTS[name]
@@ -99,11 +101,11 @@ def load_prompt(name: str) -> str:
         raise UserError(f"--prompt {name} is neither {' nor '.join(PROMPTS)} nor a file: write one of these.")
     template = path.read_text(encoding="utf-8").rstrip("\n")
     if "{question}" not in template:
-        raise UserError(f"The prompt file {name} does not hold {{question}}: write it where the question belongs.")
+        raise UserError(f"The prompt file {name} does not contain {{question}}: write it where the question belongs.")
     return template
 
 
 def messages(question: Question, prompt: str, system: str | None) -> list[dict[str, str]]:
-    """The chat of one problem: the prompt as one user turn, and a system turn, also an empty one, if given."""
+    """The chat of one problem: the prompt as a user turn, after a system turn, even an empty one, unless it is None."""
     turn = {"role": "user", "content": prompt.replace("{question}", question.text)}
     return [turn] if system is None else [{"role": "system", "content": system}, turn]

@@ -1,4 +1,4 @@
-"""From answers to numbers: what each output says, the accuracies with their intervals, the rates of degeneration."""
+"""Scores answers: the number in each, accuracies with confidence intervals, and rates of degeneration."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SIGNS = ("degenerate", "loop", "cut_off", "empty")
 
 
 def score_output(question: Question, generation: Generation | None) -> dict[str, Any]:
-    """One problem's row; without an answer, because it was not asked yet or was refused, it is wrong in every tier."""
+    """One problem's row; without an answer, because it was not asked yet or was refused, it is wrong in all tiers."""
     if generation and generation.refused is not None:
         return {**score_output(question, None), "refused": generation.refused}
     row: dict[str, Any] = {
@@ -42,14 +42,15 @@ def _text(answer: Decimal | None) -> str | None:
 
 
 def score_run(questions: list[Question], generations: Mapping[int, Generation]) -> dict[str, Any]:
-    """All rows of a run, and its summary: what it was asked, accuracies with Wilson's 95% interval, conflicts, signs of
-    degeneration."""
+    """A run's rows and their summary: fingerprint of the problems, accuracies with Wilson's 95% interval, conflicts,
+    and signs of degeneration."""
     rows = [score_output(question, generations.get(question.index)) for question in questions]
     summary = {"problems_sha256": problems_hash(questions), **summarize(rows)}
     return {"extractor": VERSION, "summary": summary, "rows": rows}
 
 
 def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The summary of rows; rates from 0 to 1, those of degeneration over the answered problems."""
     from statsmodels.stats.proportion import proportion_confint
 
     count = len(rows)

@@ -1,4 +1,4 @@
-"""transformers, for machines without vLLM."""
+"""The engine with transformers, for machines without vLLM."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 
 from ..errors import UserError, in_a_line
 from .chat_templates import Chat, apply_chat_template, check_question_is_read
-from .engines import Job, Settings, check_chats, package_versions
+from .engines import RESUME, Job, Settings, check_chats, package_versions
 from .generations import Generation
 from .models import end_tokens, load_tokenizer
 
 
 class TransformersEngine:
-    """transformers, in left-padded batches of prompts of similar length: for machines without vLLM."""
+    """Generates with transformers in left-padded batches of prompts of similar length."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -28,7 +28,7 @@ class TransformersEngine:
     def tokenizer(self) -> Any:
         tokenizer = load_tokenizer(self.settings.model)
         tokenizer.padding_side = "left"
-        # What stands there is masked: any token will do.
+        # Padding is masked: any token will do.
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
         return tokenizer
 
@@ -36,7 +36,7 @@ class TransformersEngine:
         return package_versions("torch", "transformers", *(["peft"] if self.settings.adapters else []))
 
     def parameters(self) -> dict[str, Any]:
-        """All that transformers' `GenerationConfig` is made of; what is not named has its neutral default."""
+        """The fields of transformers' `GenerationConfig`; others keep their neutral defaults."""
         sampling = self.settings.sampling
         drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
         return {
@@ -55,7 +55,7 @@ class TransformersEngine:
 
         set_seed(self.settings.sampling.seed)
         dtype = self.settings.dtype if self.settings.dtype == "auto" else getattr(torch, self.settings.dtype)
-        # In place of the model's own, of which `generate` would take every field that it is not given.
+        # Replaces the model's own, from which `generate` would take all fields that are not set.
         config = GenerationConfig(**self.parameters())
         try:
             model: Any = AutoModelForCausalLM.from_pretrained(
@@ -65,7 +65,7 @@ class TransformersEngine:
                 model = _with_adapters(model, self.settings.adapters)
         except Exception as error:
             said = in_a_line(error)
-            raise UserError(f"The model does not load ({said}): correct --model, --adapter or --dtype.") from error
+            raise UserError(f"The model cannot be loaded ({said}): correct --model, --adapter or --dtype.") from error
         model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
         for run in dict.fromkeys(job.run for job in jobs):
@@ -73,14 +73,13 @@ class TransformersEngine:
                 model.set_adapter(_module_name(self.settings.adapters, run))
             base_only = bool(self.settings.adapters) and run not in self.settings.adapters
             for batch in _batches([job for job in jobs if job.run == run], self.settings.batch_size):
-                # Nothing is handed over inside: what reads the answers would run in these modes, too.
+                # No yield inside: the caller would run in these modes, too.
                 with torch.inference_mode(), model.disable_adapter() if base_only else nullcontext():
                     try:
                         answers = self._answer(model, config, batch)
                     except Exception as error:
                         raise UserError(
-                            f"transformers does not answer ({in_a_line(error)}): lower --batch-size or --max-tokens; "
-                            "what was answered is kept, and the same command goes on from there."
+                            f"transformers failed ({in_a_line(error)}): lower --batch-size or --max-tokens; {RESUME}."
                         ) from error
                 yield from zip(batch, answers, strict=True)
 
@@ -98,7 +97,7 @@ class TransformersEngine:
         ]
 
     def _generation(self, index: int, row: list[int], ends: list[int]) -> Generation:
-        """A row of a batch up to and with its end token, which batching pads beyond."""
+        """A row of a batch, up to and including its end token; the rest is padding."""
         end = next((position for position, token in enumerate(row) if token in ends), None)
         ids = row if end is None else row[: end + 1]
         text = self.tokenizer.decode(ids, skip_special_tokens=True)
@@ -116,12 +115,12 @@ def _with_adapters(model: Any, adapters: dict[str, str]) -> Any:
 
 
 def _module_name(adapters: dict[str, str], run: str) -> str:
-    """What PEFT calls a run's adapter: names of runs may hold dots, as in `beta0.1`, which those of modules may not."""
+    """PEFT's name for a run's adapter: unlike modules, runs may have dots in their names, as in `beta0.1`."""
     return f"adapter_{list(adapters).index(run)}"
 
 
 def _batches(jobs: list[Job], size: int) -> Iterator[list[Job]]:
-    """Prompts of similar length together: less padding."""
+    """Batches of prompts of similar length, for less padding."""
     jobs = sorted(jobs, key=lambda job: sum(len(message["content"]) for message in job.messages))
     for start in range(0, len(jobs), size):
         yield jobs[start : start + size]

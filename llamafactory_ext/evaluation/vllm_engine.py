@@ -1,4 +1,4 @@
-"""vLLM in this process, with LoRA adapters, tensor parallelism and replicas."""
+"""The engine with vLLM in this process, with LoRA adapters, tensor parallelism and replicas."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from typing import Any
 
 from ..errors import UserError, in_a_line
 from .chat_templates import Chat
-from .engines import Job, Settings, check_chats, package_versions
+from .engines import RESUME, Job, Settings, check_chats, package_versions
 from .generations import Generation
 from .models import end_tokens, load_tokenizer
 
 FINISHED = ()  # what a replica sends last
-LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM can be configured for
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # values that vLLM accepts as max_lora_rank
 
 
 class VllmEngine:
-    """vLLM in this process: one load, every problem queued at once, answers taken as the scheduler finishes them."""
+    """vLLM in this process: loaded once, all problems queued at once, answers yielded as they are finished."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -41,7 +41,9 @@ class VllmEngine:
         try:
             import vllm
         except ImportError as error:
-            raise UserError(f"vLLM does not import ({error}): run `make eval-env`, or choose --engine hf.") from error
+            raise UserError(
+                f"vLLM cannot be imported ({error}): run `make eval-env`, or choose --engine hf."
+            ) from error
         return {"vllm": vllm.__version__, **package_versions("torch", "transformers")}
 
     def parameters(self) -> dict[str, Any]:
@@ -57,13 +59,12 @@ class VllmEngine:
             raise
         except Exception as error:
             raise UserError(
-                f"vLLM does not answer ({type(error).__name__}: {in_a_line(error)}): see what it has printed above; "
-                "what was answered is kept, and the same command goes on from there."
+                f"vLLM failed ({type(error).__name__}: {in_a_line(error)}): see its output above; {RESUME}."
             ) from error
 
 
 def _set_vllm_defaults() -> None:
-    """Without a GPU: one process and every core; vLLM would keep one core to itself and start for a minute."""
+    """Without a GPU, use one process and all cores: vLLM would reserve a core and take a minute to start."""
     import torch
 
     if torch.cuda.is_available():
@@ -99,18 +100,19 @@ def load_vllm(settings: Settings) -> Any:
 
 
 def vllm_parameters(settings: Settings, tokenizer: Any) -> dict[str, Any]:
-    """The fields of vLLM's `SamplingParams`; what is not named has its neutral default."""
+    """The fields of vLLM's `SamplingParams`; others keep their neutral defaults."""
     return {**vars(settings.sampling), "top_k": 0, "stop_token_ids": end_tokens(settings.model, tokenizer)}
 
 
 def vllm_sampling(settings: Settings) -> Any:
+    """vLLM's `SamplingParams` for these settings."""
     from vllm import SamplingParams
 
     return SamplingParams(**vllm_parameters(settings, load_tokenizer(settings.model)))
 
 
 def _check_generation_config(model: str) -> None:
-    """vLLM reads the end tokens of generation_config.json through transformers, which checks every other field, too."""
+    """vLLM reads the end tokens in generation_config.json with transformers, which checks all other fields as well."""
     from transformers import GenerationConfig
 
     if not Path(model, "generation_config.json").is_file():
@@ -119,12 +121,12 @@ def _check_generation_config(model: str) -> None:
         GenerationConfig.from_pretrained(model)
     except Exception as error:
         raise UserError(
-            f"{model}/generation_config.json does not load ({in_a_line(error)}): correct it, or remove it."
+            f"{model}/generation_config.json cannot be loaded ({in_a_line(error)}): correct it, or remove it."
         ) from error
 
 
 def ask_vllm(llm: Any, settings: Settings, jobs: list[Job]) -> Iterator[tuple[Job, Generation]]:
-    """Queue every job at once and yield each answer when the scheduler has finished it."""
+    """Queue all jobs at once and yield each answer when it is finished."""
     from vllm.lora.request import LoRARequest
 
     adapters = {
@@ -139,7 +141,7 @@ def ask_vllm(llm: Any, settings: Settings, jobs: list[Job]) -> Iterator[tuple[Jo
     )
     # vLLM queues under `N-random` and reports under `N`.
     waiting = {queued.partition("-")[0]: job for queued, job in zip(ids, jobs, strict=True)}
-    # What LLM.chat does inside, but each answer is handed on when it is finished and not when all are.
+    # As in LLM.chat, but each answer is yielded when it is finished, not when all are.
     while llm.llm_engine.has_unfinished_requests():
         for output in llm.llm_engine.step():
             if output.finished:
@@ -154,8 +156,8 @@ def _lora_settings(adapters: dict[str, str]) -> dict[str, Any]:
     return {
         "enable_lora": True,
         "max_lora_rank": next(size for size in LORA_RANKS if size >= rank),
-        # One slot more than adapters: vLLM's CPU kernels (0.32) take index -1, "no adapter", for the last slot, so the
-        # base model would silently answer with the last adapter if that slot were taken.
+        # One slot more than adapters: vLLM's CPU kernels (0.32) read index -1, "no adapter", as the last slot. If an
+        # adapter were there, the base model would silently answer with it.
         "max_loras": len(adapters) + 1,
     }
 
@@ -164,11 +166,11 @@ def _lora_rank(folder: str) -> int:
     try:
         rank = int(json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))["r"])
     except (ValueError, TypeError, KeyError) as error:
-        raise UserError(
-            f"{folder}/adapter_config.json names no rank `r`: name the folder of a LoRA adapter."
-        ) from error
+        raise UserError(f"{folder}/adapter_config.json has no rank `r`: name the folder of a LoRA adapter.") from error
     if rank > LORA_RANKS[-1]:
-        raise UserError(f"{folder} has LoRA rank {rank}, above vLLM's {LORA_RANKS[-1]}: merge it into the model first.")
+        raise UserError(
+            f"{folder} has LoRA rank {rank}, above vLLM's limit of {LORA_RANKS[-1]}: merge it into the model first."
+        )
     return rank
 
 
@@ -192,7 +194,7 @@ def _generate_on_replicas(settings: Settings, jobs: list[Job]) -> Iterator[tuple
                 if item is None:
                     continue
             if isinstance(item, str):
-                raise UserError(f"A replica failed ({item}): what was answered is kept; the same command goes on.")
+                raise UserError(f"A replica of vLLM failed ({item}): see its output above; {RESUME}.")
             if item == FINISHED:
                 running -= 1
             else:
@@ -214,7 +216,7 @@ def _replica(settings: Settings, rank: int, jobs: list[Job], results: Any) -> No
 
 
 def _died(replicas: list[Any]) -> str | None:
-    """What to report of a replica that ended without a word, such as one killed for its memory."""
+    """The exit code of a replica that ended without a message, such as one killed for its memory; None if all run."""
     return next((f"exit code {process.exitcode}" for process in replicas if process.exitcode), None)
 
 

@@ -1,1 +1,1 @@
-"""What a recipe will take on given GPUs: steps, tokens, and memory by part."""
+"""Plans a recipe on given GPUs before it runs: steps, tokens, and memory by part."""

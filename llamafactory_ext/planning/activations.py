@@ -1,4 +1,4 @@
-"""What a forward pass keeps for the backward pass, in closed form, in bytes per GPU: activations and logits."""
+"""Closed-form memory of activations and logits that a forward pass keeps for the backward pass, in bytes per GPU."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ def logits_bytes(training: Training) -> float:
     """The peak of logits and log-probabilities over the vocabulary in `logps.response_logps`.
 
     Three float32 tensors of shape (tokens of a chunk, vocabulary) at once, in the backward pass of the log-softmax: its
-    output, its gradient and that of its input. Or, where the head computes all logits and the reference is scored in
-    every step: its logits and their log-softmax beside the policy's, which waits for its backward pass.
+    output, its gradient and the gradient of its input. If the head computes all logits and the reference is scored in
+    every step, they are the reference's logits and log-softmax, and the policy's log-softmax.
     """
     return 3 * FLOAT32 * logits_at_once(training, training.sequences)
 
 
 def logits_at_once(training: Training, sequences: int) -> float:
-    """Elements of the logits that are computed at once for so many sequences.
+    """Elements of the logits that are computed at once for this many sequences.
 
-    Equal chunks may be smaller, but then a batch with shorter answers may fill one.
+    Chunks of equal size may be smaller, but a batch with shorter responses may fill a whole one.
     """
-    return min(training.chunk, sequences * training.answer * training.model.vocabulary)
+    return min(training.chunk, sequences * training.response * training.model.vocabulary)
 
 
 def activation_bytes(training: Training) -> float:
-    """What the policy's forward pass keeps for the backward pass, weights that it rounds included.
+    """Bytes that the policy's forward pass keeps for the backward pass, with the weights that autocast rounds.
 
-    With gradient checkpointing, of each layer only its input.
+    With gradient checkpointing, only the input of each layer is kept.
     """
     model = training.model
     residual, compute, _ = activation_dtypes(training)
@@ -40,7 +40,7 @@ def activation_bytes(training: Training) -> float:
 
 
 def activation_dtypes(training: Training) -> tuple[int, int, int]:
-    """Bytes per element of the residual stream, of what the matrix products see, and of LoRA's inputs."""
+    """Bytes per element of the residual stream, of the inputs of matrix products, and of LoRA's inputs."""
     if training.adapter:
         residual = training.frozen_bytes
         compute = FLOAT16 if training.autocast else residual
@@ -54,21 +54,21 @@ def activation_dtypes(training: Training) -> tuple[int, int, int]:
 def layer_activations(training: Training) -> float:
     """Bytes per position that autograd keeps within one decoder layer.
 
-    The counting of Korthikanti et al. (arXiv 2205.05198, section 4.1) for Llama's layer: RMSNorm (which computes in
-    float32), rotary embeddings, SDPA or flash attention (nothing of the size of length^2), gated MLP, no dropout.
-    Older layers, without the gate, keep less.
+    Counted as by Korthikanti et al. (arXiv 2205.05198, section 4.1), for Llama's layer: RMSNorm (in float32), rotary
+    embeddings, SDPA or flash attention (nothing of size length^2), gated MLP, no dropout. Layers without a gate keep
+    less.
     """
     model = training.model
     residual, compute, adapted = activation_dtypes(training)
     attention, mlp = attention_activations(training), mlp_activations(training)
     if training.adapter is None:
-        # Per norm its input in float32 and the normalized vector, for the gradient of the norm's weight.
+        # For each norm, its input in float32, and the normalized vector for the gradient of its weight.
         norms = 2 * model.hidden * (FLOAT32 + residual)
-        # The input of the matrix products: autocast rounds it anew for each of the five that follow a norm.
+        # The inputs of the matrix products: autocast rounds them again for each of the five that follow a norm.
         rounded = 5 * compute if residual != compute else 2 * compute
         return norms + rounded * model.hidden + attention + mlp + compute * model.intermediate
 
-    # Frozen norms and matrices need no input for a gradient of theirs; LoRA's do.
+    # Frozen norms and matrices keep no input for their gradients; LoRA's do.
     norms = 2 * model.hidden * FLOAT32
     targets = training.adapter.targets
     if training.autocast or adapted != residual:  # a copy for each target, in LoRA's dtype
@@ -83,7 +83,7 @@ def attention_activations(training: Training) -> float:
     """Bytes per position that attention keeps."""
     model = training.model
     _, compute, _ = activation_dtypes(training)
-    # SDPA is given a padding mask and then repeats keys and values to the number of heads.
+    # With a padding mask, SDPA repeats keys and values to the number of heads.
     kv_heads = model.kv_heads if training.attention == "fa2" else model.heads
     kept = compute * 2 * (model.heads + kv_heads) * model.head_dim  # query, key, value, output
     kept += FLOAT32 * model.heads  # log of the softmax's denominator

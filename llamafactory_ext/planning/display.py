@@ -1,4 +1,4 @@
-"""A plan for the reader: tables, notes, and settings that fit."""
+"""Prints a plan: tables, notes, and settings that fit."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def render(plan: Plan, console: Console, found: Sequence[tuple[Settings, Plan]] 
     """Print a plan.
 
     Args:
-        plan: of the recipe as it is.
-        console: where to.
-        found: what `alternatives` returned, or None if it was not asked.
+        plan: of the recipe as written.
+        console: where to print.
+        found: from `alternatives`, or None if it was not called.
     """
     console.print(_schedule_table(plan))
     console.print(_memory_table(plan))
@@ -28,13 +28,11 @@ def render(plan: Plan, console: Console, found: Sequence[tuple[Settings, Plan]] 
     if found is None:
         return
     if not found:
-        console.print(
-            "No change of batch size, checkpointing, ZeRO, LoRA or QLoRA makes it fit: take more or larger GPUs."
-        )
+        console.print("No batch size, checkpointing, ZeRO, LoRA or QLoRA makes it fit: use more or larger GPUs.")
         return
-    console.print("Settings with the same global batch that fit, the gentlest change first:")
+    console.print("Settings that fit with the same global batch, smallest change first:")
     for changes, other in found:
-        host = f", and {other.host_memory / GIB:.0f} GiB of the host" if other.host_memory else ""
+        host = f", and {other.host_memory / GIB:.0f} GiB of host memory per node" if other.host_memory else ""
         console.print(f"\n{other.total / GIB:.1f} GiB per GPU{host} ({other.engine}):", markup=False)
         console.print(yaml.safe_dump(changes, sort_keys=False).rstrip(), markup=False)
 
@@ -44,9 +42,9 @@ def _schedule_table(plan: Plan) -> Table:
     table = Table(title="Steps", show_header=False)
     rows = {
         "GPUs": f"{plan.gpus} ({plan.engine})",
-        "parameters (trained)": f"{plan.parameters:,} ({plan.trained:,})",
+        "parameters (trainable)": f"{plan.parameters:,} ({plan.trained:,})",
         "pairs": schedule.pairs,
-        "global batch, in pairs": schedule.global_batch,
+        "global batch (pairs)": schedule.global_batch,
         "steps per epoch": schedule.steps_per_epoch,
         "steps": schedule.steps,
         "warm-up steps": schedule.warmup_steps,
@@ -54,7 +52,7 @@ def _schedule_table(plan: Plan) -> Table:
         "tokens": schedule.tokens,
     }
     for name, value in rows.items():
-        table.add_row(name, "not known" if value is None else value if isinstance(value, str) else f"{value:,}")
+        table.add_row(name, "unknown" if value is None else value if isinstance(value, str) else f"{value:,}")
     return table
 
 
@@ -65,11 +63,11 @@ def _memory_table(plan: Plan) -> Table:
         table.add_row(name, f"{size / GIB:.2f}")
     table.add_section()
     verdict = "[green]fits[/green]" if plan.fits else "[red]does not fit[/red]"
-    table.add_row(f"sum: {verdict} in {plan.gpu_memory / GIB:g} GiB", f"{plan.total / GIB:.2f}")
+    table.add_row(f"total: {verdict} in {plan.gpu_memory / GIB:g} GiB", f"{plan.total / GIB:.2f}")
     if plan.host_memory:
-        table.add_row("on the host, per node", f"{plan.host_memory / GIB:.2f}")
+        table.add_row("host memory per node", f"{plan.host_memory / GIB:.2f}")
     if plan.deepspeed_estimate is not None:
         gpu, host = plan.deepspeed_estimate
-        table.add_row("DeepSpeed's estimate of weights, gradients, optimizer", f"{gpu / GIB:.2f}")
-        table.add_row("DeepSpeed's estimate for the host, per node", f"{host / GIB:.2f}")
+        table.add_row("DeepSpeed's estimate: weights, gradients, optimizer", f"{gpu / GIB:.2f}")
+        table.add_row("DeepSpeed's estimate: host memory per node", f"{host / GIB:.2f}")
     return table

@@ -1,4 +1,4 @@
-"""How a training is distributed: what DDP, DeepSpeed's ZeRO and FSDP leave on each GPU."""
+"""How a training is distributed: what DDP, DeepSpeed's ZeRO and FSDP keep on each GPU."""
 
 from __future__ import annotations
 
@@ -13,26 +13,27 @@ from .model_shape import ModelShape
 
 FLOAT32, FLOAT16 = 4, 2  # bytes; bfloat16 takes as many as float16
 
-# What DeepSpeed takes where its configuration is silent, in elements.
+# DeepSpeed's defaults, in elements.
 REDUCE_BUCKET = 500_000_000
 LIVE_PARAMETERS = 1_000_000_000
 
 
 @dataclass(frozen=True)
 class Engine:
-    """How a training is distributed: what each GPU holds a part of, and what beside the model takes memory.
+    """How a training is distributed: what is sharded across GPUs, and which buffers take memory beside the model.
 
     Args:
-        name: for the reader.
-        zero_stage: DeepSpeed's, or None without DeepSpeed, whose optimizer steps a float32 copy of the weights.
-        weight_shards, gradient_shards, optimizer_shards: the number of GPUs among which each is divided; 1 for a
-            full copy per GPU. A reference model is divided like the weights.
-        compute_bytes: bytes per element that the engine converts weights to; None leaves the dtypes to the model.
-        offload_optimizer: whether gradients and optimizer states lie in the host's memory.
-        offload_parameters: whether weights lie there too.
-        gathered: elements of weights that are gathered from other GPUs at the same time.
-        reduce_bucket: elements of a buffer that gradients are reduced in; at most all of them.
-        reduce_buckets: the number of those buffers.
+        name: for display.
+        zero_stage: DeepSpeed's ZeRO stage, 0 to 3; None without DeepSpeed. DeepSpeed's optimizer updates a float32 copy
+            of the weights.
+        weight_shards, gradient_shards, optimizer_shards: the number of GPUs that each is sharded across; 1 for a full
+            copy per GPU. A reference model is sharded like the weights.
+        compute_bytes: bytes per element that the engine converts weights to; None if it keeps the model's dtypes.
+        offload_optimizer: whether gradients and optimizer states are in host memory.
+        offload_parameters: whether weights are in host memory.
+        gathered: elements of weights gathered from other GPUs at the same time.
+        reduce_bucket: elements of a buffer for reducing gradients; at most all gradients.
+        reduce_buckets: the number of these buffers.
     """
 
     name: str
@@ -49,10 +50,10 @@ class Engine:
 
 
 def read_engine(training_args: Any, model: ModelShape, gpus: int) -> Engine:
-    """What the keys `deepspeed`, `fsdp`, `bf16` and `fp16` of a recipe make of it on so many GPUs.
+    """The engine that a recipe's `deepspeed`, `fsdp`, `bf16` and `fp16` set up on this many GPUs.
 
     Raises:
-        UserError: if the DeepSpeed file cannot be read, or something is not supported.
+        UserError: if the DeepSpeed file cannot be read, or a setting is not supported.
     """
     if training_args.deepspeed and training_args.fsdp:
         raise UserError("`deepspeed` and `fsdp` exclude each other: remove one of them.")
@@ -77,9 +78,9 @@ def _deepspeed_config(source: str | dict[str, Any]) -> dict[str, Any]:
             "examples/deepspeed/zero3.json."
         ) from error
     except ValueError as error:  # of JSON or of UTF-8
-        raise UserError(f"the deepspeed file {source!r} is not JSON ({error}): correct it.") from error
+        raise UserError(f"the deepspeed file {source!r} is not valid JSON ({error}): correct it.") from error
     if not isinstance(config, dict) or not isinstance(config.get("zero_optimization", {}), dict):
-        raise UserError(f"the deepspeed file {source!r} holds no settings: write such as in examples/deepspeed.")
+        raise UserError(f"the deepspeed file {source!r} is not a DeepSpeed configuration: see examples/deepspeed.")
     return config
 
 
@@ -87,7 +88,7 @@ def _deepspeed_engine(config: dict[str, Any], training_args: Any, model: ModelSh
     zero = config.get("zero_optimization", {})
     stage = zero.get("stage", 0)
     if stage not in (0, 1, 2, 3):
-        raise UserError(f"the deepspeed file names stage {stage!r}: write a `stage` from 0 to 3 in zero_optimization.")
+        raise UserError(f"the deepspeed file has stage {stage!r}: write a `stage` from 0 to 3 in `zero_optimization`.")
 
     def enabled(precision: str) -> bool:
         value = config.get(precision, {}).get("enabled", False)
@@ -108,7 +109,7 @@ def _deepspeed_engine(config: dict[str, Any], training_args: Any, model: ModelSh
         weight_shards=gpus if stage == 3 else 1,
         gradient_shards=gpus if stage >= 2 else 1,
         optimizer_shards=gpus if stage >= 1 else 1,
-        # Without half precision the model keeps its dtypes, but ZeRO-3 loads it in float32.
+        # Without half precision, the model keeps its dtypes; ZeRO-3 loads it in float32.
         compute_bytes=FLOAT16 if half else FLOAT32 if stage == 3 else None,
         offload_optimizer=offloaded("offload_optimizer"),
         offload_parameters=stage == 3 and offloaded("offload_param"),

@@ -1,6 +1,6 @@
-"""The GPU memory of a training, part by part, in closed form: nothing is loaded, nothing is run.
+"""The GPU memory of a training by part, in closed form: nothing is loaded or run.
 
-The parts were compared with the tensors that real runs hold (tests/planning). Every byte count is per GPU.
+Tests compare the parts with the tensors of real runs (tests/planning). Every byte count is per GPU.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .training import Training
 
 GIB = 1024**3
 
-# What no formula gives: the CUDA context with the libraries' workspaces, and blocks that the allocator cannot join.
+# Allowances, as no formula gives these: the CUDA context with workspaces of libraries, and allocator fragmentation.
 CONTEXT = GIB
 FRAGMENTATION = 0.05
 
@@ -35,8 +35,8 @@ NOTHING_ROUNDED = {"layers": 0.0, "head": 0.0}
 def memory_parts(training: Training) -> dict[str, float]:
     """Bytes per GPU by part; their sum is the peak.
 
-    Activations and logits are those of the moment when the loss is computed. Where another moment needs more beside
-    the model states (see `other_moments`), the excess is a part of its own.
+    Activations and logits are those at the time of the loss. If another time in a step needs more memory beside the
+    model states (see `other_moments`), the excess is a separate part.
     """
     activations, logits = activation_bytes(training), logits_bytes(training)
     moment, needed = max(other_moments(training).items(), key=lambda item: item[1])
@@ -52,7 +52,7 @@ def memory_parts(training: Training) -> dict[str, float]:
 
 
 def model_states(training: Training) -> dict[str, float]:
-    """Bytes per GPU of weights, gradients, optimizer states and reference model while training, wherever they lie.
+    """Bytes per GPU of weights, gradients, optimizer states and reference model in training, on the GPU or offloaded.
 
     With P parameters on N GPUs, mixed-precision Adam under ZeRO keeps 2 P of weights, 2 P of gradients and
     K = 12 P of states (float32 copy, two moments); stages 1, 2, 3 divide states, gradients, weights by N
@@ -73,7 +73,7 @@ def model_states(training: Training) -> dict[str, float]:
 
 
 def states_on_gpu(training: Training) -> dict[str, float]:
-    """Those of `model_states` that are not offloaded."""
+    """The `model_states` that are not offloaded, in bytes per GPU."""
     states, engine = model_states(training), training.engine
     if engine.offload_optimizer:
         states |= {"gradients": 0.0, "optimizer states": 0.0}
@@ -89,7 +89,7 @@ def _frozen_weights(model: ModelShape, element: int, linear: float | None) -> fl
 
 def _optimizer_states(training: Training) -> float:
     if training.engine.zero_stage is not None:
-        # DeepSpeed's optimizer sees one flat float32 vector: no matrix to factor, no embedding to except.
+        # DeepSpeed's optimizer gets one flat float32 vector: no matrix to factor, no embedding to keep in 32 bits.
         flat = {"all": (training.trained,)}
         return training.trained * FLOAT32 + training.optimizer.bytes(flat, 0, FLOAT32)
     if training.adapter is None:
@@ -103,20 +103,20 @@ def _optimizer_states(training: Training) -> float:
 
 
 def reference_bytes(training: Training) -> float:
-    """Bytes per GPU of a reference model, held or let go after its pass, wherever it lies."""
+    """Bytes per GPU of a reference model, on the GPU or offloaded; 0 without one."""
     reference = training.reference
     return 0.0 if reference is None else _reference_weights(training, reference) / training.engine.weight_shards
 
 
 def _reference_weights(training: Training, reference: ModelShape) -> float:
-    """The reference at the policy's precision: see `reference.match_precision`, which spares linear layers that
-    autocast rounds anyway, and leaves a reference alone whose policy has other names (LoRA's)."""
+    """Bytes of the reference at the policy's precision: `match_precision` does not convert linear layers that autocast
+    rounds anyway, nor a reference whose policy has other parameter names (LoRA's)."""
     if training.engine.zero_stage is not None and training.engine.compute_bytes:
         return reference.parameters * training.engine.compute_bytes
     if training.adapter:
         return reference.parameters * reference.dtype_bytes
     spared = 0
-    sharded = training.engine.weight_shards > 1  # FSDP, which needs one dtype: none is spared
+    sharded = training.engine.weight_shards > 1  # FSDP needs one dtype: all are converted
     if training.half and not training.pure and not sharded and reference.dtype_bytes == FLOAT16:
         # A tied head is the embedding's parameter, which is converted.
         spared = reference.linear_parameters + (0 if reference.tied else reference.head)
@@ -124,9 +124,9 @@ def _reference_weights(training: Training, reference: ModelShape) -> float:
 
 
 def other_moments(training: Training) -> dict[str, float]:
-    """Bytes beside the model states at the moments that may need more than that of the loss."""
+    """Bytes beside the model states at the times in a step that may need more than the loss does, by name."""
     rounded = rounded_weights(training)
-    # Before and after the head has run, or between its chunks, its rounded weights are not there.
+    # The head's rounded weights exist only while it runs on a chunk.
     activations = activation_bytes(training) - (0 if training.chunked else rounded["head"])
     moments = {"optimizer step": optimizer_step_bytes(training)}
     if training.adapter is None:
@@ -142,7 +142,7 @@ def other_moments(training: Training) -> dict[str, float]:
         longer = replace(training, length=training.augmented_length)
         rounded_here = rounded if training.adapter is None else NOTHING_ROUNDED
         scoring = _scoring_bytes(longer, training.augmented_sequences, rounded_here)
-        # The gradients of the step before are gone then; those of DeepSpeed may still be there.
+        # The gradients of the last step are freed by then, except possibly DeepSpeed's.
         gone = states_on_gpu(training)["gradients"] if training.engine.zero_stage is None else 0.0
         moments["augmented pairs before a step"] = scoring - gone
     return moments
@@ -151,8 +151,8 @@ def other_moments(training: Training) -> dict[str, float]:
 def head_gradient_bytes(training: Training) -> float:
     """Bytes beside the activations while the gradient of the head's weights is computed.
 
-    Autocast converts it to float32 in the end. With chunks there are the gradient of those before, a chunk's, and the
-    sum of both or the rounded weights; or the gradient of those before beside the chunk's log-softmax.
+    Autocast converts it to float32 at the end. With chunks, memory holds the gradient of earlier chunks, a chunk's own,
+    and their sum or the rounded weights; or the gradient of earlier chunks and the chunk's log-softmax.
     """
     _, compute, _ = activation_dtypes(training)
     gradient, of_logits = compute * training.model.head, compute * logits_at_once(training, training.sequences)
@@ -165,7 +165,7 @@ def head_gradient_bytes(training: Training) -> float:
 def forward_end_bytes(training: Training) -> float:
     """Bytes beside the activations at the first chunk: the last norm's output, logits and log-softmax in float32.
 
-    Autocast's copies of all trained weights are still there, whether or not the backward pass needs them.
+    Autocast still holds its copies of all trained weights, even those that the backward pass does not need.
     """
     residual, _, _ = activation_dtypes(training)
     rounded = rounded_weights(training)
@@ -175,16 +175,16 @@ def forward_end_bytes(training: Training) -> float:
 
 
 def recomputed_layer_bytes(training: Training) -> float:
-    """Bytes beside the activations while a layer is computed again and differentiated."""
+    """Bytes beside the activations while a checkpointed layer is recomputed and differentiated."""
     model, adapter = training.model, training.adapter
     residual, compute, _ = activation_dtypes(training)
     # What autograd keeps, and the gradient that arrives.
     position = layer_activations(training) + model.hidden * residual
     if adapter is not None and training.autocast:
-        # At the widest input, PEFT's copy in LoRA's dtype, and outputs of the matrix and of LoRA's before they are one.
+        # At the widest input: PEFT's copy in LoRA's dtype, and the outputs of the matrix and LoRA before their sum.
         columns, rows = max(adapter.targets)
         position += training.trained_bytes * columns + 3 * compute * rows
-    # A tied head's gradient waits for that of the embedding.
+    # A tied head's gradient is kept until the embedding's is computed.
     waiting = model.head * training.trained_bytes if model.tied and adapter is None else 0
     return training.positions * position + rounded_weights(training)["layers"] / model.layers + waiting
 
@@ -193,21 +193,21 @@ def reference_pass_bytes(training: Training) -> float:
     """Bytes beside the model states while the reference's log-probabilities are computed before the first step."""
     rounded = rounded_weights(training)
     if training.reference is not None or training.adapter is not None:
-        rounded = NOTHING_ROUNDED  # autocast keeps those of trained weights only
+        rounded = NOTHING_ROUNDED  # autocast keeps copies of trained weights only
     longest = replace(training, length=max(training.length, training.augmented_length))
     loaded = 0.0 if training.engine.offload_parameters else reference_bytes(training)
     return loaded + _scoring_bytes(longest, training.reference_sequences, rounded) - _later_states(training)
 
 
 def _scoring_bytes(training: Training, sequences: int, rounded: Mapping[str, float]) -> float:
-    """Bytes of a pass without gradient: one layer at a time, then logits and log-softmax of a chunk."""
+    """Bytes of a forward pass without gradients: one layer at a time, then logits and log-softmax of a chunk."""
     model = training.model
     residual, _, _ = activation_dtypes(training)
     positions = sequences * training.length
     stream = positions * model.hidden * residual
     scores = FLOAT32 * model.heads * training.length if training.attention == "eager" else 0  # before their softmax
     widest = max(attention_activations(training) + scores, mlp_activations(training))
-    # Beside the embeddings: the layer's input, the residual and the norm's output, then only the last norm's output.
+    # Embeddings, the layer's input, the residual and the norm's output; later only two, with the last norm's output.
     layer = 4 * stream + positions * widest
     logits = 2 * stream + 2 * FLOAT32 * logits_at_once(training, sequences) + rounded["head"]
     return max(layer, logits) + rounded["layers"]
@@ -216,8 +216,8 @@ def _scoring_bytes(training: Training, sequences: int, rounded: Mapping[str, flo
 def _later_states(training: Training) -> float:
     """Bytes per GPU of gradients and optimizer states that do not exist before the first step.
 
-    DeepSpeed makes its float32 copy of the weights at once, and ZeRO-3 the gradients' buffer; its optimizer, too, has
-    no states before its first step.
+    DeepSpeed creates its float32 copy of the weights at the start, and ZeRO-3 also the buffer of the gradients; the
+    optimizer states come with the first step.
     """
     states, engine = states_on_gpu(training), training.engine
     later = states["gradients"] + states["optimizer states"]
@@ -228,7 +228,7 @@ def _later_states(training: Training) -> float:
 
 
 def optimizer_step_bytes(training: Training) -> float:
-    """Temporaries of the step: ZeRO converts the gradients of its part to float32, torch's foreach copies a state."""
+    """Bytes of temporaries of the optimizer: ZeRO converts its gradients to float32, torch's foreach copies a state."""
     engine = training.engine
     if engine.offload_optimizer:
         return 0.0
@@ -238,7 +238,7 @@ def optimizer_step_bytes(training: Training) -> float:
 
 
 def buffer_bytes(training: Training) -> float:
-    """Copies of weights and gradients that exist beside them: gathered, dequantized, or being reduced."""
+    """Bytes of copies of weights and gradients: gathered, dequantized, or being reduced."""
     model, engine = training.model, training.engine
     total = float(engine.gathered * training.frozen_bytes)
     if engine.weight_shards > 1 and training.reference is not None and training.holds_reference:

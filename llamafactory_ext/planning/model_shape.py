@@ -1,4 +1,4 @@
-"""The shape of a model and of its LoRA adapter, read from the configuration: no weights are loaded or downloaded."""
+"""The shapes of a model and of its LoRA adapter, from the configuration: no weights are loaded or downloaded."""
 
 from __future__ import annotations
 
@@ -15,18 +15,21 @@ NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What of a model decides about memory.
+    """The properties of a model that determine its memory.
 
     Args:
         family: transformers' `model_type`.
         shapes: the shape of every parameter by name, tied ones once.
-        matrices: (in, out) of what LoRA adapts by name and bitsandbytes quantizes, except the head: linear layers, and
-            GPT-2's transposed ones.
-        linear: the names of the linear layers among them: what LLaMA-Factory's `lora_target: all` takes.
+        matrices: name -> (in, out) of the layers that LoRA can adapt and bitsandbytes quantizes, without the head:
+            linear layers and GPT-2's transposed ones.
+        linear: the names of the linear layers among them, which LLaMA-Factory's `lora_target: all` selects.
         head, embedding: elements of the output and of the input embedding.
-        tied: whether these are the same parameter.
+        tied: whether head and embedding are the same parameter.
         dtype_bytes: bytes per element of the checkpoint.
-        dense: whether every token passes the same layers (False for a mixture of experts).
+        hidden, intermediate, head_dim: widths of the residual stream, of the MLP and of an attention head.
+        layers, heads, kv_heads: numbers of decoder layers, of query heads, and of key-value heads.
+        vocabulary: number of tokens in the vocabulary.
+        dense: False for a mixture of experts.
     """
 
     family: str
@@ -48,6 +51,7 @@ class ModelShape:
 
     @functools.cached_property
     def parameters(self) -> int:
+        """The number of parameters, tied ones once."""
         return sum(math.prod(shape) for shape in self.shapes.values())
 
     @functools.cached_property
@@ -57,7 +61,7 @@ class ModelShape:
 
     @functools.cached_property
     def linear_parameters(self) -> int:
-        """The same of `linear`."""
+        """Elements of the weights of `linear`."""
         return sum(math.prod(self.shapes.get(f"{name}.weight", (0,))) for name in self.linear)
 
     @functools.cached_property
@@ -77,13 +81,14 @@ class ModelShape:
 
 @functools.cache
 def read_model(path: str, trust_remote_code: bool = False) -> ModelShape:
-    """The shape of a model from its configuration alone: the weights are neither needed nor downloaded.
+    """The shape of a model, from its configuration alone.
 
     Args:
-        path: a folder with config.json, or a name on the hub.
+        path: a folder with config.json, or a name on the Hugging Face Hub.
+        trust_remote_code: whether the model's own code may run.
 
     Raises:
-        UserError: if the configuration cannot be had, or is not that of a causal language model with attention.
+        UserError: if the configuration cannot be read, or is not that of a causal language model with attention.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -103,16 +108,16 @@ def read_model(path: str, trust_remote_code: bool = False) -> ModelShape:
         head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     except Exception as error:  # whatever the model's code raises
         raise UserError(
-            f"{path!r} makes no causal language model ({in_a_line(error)}), and only those are planned: name another."
+            f"only causal language models can be planned, and {path!r} is not one ({in_a_line(error)}): choose another."
         ) from error
     if any(isinstance(size := getattr(text, key, None), int) and size < 1 for key in NEEDED):
-        raise UserError(f"the configuration of {path!r} has a size below 1, which is no model's: name another.")
+        raise UserError(f"the configuration of {path!r} has a size below 1: correct it, or choose another model.")
     missing = [key for key in NEEDED if not isinstance(getattr(text, key, None), int)]
     if missing or not all(isinstance(getattr(m, "weight", None), torch.Tensor) for m in (head, embedding)):
         raise UserError(
-            f"the memory of a {config.model_type!r} model is not known, only that of layers with attention "
-            f"({'its configuration has no ' + missing[0] if missing else 'it has no head of one matrix'}): name "
-            "another, or train two steps of it (max_steps=2) and look at the memory that they take."
+            f"a {config.model_type!r} model cannot be planned, only models with attention layers "
+            f"({'its configuration has no ' + missing[0] if missing else 'its head is not a single matrix'}): choose "
+            "another, or train two steps of it (max_steps=2) and look at the memory used."
         )
 
     modules = {
@@ -144,18 +149,18 @@ def _in_and_out(module: Any) -> tuple[int, int]:
 
 
 def _widest(size: int | Sequence[int] | None) -> int | None:
-    """Some models have layers of several widths."""
+    """The largest width: some models have layers of several widths."""
     return max(size) if isinstance(size, Sequence) else size
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """LoRA's matrices: A of shape (rank, in) and B of (out, rank) beside every target.
+    """LoRA's matrices: A of shape (rank, in) and B of shape (out, rank) for each target.
 
     Args:
         targets: (in, out) of each linear layer that LoRA adapts.
         rank: `lora_rank`.
-        dora: whether a magnitude per output is trained too (`use_dora`).
+        dora: whether a magnitude per output is trained as well (`use_dora`).
     """
 
     targets: tuple[tuple[int, int], ...]
@@ -164,21 +169,22 @@ class Adapter:
 
     @property
     def parameters(self) -> int:
+        """The number of trained parameters."""
         return sum(self.rank * (rows + columns) + (columns if self.dora else 0) for rows, columns in self.targets)
 
 
 def lora_adapter(model: ModelShape, targets: list[str], rank: int, dora: bool = False) -> Adapter:
-    """The adapter for `lora_target`: `["all"]`, or names that a layer's name must end with, as in PEFT.
+    """The adapter for `lora_target`: `["all"]`, or names that layer names end with, as in PEFT.
 
     Raises:
-        UserError: if there is no layer of that kind or name.
+        UserError: if no layer matches.
     """
     if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
-        raise UserError(f"lora_target is {targets!r}: write all, or names of layers.")
+        raise UserError(f"lora_target is {targets!r}: write `all`, or names of layers.")
     known = ", ".join(sorted({name.rpartition(".")[2] for name in model.matrices}))
     if targets == ["all"] and not model.linear:
-        instead = f"name layers with lora_target, of {known}" if known else "write `finetuning_type: full`"
-        raise UserError(f"`lora_target: all` takes linear layers, and a {model.family!r} model has none: {instead}.")
+        instead = f"name layers in lora_target, of {known}" if known else "write `finetuning_type: full`"
+        raise UserError(f"`lora_target: all` selects linear layers, and a {model.family!r} model has none: {instead}.")
     chosen = set(model.linear) if targets == ["all"] else set()
     for target in targets if not chosen else []:
         matching = {name for name in model.matrices if name == target or name.endswith(f".{target}")}

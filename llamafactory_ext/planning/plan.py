@@ -1,4 +1,4 @@
-"""What a recipe will take on given GPUs, before it is run: its steps, its memory by part, and settings that fit."""
+"""Plans a recipe on given GPUs: its steps, its memory by part, and settings that fit."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .model_shape import lora_adapter, read_model
 from .schedule import Schedule, count_pairs, make_schedule, padded, training_args_of
 from .training import ADAM, INT8, NF4, NF4_DOUBLE, OPTIMIZERS, Optimizer, Training
 
-BYTES_PER_TOKEN = 3  # fewer than English text has with any usual tokenizer
+BYTES_PER_TOKEN = 3  # English text has more with common tokenizers
 OTHER_OPTIMIZERS = ("use_galore", "use_apollo", "use_badam", "use_adam_mini", "use_muon")
 
 
@@ -28,17 +28,17 @@ class Plan:
     """A recipe on given GPUs.
 
     Args:
-        engine: how the training is distributed, for the reader.
-        parameters, trained: elements of the model, and of what is trained.
-        gpus: of all nodes.
+        engine: how the training is distributed, for display.
+        parameters, trained: number of parameters, and of trained ones.
+        gpus: number of GPUs on all nodes.
         gpu_memory: bytes of one GPU.
-        schedule: its length.
-        cutoff_len: the longest sequence in tokens, for which memory is planned.
+        schedule: steps and tokens.
+        cutoff_len: tokens of the longest sequence, for which memory is planned.
         memory: bytes per GPU by part.
-        host_memory: bytes per node of what is offloaded to it.
-        deepspeed_estimate: what DeepSpeed's own estimator says of weights, gradients and optimizer states: bytes per
-            GPU, and per node on the host; None where it says nothing.
-        notes: what was assumed, or could not be found out.
+        host_memory: bytes of offloaded states per node.
+        deepspeed_estimate: DeepSpeed's own estimate for weights, gradients and optimizer states: bytes per GPU, and
+            bytes of host memory per node; None if it does not apply.
+        notes: what was assumed, or could not be determined.
     """
 
     engine: str
@@ -55,11 +55,12 @@ class Plan:
 
     @property
     def total(self) -> float:
-        """Bytes per GPU. A little too much rather than too little: the parts do not all peak at the same moment."""
+        """Bytes per GPU; rather too much than too little, as the parts do not all peak at the same time."""
         return sum(self.memory.values())
 
     @property
     def fits(self) -> bool:
+        """Whether `total` is at most `gpu_memory`."""
         return self.total <= self.gpu_memory
 
 
@@ -76,22 +77,21 @@ def make_plan(
 
     Args:
         settings: LLaMA-Factory's and the plugin's keys.
-        gpus: of all nodes together.
+        gpus: number of GPUs on all nodes.
         gpu_memory_gib: GiB of one GPU.
-        gpus_per_node: GPUs that share a host.
-        tokens: typical length of one sequence, prompt and answer; `cutoff_len` if unknown. Memory is always planned
-            for `cutoff_len`.
-        answer_tokens: of the longest answer; `cutoff_len` if unknown. A prefix that both answers share is planned as if
-            it were computed for each.
+        gpus_per_node: number of GPUs that share a host.
+        tokens: typical tokens of one sequence, prompt and response; `cutoff_len` if None. Memory is always planned for
+            `cutoff_len`.
+        answer_tokens: tokens of the longest response; `cutoff_len` if None. Prefix sharing is not counted.
 
     Raises:
-        UserError: (a ValueError) if something is missing or not supported; one sentence says what to write instead.
+        UserError: if something is missing or not supported.
     """
     for name, value in {"gpus": gpus, "gpu_memory": gpu_memory_gib, "gpus_per_node": gpus_per_node}.items():
         if value <= 0:
             raise UserError(f"{name} is {value}: write a number above 0.")
     if tokens is not None and tokens < 1:
-        raise UserError(f"tokens is {tokens}: write the typical length of one sequence, at least 1.")
+        raise UserError(f"tokens is {tokens}: write the typical tokens of one sequence, at least 1.")
 
     model_args, data_args, finetuning_args = parse_recipe(settings)
     check_sizes(data_args)
@@ -99,14 +99,14 @@ def make_plan(
     _check_supported(model_args, finetuning_args, training_args)
 
     notes: list[str] = []
-    answer = min(answer_tokens or data_args.cutoff_len, data_args.cutoff_len)
+    response = min(answer_tokens or data_args.cutoff_len, data_args.cutoff_len)
     length = min(tokens or data_args.cutoff_len, data_args.cutoff_len)
-    further = _sr_tokens(model_args, finetuning_args, notes)
-    augmented = None if further is None else length + further
+    sr_tokens = _sr_tokens(model_args, finetuning_args, notes)
+    augmented = None if sr_tokens is None else length + sr_tokens
     schedule = make_schedule(training_args, count_pairs(data_args, notes), gpus, length, augmented)
-    beforehand = _asks_beforehand(model_args, data_args, finetuning_args, training_args, schedule)
+    precomputes = _precomputes_reference(model_args, data_args, finetuning_args, training_args, schedule)
     training = _training(
-        model_args, data_args, finetuning_args, training_args, gpus, answer, beforehand, further, notes
+        model_args, data_args, finetuning_args, training_args, gpus, response, precomputes, sr_tokens, notes
     )
     parts = memory_parts(training)
     nodes = math.ceil(gpus / gpus_per_node)
@@ -148,9 +148,9 @@ def _training(
     finetuning_args: Any,
     training_args: Any,
     gpus: int,
-    answer: int,
-    beforehand: bool,
-    further: int | None,
+    response: int,
+    precomputes: bool,
+    sr_tokens: int | None,
     notes: list[str],
 ) -> Training:
     from ..training.logps import CHUNK, FAMILIES, MICRO_BATCHES_AT_ONCE
@@ -158,12 +158,12 @@ def _training(
     trust = bool(getattr(model_args, "trust_remote_code", False))
     model = read_model(model_args.model_name_or_path, trust)
     if not model.dense:
-        notes.append("A mixture of experts: its activations are counted as those of a dense model.")
+        notes.append("The model is a mixture of experts: its activations are counted as those of a dense model.")
     lora = finetuning_args.finetuning_type == "lora"
-    loaded = _loads_reference(model_args, finetuning_args, training_args, beforehand)
+    loaded = _loads_reference(model_args, finetuning_args, training_args, precomputes)
     reference = read_model(finetuning_args.ref_model or model_args.model_name_or_path, trust) if loaded else None
     if reference is not None and finetuning_args.ref_model_quantization_bit is not None:
-        notes.append("The reference is counted without ref_model_quantization_bit.")
+        notes.append("ref_model_quantization_bit is not counted.")
     if finetuning_args.additional_target:
         notes.append("additional_target is not counted.")
 
@@ -175,9 +175,9 @@ def _training(
     return Training(
         model=model,
         reference=reference,
-        reference_sequences=sequences * at_once if beforehand else 0,
-        augmented_sequences=0 if further is None else sequences * min(at_once, accumulation),
-        augmented_length=0 if further is None else padded(data_args.cutoff_len + further),
+        reference_sequences=sequences * at_once if precomputes else 0,
+        augmented_sequences=0 if sr_tokens is None else sequences * min(at_once, accumulation),
+        augmented_length=0 if sr_tokens is None else padded(data_args.cutoff_len + sr_tokens),
         adapter=lora_adapter(model, targets, rank, finetuning_args.use_dora) if lora else None,
         engine=read_engine(training_args, model, gpus),
         optimizer=_optimizer(finetuning_args, training_args, notes),
@@ -190,33 +190,33 @@ def _training(
         attention={"disabled": "eager", "fa2": "fa2"}.get(str(model_args.flash_attn), "sdpa"),
         sequences=sequences,
         length=padded(data_args.cutoff_len),
-        answer=answer,
+        response=response,
         chunk=CHUNK if in_chunks else math.inf,
     )
 
 
 def _sr_tokens(model_args: Any, finetuning_args: Any, notes: list[str]) -> int | None:
-    """Tokens of the text that a refinement term puts in front of prompts, None without such a term."""
+    """Tokens of the refinement prompt, which precedes prompts; None without a refinement term."""
     from transformers import AutoTokenizer
 
     text = finetuning_args.refinement_prompt
     if text is None:
         return None
-    with suppress(Exception):  # whatever transformers raises where only a configuration is there
+    with suppress(Exception):  # whatever transformers raises if there is only a configuration
         tokenizer = AutoTokenizer.from_pretrained(
             model_args.model_name_or_path, trust_remote_code=model_args.trust_remote_code
         )
-        if len(tokenizer) > 100:  # transformers 5 makes an empty one of nothing
+        if len(tokenizer) > 100:  # without files, transformers 5 makes an empty tokenizer
             return len(tokenizer.encode(text, add_special_tokens=False))
     tokens = math.ceil(len(text.encode()) / BYTES_PER_TOKEN)
     notes.append(f"The tokenizer cannot be loaded: sr_prompt is counted as {tokens} tokens.")
     return tokens
 
 
-def _asks_beforehand(
+def _precomputes_reference(
     model_args: Any, data_args: Any, finetuning_args: Any, training_args: Any, schedule: Schedule
 ) -> bool:
-    """Whether the reference's log-probabilities are computed before the first step."""
+    """Whether the reference's log-probabilities are precomputed before the first step."""
     from ..training.reference.model import obstacle
 
     wanted = finetuning_args.precompute_ref_log_probs
@@ -228,11 +228,11 @@ def _asks_beforehand(
     return bool(wanted) or not schedule.ends_early
 
 
-def _loads_reference(model_args: Any, finetuning_args: Any, training_args: Any, beforehand: bool) -> bool:
+def _loads_reference(model_args: Any, finetuning_args: Any, training_args: Any, precomputes: bool) -> bool:
     without_adapter = finetuning_args.finetuning_type == "lora" and finetuning_args.ref_model is None
     if not finetuning_args.use_ref_model or without_adapter:
         return False
-    return not (beforehand and _pending(model_args, finetuning_args).starts_as_policy(training_args))
+    return not (precomputes and _pending(model_args, finetuning_args).starts_as_policy(training_args))
 
 
 def _pending(model_args: Any, finetuning_args: Any) -> Any:
@@ -247,16 +247,16 @@ def _optimizer(finetuning_args: Any, training_args: Any, notes: list[str]) -> Op
     name = str(getattr(training_args.optim, "value", training_args.optim))
     name = next((key for key in OTHER_OPTIMIZERS if getattr(finetuning_args, key, False)), name)
     if name not in OPTIMIZERS:
-        notes.append(f"The states of the optimizer {name!r} are not known: counted as Adam's.")
+        notes.append(f"The optimizer {name!r} is unknown: its states are counted as Adam's.")
     return OPTIMIZERS.get(name, ADAM)
 
 
 def _offloaded(training: Training) -> float:
-    """Bytes per GPU that lie in the host's memory."""
+    """Bytes per GPU that are offloaded to host memory."""
     states, engine = model_states(training), training.engine
     total = 0.0
     if engine.offload_optimizer:
-        # DeepSpeed collects the gradients of its part in float32 there.
+        # DeepSpeed also keeps its shard of the gradients there in float32.
         total += states["gradients"] + states["optimizer states"]
         total += FLOAT32 * training.trained / engine.optimizer_shards if engine.zero_stage is not None else 0
     if engine.offload_parameters:
@@ -270,7 +270,7 @@ def _deepspeed_estimate(training: Training, gpus: int, nodes: int, notes: list[s
     if engine.zero_stage not in (2, 3) or training.adapter or engine.compute_bytes != FLOAT16:
         return None
     if importlib.util.find_spec("deepspeed") is None:
-        notes.append("DeepSpeed is not installed here, so its own estimate is left out.")
+        notes.append("DeepSpeed's own estimate is not shown: DeepSpeed is not installed.")
         return None
     from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
     from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
@@ -302,10 +302,10 @@ def alternatives(
     tokens: int | None = None,
     answer_tokens: int | None = None,
 ) -> list[tuple[Settings, Plan]]:
-    """Settings with the same global batch that fit the GPUs, the gentlest change first.
+    """Settings that fit the GPUs with the same global batch, smallest change first.
 
-    Takes what `make_plan` takes. Returns pairs of the changed YAML keys (None: remove the key) and the plan with them;
-    of every way to save memory, the one with the largest micro-batch.
+    Takes the arguments of `make_plan`. Returns pairs of the changed YAML keys (None: remove the key) and the plan with
+    them; for each way to save memory, the largest micro-batch that fits.
     """
     found: list[tuple[Settings, Plan]] = []
     for method in _methods(settings, gpus):
@@ -325,7 +325,7 @@ def alternatives(
                     tokens=tokens,
                     answer_tokens=answer_tokens,
                 )
-            except UserError:  # this model cannot be trained so: LoRA that would have to be told the layers' names
+            except UserError:  # not possible with this model, such as LoRA that needs the names of its layers
                 break
             if plan.fits:
                 found.append((changes, plan))
@@ -334,7 +334,7 @@ def alternatives(
 
 
 def _batch_splits(settings: Settings) -> Iterator[Settings]:
-    """Micro-batches from the recipe's own downwards, with the accumulation that keeps the global batch."""
+    """Micro-batches, from the recipe's own downwards, with the accumulation that keeps the global batch."""
     args = training_args_of(settings)
     micro = args.per_device_train_batch_size
     product = micro * args.gradient_accumulation_steps
@@ -344,7 +344,7 @@ def _batch_splits(settings: Settings) -> Iterator[Settings]:
 
 
 def _methods(settings: Settings, gpus: int) -> Iterator[Settings]:
-    """Ways to save memory, from those that change nothing about the result to those that change what is trained."""
+    """Ways to save memory, from those that keep the result to those that change what is trained."""
     yield {}
     checkpointing = {"disable_gradient_checkpointing": False} if settings.get("disable_gradient_checkpointing") else {}
     if checkpointing:
@@ -365,7 +365,7 @@ def _methods(settings: Settings, gpus: int) -> Iterator[Settings]:
 
 
 def _deepspeed_file(settings: Settings, name: str) -> str | None:
-    """The example configuration of that name: beside the recipe's own, in the working directory, or the package's."""
+    """An example configuration: beside the recipe's own, in the working directory, or in the package."""
     own = settings.get("deepspeed")
     folders = [Path(own).parent] if isinstance(own, str) else []
     folders += [Path("examples/deepspeed"), examples.home() / "examples" / "deepspeed"]

@@ -1,4 +1,4 @@
-"""How long a training is: pairs, steps and tokens, counted as LLaMA-Factory and transformers count them."""
+"""The length of a training: pairs, steps and tokens, counted as LLaMA-Factory and transformers count them."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from ..errors import UserError
 from ..recipe.reading import Settings, check_numbers, data_sets
 
 WARMUP = ("warmup_steps", "warmup_ratio")
-PAD_TO = 8  # LLaMA-Factory's collator pads to a multiple of it
+PAD_TO = 8  # LLaMA-Factory's collator pads to a multiple of this many tokens
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """The length of a training. What depends on an unknown number of pairs is None.
+    """The length of a training. Values that depend on an unknown number of pairs are None.
 
     Args:
         pairs: rows of the training set.
         global_batch: pairs per step on all GPUs.
         steps_per_epoch, steps, warmup_steps: optimizer steps.
-        tokens_per_step: token positions of one step, padding included: two sequences per pair, each with its prompt,
-            and two more of the augmented pair of a refinement term.
+        tokens_per_step: token positions of one step, with padding: two sequences per pair, each with its prompt, and
+            two more for the augmented pair of a refinement term.
     """
 
     pairs: int | None
@@ -39,20 +39,26 @@ class Schedule:
 
     @property
     def tokens(self) -> int | None:
+        """Token positions of all steps."""
         return None if self.steps is None else self.steps * self.tokens_per_step
 
     @property
     def ends_early(self) -> bool:
-        """Whether it ends before it has seen every pair, as far as that is known."""
+        """Whether it ends before it has seen every pair; False if that is unknown."""
         return self.pairs is not None and self.steps is not None and self.steps * self.global_batch < self.pairs
 
 
 def padded(tokens: int) -> int:
+    """The length of a sequence after padding, in tokens."""
     return math.ceil(tokens / PAD_TO) * PAD_TO
 
 
 def training_args_of(settings: Settings) -> SimpleNamespace:
-    """The training arguments of the recipe over their defaults, without the set-up that building them would start."""
+    """The recipe's training arguments with their defaults, without the set-up that `TrainingArguments` starts.
+
+    Raises:
+        UserError: if a number that decides on the schedule is wrong.
+    """
     from llamafactory.hparams import TrainingArguments
 
     defaults = {field.name: field.default for field in fields(TrainingArguments) if field.default is not MISSING}
@@ -73,9 +79,9 @@ def make_schedule(
     Args:
         training_args: transformers' training arguments.
         pairs: rows of the training set, None if unknown.
-        gpus: of all nodes together.
-        tokens: length of one sequence, prompt and answer.
-        augmented: of one with an augmented prompt, None without a refinement term.
+        gpus: number of GPUs on all nodes.
+        tokens: tokens of one sequence, prompt and response.
+        augmented: tokens of a sequence with an augmented prompt, None without a refinement term.
     """
     micro, accumulation = training_args.per_device_train_batch_size, training_args.gradient_accumulation_steps
     per_epoch = None if pairs is None else steps_per_epoch(pairs, micro, accumulation, gpus)
@@ -96,14 +102,14 @@ def make_schedule(
 
 
 def steps_per_epoch(pairs: int, micro_batch: int, accumulation: int, gpus: int) -> int:
-    """Optimizer steps of an epoch: the last micro-batch, the last round over the GPUs and the last accumulation all
-    count, however small (accelerate fills the last round up, transformers steps after the last micro-batch)."""
+    """Optimizer steps of an epoch. Incomplete micro-batches, rounds over the GPUs and accumulations count as whole:
+    accelerate fills up the last round, and transformers steps after the last micro-batch."""
     micro_batches = math.ceil(math.ceil(pairs / micro_batch) / gpus)
     return max(1, math.ceil(micro_batches / accumulation))
 
 
 def _warmup_steps(training_args: Any, steps: int) -> int:
-    """`warmup_steps` is a number of steps, or below 1 a share of all; `warmup_ratio` is its older name."""
+    """`warmup_steps` is a number of steps, or, below 1, a share of all; `warmup_ratio` is the older key."""
     if str(training_args.lr_scheduler_type) == "constant":
         return 0
     warmup = training_args.warmup_steps or training_args.warmup_ratio or 0
@@ -111,20 +117,20 @@ def _warmup_steps(training_args: Any, steps: int) -> int:
 
 
 def count_pairs(data_args: Any, notes: list[str]) -> int | None:
-    """Rows of the training set as far as the local files tell, before LLaMA-Factory drops faulty ones.
+    """Rows of the training set, counted in local files, before LLaMA-Factory drops faulty ones; None if unknown.
 
     Args:
         data_args: LLaMA-Factory's data arguments.
-        notes: is told why the number is not known, if it is None.
+        notes: gets the reason if the number is unknown.
 
     Raises:
         UserError: as `data_sets` does.
     """
     if data_args.streaming or data_args.mix_strategy != "concat" or data_args.tokenized_path:
-        notes.append("The number of pairs is not known with streaming, mix_strategy or tokenized_path.")
+        notes.append("The number of pairs is unknown with streaming, mix_strategy or tokenized_path.")
         return None
     if not data_args.dataset:
-        notes.append("The number of pairs is not known, because the recipe names no dataset.")
+        notes.append("The number of pairs is unknown: the recipe names no dataset.")
         return None
     total = 0
     for attributes in data_sets(data_args.dataset, data_args.dataset_dir):
@@ -133,7 +139,7 @@ def count_pairs(data_args: Any, notes: list[str]) -> int | None:
             rows = _rows_of(Path(data_args.dataset_dir) / attributes.dataset_name)
         if rows is None:
             notes.append(
-                f"The number of pairs is not known: {attributes.dataset_name!r} is no local file that can be counted. "
+                f"The number of pairs is unknown: {attributes.dataset_name!r} is not a local file that can be counted. "
                 "Make the data first, or set max_steps."
             )
             return None
@@ -143,13 +149,13 @@ def count_pairs(data_args: Any, notes: list[str]) -> int | None:
 
 
 def _rows_of(path: Path) -> int | None:
-    """Rows of a file, or of all files of a folder; None where there is none yet, or no cheap way to count."""
+    """Rows of a file, or of all files in a folder; None if there is no file yet, or no cheap way to count."""
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     if not all(file.is_file() and file.suffix in COUNTERS for file in files):
         return None
     try:
         return sum(COUNTERS[file.suffix](file) for file in files)
-    except Exception:  # whatever a damaged file raises: `data check` says where
+    except Exception:  # whatever a damaged file raises: `data check` says where it is damaged
         return None
 
 

@@ -1,4 +1,4 @@
-"""A training, as far as its memory goes: models, adapter, engine, optimizer, micro-batch."""
+"""The parts of a training that determine its memory: models, adapter, engine, optimizer, micro-batch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .engine import FLOAT32, Engine
 from .model_shape import Adapter, ModelShape
 
 # bitsandbytes' NF4 stores half a byte per weight and a scale per 64 weights. Double quantization keeps the scales in
-# one byte each, with a float32 scale of their own per 256 of them (QLoRA, arXiv 2305.14314, section 3).
+# one byte each, with a float32 scale per 256 of them (QLoRA, arXiv 2305.14314, section 3).
 NF4 = 0.5 + 4 / 64
 NF4_DOUBLE = 0.5 + 1 / 64 + 4 / (64 * 256)
 INT8 = 1.0
@@ -18,13 +18,13 @@ INT8 = 1.0
 
 @dataclass(frozen=True)
 class Optimizer:
-    """What an optimizer keeps and needs per trained parameter.
+    """What an optimizer keeps per trained parameter.
 
     Args:
         states: tensors of the parameter's shape and dtype.
         eight_bit: whether each state takes a byte and a float32 scale per 256 elements (bitsandbytes).
-        factored: whether a matrix has a state per row and per column in place of one per element (Adafactor).
-        multi_tensor: whether a step makes a temporary of all its parameters at once (torch's foreach).
+        factored: whether a matrix has a state per row and per column instead of one per element (Adafactor).
+        multi_tensor: whether a step makes a temporary copy of all parameters at once (torch's foreach).
     """
 
     states: int = 2
@@ -35,7 +35,7 @@ class Optimizer:
     def bytes(self, shapes: Mapping[str, tuple[int, ...]], embedding: int, element: int) -> float:
         """Bytes of all states for parameters of these shapes, `element` bytes each.
 
-        transformers tells bitsandbytes to keep the `embedding` elements of embeddings in 32 bits.
+        transformers makes bitsandbytes keep the states of the `embedding` elements in 32 bits.
         """
         if self.factored:
             return element * sum(sum(shape) for shape in shapes.values())
@@ -67,27 +67,28 @@ OPTIMIZERS = {
 
 @dataclass(frozen=True)
 class Training:
-    """One training, as far as its memory goes.
+    """What determines the memory of a training.
 
     Args:
         model: the policy.
-        reference: the reference model, or None where none is loaded.
-        reference_sequences: in a batch of the pass that computes the reference's log-probabilities before the first
-            step, after which a loaded reference is let go; 0 where there is no such pass.
-        augmented_sequences: in a batch of the pass without gradient that scores the augmented pairs of a refinement
-            term before each step; 0 without such a term.
-        augmented_length: tokens of such a sequence, padding included.
+        reference: the reference model, or None if none is loaded.
+        reference_sequences: sequences in a batch that precomputes the reference's log-probabilities before the first
+            step, after which a loaded reference is freed; 0 if they are not precomputed.
+        augmented_sequences: sequences in a batch that scores the augmented pairs of a refinement term, without
+            gradients, before each step; 0 without such a term.
+        augmented_length: tokens of such a sequence, with padding.
         adapter: LoRA's, or None for full fine-tuning.
-        engine, optimizer: see there.
+        engine: how the training is distributed.
+        optimizer: what its states take.
         half: whether training runs in bf16 or fp16.
-        pure: whether trained weights stay in the checkpoint's dtype (`pure_bf16`).
+        pure: whether trained weights keep the checkpoint's dtype (`pure_bf16`).
         linear_bytes: bytes per element of quantized linear layers, or None.
-        checkpointing: whether only the inputs of the layers are kept, and the rest is computed again.
+        checkpointing: whether gradient checkpointing is on.
         attention: `sdpa`, `fa2` or `eager`.
-        sequences: in a micro-batch: two per pair.
-        length: tokens per sequence, padding included.
-        answer: tokens of an answer, which are those that the language-model head runs on.
-        chunk: the most logits that the head computes at once; infinite where it computes all.
+        sequences: sequences in a micro-batch, two per pair.
+        length: tokens per sequence, with padding.
+        response: tokens of a response; the language-model head runs on these only.
+        chunk: the most logits that the head computes at once; infinite if it computes all.
     """
 
     model: ModelShape
@@ -105,7 +106,7 @@ class Training:
     attention: str
     sequences: int
     length: int
-    answer: int
+    response: int
     chunk: float
 
     @property
@@ -116,11 +117,11 @@ class Training:
     @property
     def scored(self) -> int:
         """Token positions of a micro-batch whose logits are computed."""
-        return self.sequences * self.answer
+        return self.sequences * self.response
 
     @property
     def chunked(self) -> bool:
-        """Whether the head runs on several chunks, each computed again in the backward pass."""
+        """Whether the head runs on several chunks, each recomputed in the backward pass."""
         return self.scored * self.model.vocabulary > self.chunk
 
     @property
@@ -135,18 +136,18 @@ class Training:
 
     @property
     def autocast(self) -> bool:
-        """Whether torch rounds to half precision at each operation; otherwise the tensors already have their dtype."""
+        """Whether autocast rounds to half precision at each operation; otherwise tensors already have that dtype."""
         return self.half and not self.pure and self.engine.compute_bytes is None
 
     @property
     def frozen_bytes(self) -> int:
-        """Bytes per element of weights that are not trained: the engine's dtype, else as loaded."""
+        """Bytes per element of frozen weights: of the engine's dtype, else of the checkpoint's."""
         return self.engine.compute_bytes or self.model.dtype_bytes
 
     @property
     def trained_bytes(self) -> int:
-        """Bytes per element of trained weights. LLaMA-Factory makes them float32, but for `pure_bf16`; DeepSpeed then
-        converts them, except LoRA's matrices under ZeRO-3. PEFT makes those float32 even under `pure_bf16`."""
+        """Bytes per element of trained weights. LLaMA-Factory makes them float32, except with `pure_bf16`; DeepSpeed
+        converts them, except LoRA's matrices under ZeRO-3. PEFT makes these float32 even with `pure_bf16`."""
         stage, converted = self.engine.zero_stage, self.engine.compute_bytes
         if stage is not None and converted and not (self.adapter and stage == 3):
             return converted
@@ -154,6 +155,7 @@ class Training:
 
     @property
     def gradient_bytes(self) -> int:
+        """Bytes per element of gradients."""
         if self.engine.zero_stage is not None and self.engine.compute_bytes:
             return self.engine.compute_bytes
         return self.trained_bytes

@@ -136,7 +136,7 @@ def _first_fault(file: Path, description: Any, data_args: Any) -> str | None:
         columns |= dict.fromkeys(fields)
         for place, kind in _kinds(fields):
             if kind == HALF:
-                return f"{where}: {place} holds {HALF}, which no tokenizer takes: remove it"
+                return f"{where}: {place} holds {HALF}, which no tokenizer accepts: remove it"
             before, first = seen.setdefault(place, (kind, _place(file, number)))
             if kind != before:
                 return f"{where}: {place} holds {kind} there, and {before} in {first}: write the same kind in all rows"

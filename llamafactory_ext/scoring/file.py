@@ -38,7 +38,7 @@ def check_output(output: Path) -> None:
 
 
 def _is_there(output: Path) -> UserError:
-    return UserError(f"{str(output)!r} exists and is complete: remove it, or name another --output.")
+    return UserError(f"{str(output)!r} already exists and is complete: remove it, or choose another --output.")
 
 
 class ScoreFile:
@@ -63,7 +63,7 @@ class ScoreFile:
         """
         check_output(self.output)
         if os.path.lexists(self.path) and not self.path.is_file():
-            raise UserError(f"{str(self.path)!r} is not a file: remove it, or name another --output.")
+            raise UserError(f"{str(self.path)!r} is not a file: remove it, or choose another --output.")
         try:
             content = self.path.read_bytes()
         except FileNotFoundError:  # or it has just been finished by another process
@@ -72,7 +72,7 @@ class ScoreFile:
         if whole and not whole.startswith(self.head.encode()):
             difference = first_difference(_manifest(whole.split(b"\n", 1)[0]), self.manifest)
             raise UserError(
-                f"{str(self.path)!r} was started with other settings, data or models: {difference}. Remove it, or name "
+                f"{str(self.path)!r} was started with other settings, data or models: {difference}. Remove it, or choose "
                 "another --output."
             )
         return whole
@@ -83,11 +83,11 @@ class ScoreFile:
             self.lock.acquire(timeout=0)
         except Timeout:
             raise UserError(
-                f"another process scores into {str(self.output)!r}: wait for it, or name another --output."
+                f"another process scores into {str(self.output)!r}: wait for it, or choose another --output."
             ) from None
         except NotImplementedError:
             raise UserError(
-                f"{str(self.output.parent)!r} is on a file system without locks: name an --output on another."
+                f"{str(self.output.parent)!r} is on a file system without locks: choose an --output on another one."
             ) from None
         try:
             whole = self.check()  # again: the other process may have ended since
@@ -191,7 +191,7 @@ def _check_row(row: Any) -> None:
     if not isinstance(row, dict) or type(row.get("index")) is not int or row["index"] < 0:
         raise ValueError("it names no pair")
     if not isinstance(row.get("skipped"), bool) or not (row["skipped"] or isinstance(row.get("margin"), float)):
-        raise ValueError("it holds no margin")
+        raise ValueError("it has no margin")
     other = [name for name, value in row.items() if not (value is None or isinstance(value, int | float))]
     if other:
-        raise ValueError(f"{other[0]} is no number")
+        raise ValueError(f"{other[0]} is not a number")

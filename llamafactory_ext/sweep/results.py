@@ -139,4 +139,4 @@ def _check_numbers(recipe: dict[str, Any], file: Path) -> None:
         try:
             float(recipe.get(key) or 0)
         except (TypeError, ValueError) as error:
-            raise damaged(file, f"{key} is no number") from error
+            raise damaged(file, f"{key} is not a number") from error

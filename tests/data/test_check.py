@@ -93,13 +93,37 @@ def test_counts(settings):
         f"truncated at cutoff_len {cut}": 1,
         "13 words or 20 characters in common with a test question": 0,
     }
+    assert report.first_rows == {
+        "rows that LLaMA-Factory skips": [],
+        "rows at which the training stops": [],
+        "an empty side": [4],
+        "identical sides": [5],
+        f"identical after truncation at cutoff_len {cut}": [6],
+        "the question is in the test set": [7],
+        "copies of another pair": [2],
+        "further pairs for a question": [3],
+        f"truncated at cutoff_len {cut}": [6],
+        "13 words or 20 characters in common with a test question": [],
+    }
     assert report.found_problems
+
+
+def test_the_first_rows_of_a_problem_are_shown(settings):
+    rows = [row(f"{n} + 1?", "2", "2" if n % 2 else "3") for n in range(14)]
+    report = check_pairs(settings(*rows))
+    assert report.problems["identical sides"] == 7
+    assert report.first_rows["identical sides"] == [2, 4, 6, 8, 10]
+    console = Console(record=True, width=120, file=open("/dev/null", "w"))  # noqa: SIM115
+    for part in render(report):
+        console.print(part)
+    assert re.search(r"identical sides .* 7 .* 50\.0% .* 2, 4, 6, 8, 10 ", console.export_text())
 
 
 def test_rows_that_llamafactory_skips(settings):
     report = check_pairs(settings(row("1 + 1?", "2", None), row("1 + 1?", "2", "3"), default_system=""))
     assert report.pairs == 1
     assert report.problems["rows that LLaMA-Factory skips"] == 1
+    assert report.first_rows["rows that LLaMA-Factory skips"] == [1]
     assert report.found_problems
     assert report.template == ""
 
@@ -186,7 +210,7 @@ def test_a_chat_template_that_refuses_the_messages_is_a_difference(template, mod
     with_system_column(tmp_path / "data")
     report = check_pairs(recipe)
     assert not report.found_problems
-    assert re.search(rf"training: .*chat template: refuses the messages \(.*{REFUSALS[template]}", report.template)
+    assert re.search(rf"training: .*chat template: rejects the messages \(.*{REFUSALS[template]}", report.template)
     # Without `template`, LLaMA-Factory makes one of it, and cannot.
     with pytest.raises(UserError, match=r"the tokenizer of .* cannot be used: .*Write a `template`, as none is named"):
         check_pairs({key: value for key, value in recipe.items() if key != "template"})
@@ -209,7 +233,7 @@ NO_PAIR = "LLaMA-Factory cannot make a pair from it"
     ("content", "message"),
     [
         (GOOD + b'{"instruction": "a", "chosen": 3}', "line 2: 'chosen' holds a number there, and text in line 1"),
-        (GOOD + b'\n{"instruction": "a"\n', "line 3: not a line of JSON"),
+        (GOOD + b'\n{"instruction": "a"\n', "line 3: not valid JSON"),
         (b'["a"]\n', "line 1: not a JSON object"),
         (GOOD + b'{"instruction": "\\ud83c", "chosen": "b"}', "line 2: 'instruction' holds half a character"),
         (b'{"instruction": "\\ud83c", "chosen": "b"}', "line 1: 'instruction' holds half a character"),
@@ -223,7 +247,7 @@ NO_PAIR = "LLaMA-Factory cannot make a pair from it"
         (GOOD + b'{"instruction": "a", "chosen": "b", "chosen": "c"}', "line 2: it has the key 'chosen' twice"),
         (b"", "holds no rows"),
         (b"\n", "holds no rows"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 3\n", "a pointer of Git LFS"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 3\n", "a Git LFS pointer"),
     ],
 )
 def test_data_that_cannot_be_loaded(content, message, settings, tmp_path):
@@ -249,6 +273,18 @@ def test_a_model_without_a_tokenizer(settings, tmp_path):
     GPT2Config().save_pretrained(tmp_path / "bare")
     with pytest.raises(UserError, match="holds no tokenizer: add its files"):
         check_pairs(settings(row("1 + 1?", "2", "3"), model_name_or_path=str(tmp_path / "bare")))
+
+
+@pytest.mark.parametrize("content", [{"data": [json.loads(GOOD)]}, {"version": "1.0", "data": [json.loads(GOOD)] * 2}])
+def test_a_list_of_rows_in_an_object(content, settings, tmp_path):
+    recipe = settings()
+    info = (tmp_path / "data" / "dataset_info.json").read_text(encoding="utf-8")
+    (tmp_path / "data" / "dataset_info.json").write_text(info.replace("pairs.jsonl", "pairs.json"), encoding="utf-8")
+    (tmp_path / "data" / "pairs.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+    with pytest.raises(
+        UserError, match=r"an object, not a list of rows: if 'data' holds the rows, write only that list"
+    ):
+        check_pairs(recipe)
 
 
 def test_a_row_at_which_the_training_stops(settings):

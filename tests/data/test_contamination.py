@@ -94,6 +94,6 @@ def test_against_plain_search(test, asked):
 def test_reading():
     rows = [Row(1, {"question": "A b", "answer": "c"}), Row(2, {"query": "D e", "response": "f"})]
     assert len(read_test_set(rows)) == 2
-    for fields in ({"text": "a"}, BadRow("not a line of JSON")):
+    for fields in ({"text": "a"}, BadRow("not valid JSON")):
         with pytest.raises(UserError, match=r"line 3 of the test set: .*column question, query"):
             read_test_set([*rows, Row(3, fields)])

@@ -200,10 +200,13 @@ def test_rows_of_every_layout():
     assert pairs[0]["instruction"] == "Q"
     assert pairs[0]["chosen"].endswith("6 + 1 = 7.\nSo the answer is: 7")
     assert any(corrupt_row(rows[0], seed) != corrupt_row(rows[0], 5) for seed in range(5))
-    for row, message in [({"text": "a"}, "none of these columns"), ({"question": "Q", "answer": " "}, "is empty")]:
+    for row, message in [
+        ({"text": "a"}, "has none of these pairs of columns"),
+        ({"question": "Q", "answer": " "}, "is empty"),
+    ]:
         with pytest.raises(BadRow, match=message):
             corrupt_row(row, 0)
-    with pytest.raises(BadRow, match="nothing to corrupt"):
+    with pytest.raises(BadRow, match="nothing to change"):
         corrupt_row({"question": "Q", "answer": "Seven.\n#### 7"}, 0)
 
 

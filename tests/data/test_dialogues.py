@@ -27,8 +27,8 @@ def test_one_turn_has_no_history():
 @pytest.mark.parametrize(
     ("chosen", "rejected", "message"),
     [
-        (HEAD + " A", "\n\nHuman: Hi\n\nAssistant: B", "differ before the last answer"),
-        (HEAD + " A", HEAD.replace("Well", "Ill") + " B", "differ before the last answer"),
+        (HEAD + " A", "\n\nHuman: Hi\n\nAssistant: B", "differ before the last response"),
+        (HEAD + " A", HEAD.replace("Well", "Ill") + " B", "differ before the last response"),
         (HEAD + " A", HEAD, "a turn is empty"),
         ("\n\nHuman: a\n\nHuman: b", "\n\nHuman: a\n\nHuman: c", "do not alternate"),
         ("\n\nAssistant: a", "\n\nAssistant: b", "do not alternate"),
@@ -59,7 +59,7 @@ def test_ultrafeedback():
 @pytest.mark.parametrize(
     ("chosen", "rejected", "message"),
     [
-        (messages("a", "b", system="s"), messages("a", "c", system="t"), "differ before the last answer"),
+        (messages("a", "b", system="s"), messages("a", "c", system="t"), "differ before the last response"),
         (messages("a", "b", "c"), messages("a", "b", "d"), "do not alternate"),
         (messages("a", ""), messages("a", "b"), "a turn is empty"),
         ([], [], "do not alternate"),

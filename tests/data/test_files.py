@@ -83,14 +83,14 @@ def test_shards_of_a_split_are_numbered_through(tmp_path):
 def test_a_folder_without_the_split_names_those_that_are_there(tmp_path):
     write(tmp_path / "train_prefs-00000-of-00001.parquet")
     write(tmp_path / "test_prefs-00000-of-00001.parquet")
-    with pytest.raises(UserError, match=r"has no split 'train': write one that is there \(test_prefs, train_prefs\)"):
+    with pytest.raises(UserError, match=r"has no split 'train': choose one of test_prefs, train_prefs"):
         read_rows(str(tmp_path))
 
 
 def test_a_split_in_two_formats_is_not_read_twice(tmp_path):
     write(tmp_path / "train.jsonl")
     write(tmp_path / "train.parquet")
-    with pytest.raises(UserError, match="'train' as parquet and as jsonl: name"):
+    with pytest.raises(UserError, match="'train' both as parquet and as jsonl: name"):
         read_rows(str(tmp_path))
 
 
@@ -110,7 +110,7 @@ def test_splits_on_the_command_line(tmp_path):
         assert [row["chosen"] for row in lines(output)] == [expected]
     file = tmp_path / "test_prefs-00000-of-00001.parquet"
     words = ["ultrafeedback", str(file), "--output", str(tmp_path / "out.jsonl"), "--split", "train_prefs"]
-    with pytest.raises(UserError, match="is a file, which has no split 'train_prefs'"):
+    with pytest.raises(UserError, match="files have no splits: remove the split 'train_prefs'"):
         CliRunner().invoke(commands.app, words, catch_exceptions=False)
 
 
@@ -120,23 +120,25 @@ def test_lines_keep_their_numbers(tmp_path):
     assert rows[1] == {"n": 1}
     assert rows[6] == {"n": 6}
     assert {n: str(rows[n]) for n in (3, 4, 5)} == {
-        3: "not a line of JSON",
+        3: "not valid JSON",
         4: "not a JSON object",
-        5: "not UTF-8: save the file in that encoding",
+        5: "not UTF-8: save the file as UTF-8",
     }
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("missing.jsonl", None, "is not there: write the path"),
-        ("rows.csv", b"a,b", "is of no kind that can be read"),
-        ("rows.json", b"{", "is not JSON"),
-        ("rows.json", b"{}", "holds no list of rows"),
+        ("missing.jsonl", None, "does not exist: write the path"),
+        ("rows.csv", b"a,b", "has an unsupported file type"),
+        ("rows.json", b"{", "is not valid JSON"),
+        ("rows.json", b"{}", "is not a list of rows: write one"),
+        ("rows.json", b'{"a": [], "b": []}', "is not a list of rows: write one"),
+        ("rows.json", b'{"version": 1, "data": [{}]}', "if 'data' holds the rows, write only that list to the file"),
         ("rows.parquet", b"no parquet", "cannot be read as parquet"),
-        (".", None, "holds no parquet or jsonl file"),
-        ("x" * 300, None, "is not there: write the path"),
-        ("rows.json", b"[" * 100_000, "is not JSON"),
+        (".", None, "contains no parquet or jsonl file"),
+        ("x" * 300, None, "does not exist: write the path"),
+        ("rows.json", b"[" * 100_000, "is not valid JSON"),
     ],
 )
 def test_wrong_sources(name, content, message, tmp_path):
@@ -154,7 +156,7 @@ def test_a_pointer_of_git_lfs_is_no_data(name, tmp_path):
     file = tmp_path / name
     file.parent.mkdir(exist_ok=True)
     file.write_bytes(POINTER)
-    with pytest.raises(UserError, match="is not the data but a pointer of Git LFS: write `git lfs pull`"):
+    with pytest.raises(UserError, match="is a Git LFS pointer, not the data: run `git lfs pull`"):
         list(read_rows(str(file if file.parent == tmp_path else tmp_path)))
 
 
@@ -288,7 +290,7 @@ def test_any_file_gives_rows_or_a_sentence(name, cut, at, byte, content, tmp_pat
 
 
 def test_a_hub_that_cannot_be_reached_is_one_sentence():
-    with pytest.raises(UserError, match="cannot be had from the hub"):
+    with pytest.raises(UserError, match="cannot be loaded from the Hugging Face Hub"):
         read_rows("nobody-at-all/no-such-data-set")
 
 
@@ -315,7 +317,7 @@ def test_written_and_dropped_rows_are_all_rows(tmp_path):
     assert [(row["line"], row["reason"]) for row in dropped] == [
         (4, "three"),
         (6, "chosen and rejected are identical"),
-        (7, "not a line of JSON"),
+        (7, "not valid JSON"),
     ]
     assert dropped[0]["row"] == ROWS[3]
     assert tally.dropped == {row["reason"]: 1 for row in dropped}
@@ -330,7 +332,7 @@ def test_nothing_dropped_leaves_one_file(tmp_path):
 
 def test_no_pair_at_all_is_an_error_and_writes_nothing(tmp_path):
     source = write(tmp_path / "rows.jsonl", [ROWS[3]] * 2)
-    with pytest.raises(UserError, match=r"no row gave a pair.*three \(2 rows, the first in line 1\)"):
+    with pytest.raises(UserError, match=r"no row makes a pair: three \(2 rows, the first in line 1\)"):
         write_pairs(read_rows(str(source)), keep, tmp_path / "out.jsonl")
     assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl"}
 
@@ -343,7 +345,7 @@ def test_an_interrupted_run_leaves_what_was_there(tmp_path):
             raise KeyboardInterrupt
         return "kept", fields
 
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="already exists"):
         write_pairs(read_rows(str(output)), keep, output)
     with pytest.raises(KeyboardInterrupt):
         write_pairs(read_rows(str(write(tmp_path / "rows.jsonl"))), interrupted, output, overwrite=True)
@@ -374,6 +376,6 @@ def test_register(tmp_path):
     for name, content in (("other", None), ("pairs", "[]"), *odd):
         if content is not None:
             (tmp_path / "dataset_info.json").write_text(content, encoding="utf-8")
-        with pytest.raises(UserError, match=r"another data set called|is not a JSON object"):
+        with pytest.raises(UserError, match=r"another data set named|is not a JSON object"):
             write_pairs(read_rows(str(write(tmp_path / "rows.jsonl"))), keep, tmp_path / f"{name}.jsonl")
         assert not (tmp_path / f"{name}.jsonl").exists()

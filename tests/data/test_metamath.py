@@ -76,10 +76,10 @@ def test_a_prompt_is_put_in_front():
 
 def test_index():
     rows = [Row(1, {"query": " a ", "response": "r\n"}), Row(2, {"query": "b", "response": "r"})]
-    bad = [Row(3, BadRow("not a line of JSON")), Row(4, {"query": "c"})]
+    bad = [Row(3, BadRow("not valid JSON")), Row(4, {"query": "c"})]
     index, unusable = index_queries([*rows, *bad])
     assert index == {"r": ["a", "b"]}
-    assert unusable == {"not a line of JSON": 1, "no text in the column 'response'": 1}
+    assert unusable == {"not valid JSON": 1, "no text in the column 'response'": 1}
     with pytest.raises(UserError, match="no rows with `query` and `response`"):
         index_queries(bad)
 
@@ -100,13 +100,13 @@ def test_synthetic_data_with_every_trap():
     examples = list(few_shot_data.examples(1200, share_of_traps=0.05))
     rows = [Row(i, row) for i, row in enumerate(q for example in examples for q in example.questions)]
     index, _ = index_queries(rows)
-    plain = [json.loads(example.line) for example in examples[:200] if example.how != "not a line of JSON"]
+    plain = [json.loads(example.line) for example in examples[:200] if example.how != "not valid JSON"]
     template = learn_template(plain, index)
     assert template == Template("Question: ", few_shot_data.SUFFIX)
 
     became = Counter()
     for example in examples:
-        if example.how == "not a line of JSON":
+        if example.how == "not valid JSON":
             continue
         try:
             how, made = zero_shot_pair(json.loads(example.line), index, template)

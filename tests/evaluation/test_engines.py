@@ -95,7 +95,7 @@ def test_from_questions_to_scores_and_again(model32, adapters, data, tmp_path):
 
     changed = invoke(*words, "--temperature", 0.5)
     assert changed.exit_code == 2
-    assert "holds another run: its sampling is" in changed.output
+    assert "belongs to another run: its sampling is" in changed.output
 
     (output / "one" / "results.json").unlink()
     assert invoke("--score-only", "--data", data, "--output", output).exit_code == 0
@@ -121,15 +121,15 @@ def test_compare_on_the_command_line(model32, adapters, data, tmp_path):
     ("changes", "message"),
     [
         ({"--model": ""}, "--model is missing"),
-        ({"--model": "/no/such/model"}, "There is no model at"),
-        ({"--model": "nobody/has-this"}, "neither a folder nor to be had from the hub"),
-        ({"--data": "/no/such.jsonl"}, "is not there"),
+        ({"--model": "/no/such/model"}, "/no/such/model is not a model"),
+        ({"--model": "nobody/has-this"}, "neither a folder nor available on the Hub"),
+        ({"--data": "/no/such.jsonl"}, "does not exist"),
         ({"--adapter": "dpo"}, "write NAME=DIR"),
         ({"--adapter": "base=/x"}, "write NAME=DIR"),
-        ({"--adapter": "dpo=/no/such"}, "holds no adapter_config.json"),
+        ({"--adapter": "dpo=/no/such"}, "has no adapter_config.json"),
         ({"--prompt": "polite"}, "neither paper nor plain"),
         ({"--max-model-len": 20}, "raise --max-model-len"),
-        ({"--system": "half \udcff"}, "The system turn of problem 1 is no text ("),
+        ({"--system": "half \udcff"}, "The system turn of problem 1 is not text ("),
         ({"--dtype": "float99"}, "Invalid value for '--dtype'"),
         ({"--seed": -1}, "Invalid value for '--seed'"),
     ],
@@ -154,7 +154,7 @@ def test_a_model_without_chat_template(model32, data, tmp_path):
 def test_score_only_without_runs(data, tmp_path):
     result = invoke("--score-only", "--data", data, "--output", tmp_path)
     assert result.exit_code == 2
-    assert "holds no runs" in result.output
+    assert "contains no runs" in result.output
 
 
 def test_the_evaluation_runs_without_llamafactory():
@@ -172,7 +172,7 @@ def test_lora_rank_above_vllms_limit(tmp_path):
     from llamafactory_ext.evaluation.vllm_engine import _lora_rank
 
     (tmp_path / "adapter_config.json").write_text('{"r": 1024}')
-    with pytest.raises(gsm8k.UserError, match="rank 1024, above vLLM's 512"):
+    with pytest.raises(gsm8k.UserError, match="rank 1024, above vLLM's limit of 512"):
         _lora_rank(str(tmp_path))
 
 
@@ -181,7 +181,7 @@ def test_an_adapter_without_rank(content, tmp_path):
     from llamafactory_ext.evaluation.vllm_engine import _lora_rank
 
     (tmp_path / "adapter_config.json").write_text(content)
-    with pytest.raises(gsm8k.UserError, match="names no rank `r`"):
+    with pytest.raises(gsm8k.UserError, match="has no rank `r`"):
         _lora_rank(str(tmp_path))
 
 
@@ -192,7 +192,7 @@ def test_what_transformers_cannot_answer_ends_in_a_sentence_and_keeps_the_rest(d
     words = ("--engine", "hf", "--model", model, "--data", data, "--output", tmp_path / "out", "--prompt", "plain")
     result = invoke(*words, "--batch-size", 1, "--max-tokens", 60)
     assert result.exit_code == 2
-    assert "transformers does not answer (" in result.output
+    assert "transformers failed (" in result.output
     assert "lower --batch-size or --max-tokens" in result.output
     assert len((tmp_path / "out/base/generations.jsonl").read_text().splitlines()) == 2
 

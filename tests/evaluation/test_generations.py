@@ -81,9 +81,9 @@ def test_an_answer_of_another_kind_is_damaged(odd, tmp_path):
 
 def test_another_run_is_refused(tmp_path):
     fill(tmp_path, 0)
-    with pytest.raises(UserError, match="its a is 1, now it would be 2"), Run(tmp_path) as run:
+    with pytest.raises(UserError, match="its a is 1, not 2"), Run(tmp_path) as run:
         run.open({"a": 2})
-    with pytest.raises(UserError, match="its b is null, now it would be 3"), Run(tmp_path) as run:
+    with pytest.raises(UserError, match="its b is null, not 3"), Run(tmp_path) as run:
         run.open({"a": 1, "b": 3})
 
 
@@ -95,7 +95,7 @@ def test_two_processes_cannot_write_at_once(tmp_path):
             f"Run(Path({str(tmp_path)!r})).open({{}})"
         )
         other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "Another process writes" in other.stderr
+    assert "Another process is writing" in other.stderr
 
 
 def answer(count, seconds=0.0):

@@ -247,7 +247,7 @@ def test_replies_without_a_verdict_are_left_out_and_asked_again(files, server, t
     server.judge = shy
     result = compare(files, server, tmp_path)
     assert result.exit_code == 0
-    assert "Replies without a verdict, asked again by the same command: 1, to questions 2" in result.output
+    assert "Replies without a verdict: 1, to questions 2. Run the same command to ask them again." in result.output
     summary = summary_of(tmp_path)
     assert (summary["judged"], summary["unparseable"]) == (4, {"replies": 1, "questions": ["2"]})
     assert [summary[result]["count"] for result in ("win", "tie", "lose")] == [2, 1, 1]
@@ -269,7 +269,7 @@ def test_a_judge_that_does_not_take_every_field(files, server, tmp_path, rejects
     summary = summary_of(tmp_path)
     assert summary["win"]["count"] == 3
     assert summary["left_out"] == sorted(rejects)
-    assert ("The judge takes no temperature" in result.output) is ("temperature" in rejects)
+    assert ("The judge does not accept a temperature" in result.output) is ("temperature" in rejects)
     refused = len(rejects)  # one field a time, by the first question only
     assert len(server.requests) == 10 + refused
     limit = "max_completion_tokens" if "max_tokens" in rejects else "max_tokens"
@@ -285,7 +285,7 @@ def test_answers_that_are_no_text_are_not_judged(server, tmp_path):
     both = [write(tmp_path / f"{name}.jsonl", rows("half \ud800")) for name in "ab"]
     result = compare(both, server, tmp_path / "out")
     assert result.exit_code == 2
-    assert "The user turn of problem 1 is no text (" in result.output
+    assert "The user turn of problem 1 is not text (" in result.output
     assert not server.requests
 
 
@@ -298,7 +298,7 @@ def test_arguments_of_the_judges_chat_template(files, server, tmp_path):
     assert not any("chat_template_kwargs" in request for request in server.requests)
     other = compare(files, server, tmp_path / "off")
     assert other.exit_code == 2
-    assert "holds another run: its chat_template_kwargs is" in other.output
+    assert "belongs to another run: its chat_template_kwargs is" in other.output
     for wrong in ("[]", '{"messages": []}'):
         assert compare(files, server, tmp_path / "wrong", "--chat-template-kwargs", wrong).exit_code == 2
     assert not (tmp_path / "wrong").exists()
@@ -315,7 +315,7 @@ def test_a_pair_that_the_judge_refuses_has_no_verdict(files, server, tmp_path):
     server.judge = full
     result = compare(files, server, tmp_path, "--concurrency", 1)
     assert result.exit_code == 0, result.output
-    assert "Replies without a verdict, asked again by the same command: 1, to questions 2" in result.output
+    assert "Replies without a verdict: 1, to questions 2. Run the same command to ask them again." in result.output
     found = json.loads((tmp_path / "results.json").read_text())
     assert found["summary"]["judged"] == 4
     assert found["summary"]["left_out"] == []
@@ -394,7 +394,7 @@ def test_a_judge_that_fails_keeps_what_it_answered(files, server, tmp_path):
     failed = compare(files, server, tmp_path, "--concurrency", 1)
     assert failed.exit_code == 2
     assert "out of credit" in failed.output
-    assert "goes on from there" in failed.output
+    assert "run the same command to resume" in failed.output
     kept = [request["messages"] for request in server.requests[:4]]
     server.judge = prefer_longer
     assert compare(files, server, tmp_path).exit_code == 0
@@ -446,9 +446,9 @@ def test_another_judge_prompt_or_data_is_refused(files, server, tmp_path):
     for key, words in changes.items():
         refused = compare(files, server, output, *words)
         assert refused.exit_code == 2
-        assert f"holds another run: its {key} is" in refused.output
+        assert f"belongs to another run: its {key} is" in refused.output
     swapped = compare(files[::-1], server, output)
-    assert "holds another run: its data is" in swapped.output
+    assert "belongs to another run: its data is" in swapped.output
     assert len(server.requests) == 10
 
 
@@ -470,7 +470,7 @@ def test_what_a_server_has_refused_is_left_out(tmp_path):
     pairs, refused = load_pairs(write(tmp_path / "a.jsonl", a), write(tmp_path / "b.jsonl", b))
     assert [pair.id for pair in pairs] == ["q0", "q2"]
     assert refused == ["q1"]
-    with pytest.raises(UserError, match="refused every question"):
+    with pytest.raises(UserError, match="Every question was refused"):
         load_pairs(tmp_path / "a.jsonl", write(tmp_path / "b.jsonl", [row | {"refused": "x"} for row in b]))
 
 
@@ -481,24 +481,24 @@ def test_the_folder_of_the_only_run_is_found(tmp_path):
     assert load_pairs(tmp_path / "dpo", path)[0] == [Pair("1", "Q?", "a", "a")]
     (tmp_path / "dpo" / "lora").mkdir()
     write(tmp_path / "dpo" / "lora" / "answers.jsonl", one)
-    with pytest.raises(UserError, match=r"holds several runs: name one, such as .*base"):
+    with pytest.raises(UserError, match=r"contains several runs: name one, such as .*base"):
         load_pairs(tmp_path / "dpo", path)
 
 
 @pytest.mark.parametrize(
     ("a", "b", "message"),
     [
-        (rows("a", "a"), rows("b", "b", "b", "b"), r"2 are in one of them only, such as 'Question 3\?'"),
+        (rows("a", "a"), rows("b", "b", "b", "b"), r"2 are in only one of them, such as 'Question 3\?'"),
         (rows("a") + rows("a"), rows("b"), "more than once"),
         (
             [{"id": 1, **rows("a")[0]}],
             [{"id": 1, "question": "Other?", "answer": "b"}],
-            "different questions under the",
+            "different questions with the id",
         ),
-        ([{"question": "Q?"}], rows("b"), r"a\.jsonl, line 1 has no texts"),
-        (rows("a"), [{"question": "Q?", "answer": None}], r"b\.jsonl, line 1 has no texts"),
+        ([{"question": "Q?"}], rows("b"), r"a\.jsonl, line 1 has no text"),
+        (rows("a"), [{"question": "Q?", "answer": None}], r"b\.jsonl, line 1 has no text"),
         (["Q?"], rows("b"), "line 1 is not a JSON object"),
-        ([], rows("b"), "holds no rows"),
+        ([], rows("b"), "is empty"),
     ],
 )
 def test_files_that_are_no_pairs(tmp_path, a, b, message):
@@ -510,10 +510,10 @@ def test_files_that_are_no_pairs(tmp_path, a, b, message):
     ("words", "message"),
     [
         (("--judge", ""), "--judge is missing"),
-        (("--a", "nowhere.jsonl"), "'nowhere.jsonl' is not there"),
+        (("--a", "nowhere.jsonl"), "'nowhere.jsonl' does not exist"),
         (("--names", "dpo"), "write two different names"),
         (("--names", "dpo,dpo"), "write two different names"),
-        (("--prompt", "nowhere.txt"), "There is no prompt file"),
+        (("--prompt", "nowhere.txt"), "The prompt file nowhere.txt does not exist"),
     ],
 )
 def test_wrong_arguments(files, server, tmp_path, words, message):
@@ -529,7 +529,7 @@ def test_a_prompt_file_without_its_places(files, server, tmp_path):
     template.write_text("{question} {first}")
     result = compare(files, server, tmp_path / "out", "--prompt", template)
     assert result.exit_code == 2
-    assert "does not hold {second}" in result.output
+    assert "does not contain {second}" in result.output
     assert server.requests == []
 
 
@@ -596,7 +596,7 @@ def test_from_questions_to_win_rates(server, tmp_path):
     assert (output / "sr" / GENERATIONS).read_bytes() == written  # nothing is asked twice
     changed = invoke(answers.app, *words, "--max-tokens", 7)
     assert changed.exit_code == 2
-    assert "holds another run: its sampling is" in changed.output
+    assert "belongs to another run: its sampling is" in changed.output
 
     assert compare((output / "sr", output / "base"), server, tmp_path / "judged").exit_code == 0
     assert summary_of(tmp_path / "judged")["judged"] == 3
@@ -606,5 +606,5 @@ def test_answers_without_a_model(tmp_path):
     data = write(tmp_path / "q.jsonl", [{"prompt": "Hi?"}])
     result = invoke(answers.app, "--engine", "hf", "--model", "/no/model", "--data", data, "--output", tmp_path / "out")
     assert result.exit_code == 2
-    assert "There is no model at /no/model" in result.output
+    assert "/no/model is not a model" in result.output
     assert not (tmp_path / "out").exists()

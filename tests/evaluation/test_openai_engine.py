@@ -101,7 +101,7 @@ def test_a_server_that_breaks_keeps_what_it_answered(server, model32, data, tmp_
     failed = CliRunner().invoke(gsm8k.app, words)
     assert failed.exit_code == 2
     assert "out of luck" in failed.output
-    assert "goes on from there" in failed.output
+    assert "run the same command to resume" in failed.output
     path = tmp_path / "out" / "base" / "generations.jsonl"
     assert len(path.read_text().splitlines()) == 1
 
@@ -123,7 +123,7 @@ def test_a_problem_that_the_server_refuses_is_recorded_and_counts_as_unanswered(
         result = ask_server(server, data, output)
         assert result.exit_code == 0, result.output
         assert len(server.requests) == requests
-        assert "the server refused 1 problems, which the same command asks again: 2 (Error code: 400" in result.output
+        assert "the server refused 1 problems: 2 (Error code: 400" in result.output
         scored = json.loads((output / "base" / "results.json").read_text())
         assert (scored["summary"]["problems"], scored["summary"]["missing"]) == (3, 1)
         assert [row.get("refused") is not None for row in scored["rows"]] == [False, True, False]
@@ -140,14 +140,14 @@ def test_a_server_that_refuses_every_problem_is_no_score(server, data, tmp_path)
     server.refuse = lambda question: 422
     result = ask_server(server, data, tmp_path / "out")
     assert result.exit_code == 2
-    assert "The server refused every question to base, 3 of them (Error code: 422" in result.output
+    assert "The server refused all 3 questions to base (Error code: 422" in result.output
     assert not list((tmp_path / "out").glob("**/manifest.json"))
 
 
 def test_a_system_turn_that_every_question_is_refused_for(server, data, tmp_path):
     server.refuse = lambda question: 400
     result = ask_server(server, data, tmp_path / "out", "--system", "Brief")
-    assert "change what it does not take, such as --system, or ask another one" in result.output
+    assert "change what it does not accept, such as --system, or use another server" in result.output
 
 
 def test_what_is_no_text_is_not_asked(server, tmp_path):
@@ -155,7 +155,7 @@ def test_what_is_no_text_is_not_asked(server, tmp_path):
     data.write_text('{"question": "half \\ud800", "answer": "#### 1"}\n')
     result = ask_server(server, data, output)
     assert result.exit_code == 2
-    assert "The user turn of problem 1 is no text (" in result.output
+    assert "The user turn of problem 1 is not text (" in result.output
     assert not server.requests
     assert not output.exists()
 
@@ -165,7 +165,7 @@ def test_fields_that_a_server_does_not_take_are_left_out_and_told(server, data, 
     server.unknown, server.unknown_status = {"top_k", "return_token_ids", "seed", "max_tokens"}, status
     result = ask_server(server, data, tmp_path / "out")
     assert result.exit_code == 0, result.output
-    assert "the server does not take return_token_ids, seed, top_k: it was asked without" in result.output
+    assert "the server does not accept return_token_ids, seed, top_k, so its own values apply" in result.output
     assert len(server.requests) == 1 + 4 + 3  # a 500, each field once, three questions
     for request in server.requests[-3:]:
         assert not server.unknown & request.keys()
@@ -187,18 +187,18 @@ def test_a_field_that_was_asked_for_is_never_left_out(server, data, tmp_path, fi
     server.unknown = {field}
     result = ask_server(server, data, tmp_path / "out", *words)
     assert result.exit_code == 2
-    refusal = f"The server refused every question to base, 3 of them (Error code: 400 - Unknown field: {field})"
+    refusal = f"The server refused all 3 questions to base (Error code: 400 - Unknown field: {field})"
     assert refusal in result.output
 
 
 @pytest.mark.parametrize(
     ("status", "message"),
     [
-        (401, "refuses the key (Error code: 401"),
-        (403, "refuses the key (Error code: 403"),
-        (404, "does not know what it is asked for (Error code: 404"),
-        (402, "refuses to answer (Error code: 402"),
-        (200, "does not answer (its reply holds no answer"),
+        (401, "rejects the API key (Error code: 401"),
+        (403, "rejects the API key (Error code: 403"),
+        (404, "does not have this model or path (Error code: 404"),
+        (402, "rejects the requests (Error code: 402"),
+        (200, "does not answer (its reply contains no answer"),
     ],
 )
 def test_what_will_not_pass_stops_at_once(server, data, tmp_path, status, message):

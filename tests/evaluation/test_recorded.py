@@ -38,7 +38,7 @@ def test_answers_are_scored_against_their_own_problems_only(data, tmp_path):
         assert refused.exit_code == 2
         count = 12 if other in words else 5
         assert (
-            f"{output / 'base'} answers 12 problems of {data}, which are not the {count} that {words[1]} holds now"
+            f"{output / 'base'} has answers to 12 problems of {data}, not to the {count} problems of {words[1]}"
             in on_one_line(refused.output)
         )
     assert (output / "results.json").read_bytes() == scored
@@ -103,7 +103,7 @@ def test_compare_by_hand(data, tmp_path):
 
 @pytest.mark.parametrize(
     ("words", "message"),
-    [(("--tier", "loose"), "--tier loose: write strict_prompt"), ((), "named twice")],
+    [(("--tier", "loose"), "--tier loose is unknown: write one of strict_prompt"), ((), "named twice")],
 )
 def test_wrong_arguments_of_compare(data, tmp_path, words, message):
     output = tmp_path / "runs"
@@ -190,13 +190,13 @@ def test_records_that_do_not_belong_together_are_refused(data, tmp_path):
     answers.write_text(written + written.replace('"index": 0', '"index": 99'))
     refused = invoke(gsm8k.app, *score_it)
     assert refused.exit_code == 2
-    assert f"{answers} answers a problem 99, which there is not" in on_one_line(refused.output)
+    assert f"{answers} has an answer to problem 99, which does not exist" in on_one_line(refused.output)
     answers.write_text(written)
     manifest = folder / "manifest.json"
     manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "data": None}))
     refused = invoke(gsm8k.app, *score_it)
     assert refused.exit_code == 2
-    assert f"{manifest} does not say what was asked" in on_one_line(refused.output)
+    assert f"{manifest} does not record the problems" in on_one_line(refused.output)
 
 
 def test_a_run_and_the_folder_that_holds_it_are_the_same_run(data, tmp_path):

@@ -152,7 +152,7 @@ def test_holm_over_several():
 
 def test_a_run_on_fewer_problems_is_compared_only_if_asked_to():
     runs = {"whole": run_of([True, False] * 5), "few": run_of([True, True, True]), "more": run_of([False] * 4)}
-    with pytest.raises(UserError, match="whole was asked 10 problems and few 3, 3 of them the same: write --shared"):
+    with pytest.raises(UserError, match="whole was asked 10 problems and few 3, with 3 in common: add --shared"):
         compare(runs)
     few, more = compare(runs, shared=True)  # on problems 0 to 2, which whole has right, wrong, right
     assert (few["problems"], few["baseline_accuracy"], few["accuracy"]) == (3, pytest.approx(2 / 3), 1.0)
@@ -161,23 +161,23 @@ def test_a_run_on_fewer_problems_is_compared_only_if_asked_to():
 
 def test_runs_on_different_problems_are_refused():
     for shared in (False, True):
-        with pytest.raises(UserError, match="different problems, the first of them number 1"):
+        with pytest.raises(UserError, match="different problems, from number 1 on"):
             compare({"a": run_of([True]), "b": run_of([True], data="rephrased")}, shared)
 
 
 def test_runs_without_a_problem_in_common_are_refused():
     elsewhere = Scored("1", {7: "gsm8k7"}, {7: True})
-    with pytest.raises(UserError, match="share no problem"):
+    with pytest.raises(UserError, match="have no problem in common"):
         compare({"a": run_of([True]), "b": elsewhere}, shared=True)
 
 
 def test_answers_read_by_different_versions_are_refused():
-    with pytest.raises(UserError, match="a and c were read by versions 1 and 2 of the extractor"):
+    with pytest.raises(UserError, match="a and c were scored with versions 1 and 2 of the answer extractor"):
         compare({"a": run_of([True]), "b": run_of([True]), "c": run_of([True], extractor="2")})
 
 
 def test_a_folder_without_scores_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"holds no results\.json"):
+    with pytest.raises(UserError, match=r"has no results\.json"):
         load_scored(tmp_path, "strict")
     (tmp_path / "results.json").write_text(json.dumps({"base": {}}))
     with pytest.raises(UserError, match="a run's own folder"):
@@ -209,7 +209,7 @@ def test_other_prompts_and_system_turns(tmp_path):
     file.write_text("Q: {question}\nA:\n")
     assert messages(question, load_prompt(str(file)), None) == [{"role": "user", "content": "Q: How {many}?\nA:"}]
     file.write_text("no place")
-    with pytest.raises(UserError, match=r"does not hold \{question\}"):
+    with pytest.raises(UserError, match=r"does not contain \{question\}"):
         load_prompt(str(file))
     with pytest.raises(UserError, match="neither paper nor plain nor a file"):
         load_prompt("other")
@@ -233,8 +233,8 @@ def test_questions_of_jsonl_and_parquet(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([], "holds no problems"),
-        ([{"question": "Q?"}], "line 1 has no fields"),
+        ([], "has no problems"),
+        ([{"question": "Q?"}], "line 1 needs `question` and `answer`"),
         ([["Q?", "A"]], "line 1 is not a JSON object"),
         ([{"question": "Q?", "answer": "5"}], "must end in a line `#### N`"),
         ([{"question": "Q?", "answer": "#### five"}], "must end in a line `#### N`"),
@@ -246,10 +246,10 @@ def test_bad_data_is_refused(tmp_path, rows, message):
 
 
 def test_missing_and_broken_data_files_are_refused(tmp_path):
-    with pytest.raises(UserError, match="is not there"):
+    with pytest.raises(UserError, match="does not exist"):
         load_questions(str(tmp_path / "nowhere.jsonl"))
     (tmp_path / "broken.jsonl").write_text("{")
-    with pytest.raises(UserError, match="line 1 is not a line of JSON"):
+    with pytest.raises(UserError, match="line 1 is not valid JSON"):
         load_questions(str(tmp_path / "broken.jsonl"))
 
 

@@ -302,7 +302,7 @@ def test_a_run_that_ends_early_asks_the_reference_in_every_step_unless_told_othe
 def test_nothing_fits(qwen):
     card = qwen(per_device_train_batch_size=1)
     assert alternatives(card, 1, 2) == []
-    assert "take more or larger GPUs" in printed(make_plan(card, 1, 2), [])
+    assert "use more or larger GPUs" in printed(make_plan(card, 1, 2), [])
 
 
 # --- what must hold whatever the recipe ------------------------------------------------------------------------------
@@ -399,7 +399,7 @@ def long_pairs(tmp_path_factory):
 def test_pairs_are_counted_where_files_are_local(changes, pairs, qwen, long_pairs):
     plan = make_plan(qwen(dataset_dir=str(long_pairs), **changes), 8, 80)
     assert plan.schedule.pairs == pairs
-    assert any("number of pairs is not known" in note for note in plan.notes) is (pairs is None)
+    assert any("number of pairs is unknown" in note for note in plan.notes) is (pairs is None)
     assert (plan.schedule.steps is None) is (pairs is None)
 
 
@@ -419,7 +419,7 @@ def test_pairs_of_a_damaged_file_are_not_known(name, qwen, tmp_path):
     (tmp_path / "dataset_info.json").write_text(json.dumps({"a": {"file_name": name}}), encoding="utf-8")
     plan = make_plan(qwen(dataset_dir=str(tmp_path), dataset="a"), 1, 80)
     assert plan.schedule.pairs is None
-    assert f"The number of pairs is not known: '{name}' is no local file that can be counted" in plan.notes[0]
+    assert f"The number of pairs is unknown: '{name}' is not a local file that can be counted" in plan.notes[0]
 
 
 def test_tokens_of_a_step(qwen):
@@ -495,7 +495,7 @@ def test_steps_are_those_of_a_run(model, data, tmp_path):
         ({"val_size": "1e-1"}, "val_size is '1e-1': write a number"),
         ({"max_samples": -1}, "max_samples is -1: write a whole number of at least 1"),
         ({"finetuning_type": "lora", "lora_rank": "8"}, "lora_rank is '8': write a whole number"),
-        ({"finetuning_type": "lora", "lora_target": 3}, "lora_target is 3: write all, or names of layers"),
+        ({"finetuning_type": "lora", "lora_target": 3}, "lora_target is 3: write `all`, or names of layers"),
         ({"finetuning_type": "qlora"}, "Invalid fine-tuning method"),
         ({"model_name_or_path": ["a"]}, r"model_name_or_path is \['a'\]: write a path or a name"),
         ({"pref_loss": "nonsense"}, "pref_loss 'nonsense' is unknown"),
@@ -516,11 +516,11 @@ def own_config(folder, family, **changes):
 WITHOUT_ATTENTION = ["mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm"]
 OTHERS = {
     "blt": "its configuration has no hidden_size",
-    "reformer": "makes no causal language model .If you want to use",
-    "nemotron": "makes no causal language model .unsupported operand",
-    "t5": "makes no causal language model .Unrecognized configuration class",
-    "clip": "makes no causal language model",
-} | dict.fromkeys(WITHOUT_ATTENTION, "has no num_attention_heads.: name another, or train two steps of it")
+    "reformer": "only causal language models can be planned, and .* is not one .If you want to use",
+    "nemotron": "only causal language models can be planned, and .* is not one .unsupported operand",
+    "t5": "only causal language models can be planned, and .* is not one .Unrecognized configuration class",
+    "clip": "only causal language models can be planned, and .* is not one",
+} | dict.fromkeys(WITHOUT_ATTENTION, "has no num_attention_heads.: choose another, or train two steps of it")
 
 
 @pytest.mark.parametrize("family", OTHERS)
@@ -556,7 +556,7 @@ def test_layers_that_are_not_linear_are_adapted_by_name(qwen, tmp_path):
     """GPT-2's, which PEFT adapts and LLaMA-Factory's `all` passes over: the training itself fails with it."""
     gpt2 = qwen(model_name_or_path=own_config(tmp_path, "gpt2"), finetuning_type="lora")
     with pytest.raises(
-        UserError, match="`lora_target: all` takes linear layers, and a 'gpt2' model has none: name layers"
+        UserError, match="`lora_target: all` selects linear layers, and a 'gpt2' model has none: name layers"
     ):
         make_plan(gpt2, 1, 80)
     with pytest.raises(UserError, match=r"'query' names no layer of the model: write one of c_attn, c_fc, c_proj\."):
