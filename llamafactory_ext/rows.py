@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import io
 import itertools
@@ -94,10 +95,12 @@ def _check_content(path: Path) -> None:
     """Refuse a file that cannot be opened, or a pointer from a repository that was cloned without Git LFS."""
     try:
         with path.open("rb") as file:
-            is_pointer = path.is_file() and file.read(len(LFS_POINTER)) == LFS_POINTER
+            start = file.read(len(LFS_POINTER)) if path.is_file() else b""
     except OSError as error:
         raise UserError(f"{str(path)!r} cannot be read ({in_a_line(error)}): name a {KINDS} file.") from error
-    if is_pointer:
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise UserError(f"{str(path)!r} is encoded as UTF-16: save it as UTF-8.")
+    if start == LFS_POINTER:
         raise UserError(
             f"{str(path)!r} is a Git LFS pointer, not the data: run `git lfs pull` in its folder, or download the file."
         )
@@ -157,7 +160,7 @@ def _line_rows(path: Path) -> Iterator[Row]:
 def parse(line: bytes) -> Fields | BadRow:
     """The fields of one line of a .jsonl file, or what is wrong with it."""
     try:
-        fields = json.loads(line)
+        fields = json.loads(line.decode())  # of bytes, json would guess the encoding
     except UnicodeDecodeError:
         return BadRow("not UTF-8: save the file as UTF-8")
     except (ValueError, RecursionError):  # too deeply nested

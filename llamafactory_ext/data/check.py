@@ -16,6 +16,7 @@ from .contamination import CHARACTERS, NGRAM, TestSet
 if TYPE_CHECKING:
     import numpy as np
 
+TRAINING, EVALUATION = "dataset", "eval_dataset"  # the keys of a recipe that name pairs
 PERCENTILES = (0, 5, 25, 50, 75, 95, 99, 100)
 FIRST_ROWS = 5  # shown of each problem and note
 
@@ -23,6 +24,7 @@ FIRST_ROWS = 5  # shown of each problem and note
 FLAGS = ("empty", "identical", "identical_cut", "truncated", "same_question", "similar_question")
 COUNTS = ("prompt", "chosen", "rejected", "longer", "augmented", "stock", "common")
 SIMILAR = f"{NGRAM} words or {CHARACTERS} characters in common with a test question"
+SKIPPED, STOPS = NO_PAIRS = ("rows that LLaMA-Factory skips", "rows at which the training stops")
 NOT_MEASURED = {**dict.fromkeys(FLAGS, False), **dict.fromkeys(COUNTS, 0), "pair": "", "question": ""}
 
 
@@ -62,12 +64,13 @@ class Report:
         return self.pairs == 0 or any(self.problems.values())
 
 
-def check_pairs(settings: Settings, test_set: TestSet | None = None) -> Report:
+def check_pairs(settings: Settings, test_set: TestSet | None = None, key: str = TRAINING) -> Report:
     """Load, tokenize and truncate a recipe's pairs exactly as in training, and check them.
 
     Args:
         settings: a recipe with `stage: dpo` or `rm`; its data, tokenizer, template and cutoff_len are used.
         test_set: questions that must not occur in the pairs.
+        key: which pairs: the recipe's `dataset` or `eval_dataset`.
 
     Raises:
         UserError: if the recipe is wrong, or the tokenizer or the data cannot be loaded.
@@ -77,8 +80,9 @@ def check_pairs(settings: Settings, test_set: TestSet | None = None) -> Report:
     if settings.get("stage", "dpo") not in ("dpo", "rm"):
         raise UserError(f"stage {settings['stage']!r} does not train on pairs: write `stage: dpo` or `stage: rm`.")
     model_args, data_args, finetuning_args = parse_recipe({"stage": "dpo", **settings})
+    data_args.dataset = getattr(data_args, key)
     if data_args.dataset is None:
-        raise UserError("the recipe names no data set: write `dataset` and `dataset_dir`.")
+        raise UserError(f"the recipe names no data set: write `{key}` and `dataset_dir`.")
     data_args.streaming = False
 
     tools = load_tokenization(model_args, data_args)
@@ -253,8 +257,8 @@ def _report(measures: Any, cutoff_len: int, template: str) -> Report:
     stock, common = counts["stock"], counts["common"]
     copies = valid & _repeated(measures["pair"])
     problems = {
-        "rows that LLaMA-Factory skips": kinds == "skipped",
-        "rows at which the training stops": kinds == "stops",
+        SKIPPED: kinds == "skipped",
+        STOPS: kinds == "stops",
         "an empty side": flags["empty"],
         "identical sides": flags["identical"],
         f"identical after truncation at cutoff_len {cutoff_len}": flags["identical_cut"],
@@ -306,15 +310,16 @@ def _percentiles(values: np.ndarray) -> list[int]:
 # --- showing ---------------------------------------------------------------------------------------------------------
 
 
-def render(report: Report) -> Iterable[Any]:
-    """The report as tables and lines for a rich console."""
+def render(report: Report, of: str = "") -> Iterable[Any]:
+    """The report as tables and lines for a rich console; `of` says in the title which pairs these are."""
     from rich.markup import escape
     from rich.table import Table
 
-    found = Table("found", "rows", "share", "first rows", title=f"{report.pairs:,} pairs", title_justify="left")
+    found = Table("found", "rows", "share", "first rows", title=f"{report.pairs:,} pairs{of}", title_justify="left")
+    rows_in_all = report.pairs + sum(report.problems[name] for name in NO_PAIRS)
     for style, entries in (("red", report.problems), ("yellow", report.notes)):
         for name, count in entries.items():
-            share = f"{count / report.pairs:.1%}" if report.pairs else ""
+            share = f"{count / rows_in_all:.1%}" if rows_in_all else ""
             rows = ", ".join(map(str, report.first_rows[name]))
             found.add_row(name, f"{count:,}", share, rows, style=style if count else None)
     yield found

@@ -20,7 +20,7 @@ from ..recipe.reading import read_recipe
 from ..rows import Fields, Row, read_rows
 from ..whole_files import write_whole
 from .corruption import PROMPT, corrupt_row
-from .dialogues import hh_rlhf_pair, ultrafeedback_pair
+from .dialogues import hh_rlhf_pair, kind_by_scores, ultrafeedback_pair
 from .files import Tally, check_output, register, write_pairs
 from .metamath import Template, index_queries, learn_template, zero_shot_pair
 
@@ -61,7 +61,7 @@ def metamath(
 
     llamafactory-ext data metamath few_shot.parquet --questions MetaMathQA-395K.json --output data/metamath.jsonl
     """
-    check_output(output, overwrite)
+    check_output(output, overwrite, pairs, questions)
     if (lead is None) != (suffix is None):
         raise UserError("--lead and --suffix describe the template together: give both or neither.")
     rows = _rows(pairs, split)
@@ -101,6 +101,7 @@ def corrupt(
 
     llamafactory-ext data corrupt meta-math/MetaMathQA --seed 1
     """
+    check_output(output, overwrite, solutions)
     rows = itertools.islice(_rows(solutions, split), limit)
     tally = write_pairs(rows, _each(lambda fields: corrupt_row(fields, seed, prompt)), output, overwrite)
     _finish(tally, output)
@@ -121,6 +122,7 @@ def hh_rlhf(
 
     llamafactory-ext data hh-rlhf harmless-base/train.jsonl.gz --output data/harmless.jsonl
     """
+    check_output(output, overwrite, dialogues)
     tally = write_pairs(_rows(dialogues, split), _each(hh_rlhf_pair), output, overwrite)
     _finish(tally, output, columns=("history",))
 
@@ -140,7 +142,13 @@ def ultrafeedback(
 
     llamafactory-ext data ultrafeedback test_prefs.parquet --output data/ultrafeedback_test.jsonl
     """
-    tally = write_pairs(_rows(dialogues, split, "train_prefs"), _each(ultrafeedback_pair), output, overwrite)
+    check_output(output, overwrite, dialogues)
+
+    def convert(row: Row, fields: Fields) -> tuple[str, Fields]:
+        pair = ultrafeedback_pair(fields)
+        return kind_by_scores(pair), pair
+
+    tally = write_pairs(_rows(dialogues, split, "train_prefs"), convert, output, overwrite)
     _finish(tally, output, columns=("system", "history"))
 
 
@@ -164,17 +172,24 @@ def check(
 
     llamafactory-ext data check recipe.yaml cutoff_len=512 max_samples=1000
     """
-    from .check import check_pairs, render
+    from .check import EVALUATION, TRAINING, check_pairs, render
     from .contamination import read_test_set
 
     settings = read_recipe(recipe)
     questions = read_test_set(_rows(test_set, test_split, "test")) if test_set else None
     report = check_pairs(settings, questions)
-    for part in render(report):
+    evaluation = check_pairs(settings, questions, EVALUATION) if settings.get(EVALUATION) else None
+    for part in render(report, f" in `{TRAINING}`" if evaluation else ""):
         console.print(part)
+    if evaluation is not None:
+        for part in render(evaluation, f" in `{EVALUATION}`"):
+            console.print(part)
     if json_file is not None:
-        write_whole(json_file, json.dumps(asdict(report), indent=2) + "\n")
-    if report.found_problems or (strict and (any(report.notes.values()) or report.template)):
+        both = asdict(report) | ({EVALUATION: asdict(evaluation)} if evaluation else {})
+        write_whole(json_file, json.dumps(both, indent=2) + "\n")
+    reports = [each for each in (report, evaluation) if each is not None]
+    noted = any(any(each.notes.values()) or each.template for each in reports)
+    if any(each.found_problems for each in reports) or (strict and noted):
         raise typer.Exit(1)
 
 

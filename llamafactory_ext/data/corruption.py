@@ -27,7 +27,7 @@ COLUMNS = (("question", "answer"), ("query", "response"), ("problem", "solution"
 
 _ENDING = re.compile(r"####|(?:\bso[ ,]{1,2})?\bthe (?:final )?answer is\b:?", re.IGNORECASE)
 _ANNOTATION = re.compile(r"<<[^<>]*=[^<>]*>>")
-_NUMBER = re.compile(r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?")
+_NUMBER = re.compile(r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+")
 # A number after a GSM8K annotation (`<<6/2=3>>3`), which is always a result; or one after a `=` that is not an operand
 # of a further calculation.
 _RESULT = re.compile(
@@ -133,7 +133,7 @@ def corrupt_row(fields: Fields, seed: int, prompt: str = PROMPT) -> dict[str, st
     question, solution = (text(fields, column) for column in columns)
     pair = make_pair(parse_solution(question, solution), random.Random(f"{seed} {question} {solution}"), prompt)
     if pair is None:
-        raise BadRow("nothing to change: no intermediate result differs from the final answer")
+        raise BadRow("nothing to change: no positive intermediate result other than the final answer")
     return pair
 
 
@@ -146,7 +146,8 @@ def _other_number(number: str, final: set[Decimal], rng: random.Random) -> str:
         while True:
             wrong = value + unit * rng.randint(1, reach) * rng.choice((-1, 1))
             if wrong > 0 and wrong not in final:
-                return f"{wrong:,f}" if "," in number else f"{wrong:f}"
+                written = f"{wrong:,f}" if "," in number else f"{wrong:f}"
+                return written.removeprefix("0") if number.startswith(".") else written
 
 
 def _decimal(number: str) -> Decimal:

@@ -47,6 +47,16 @@ def ultrafeedback_pair(fields: Fields) -> Fields:
     return {"system": system} | _pair(chosen, rejected) | scores
 
 
+def kind_by_scores(pair: Fields) -> str:
+    """The kind of a pair for the tally: whether its scores are usable, and agree with what is preferred."""
+    scores = [pair[name] for name in SCORES if name in pair]
+    if None in scores:
+        return "pairs whose scores are not numbers"
+    if len(scores) == 2 and scores[0] < scores[1]:
+        return "pairs whose rejected response has the higher score"
+    return "pairs"
+
+
 def number(value: Any) -> float | None:
     """A finite score, or None for anything else: a column that mixes text and numbers cannot be loaded."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)

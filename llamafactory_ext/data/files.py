@@ -7,6 +7,7 @@ message), `chosen` and `rejected`; and, if present, `system` and `history` (earl
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -85,8 +86,13 @@ def _most_common(tally: Tally) -> str:
     return f"{reason} ({count:,} rows, the first in line {tally.first_lines[reason][0]})"
 
 
-def check_output(output: Path, overwrite: bool) -> None:
+def check_output(output: Path, overwrite: bool, *sources: str) -> None:
     """Refuse, before anything is read, an output with another suffix, an existing one, or a name that is taken.
+
+    Args:
+        output: the file of pairs.
+        overwrite: whether to replace an existing file.
+        sources: the files that pairs are made from; none of them is replaced.
 
     Raises:
         UserError: says what to write instead.
@@ -95,6 +101,8 @@ def check_output(output: Path, overwrite: bool) -> None:
         raise UserError(f"the output {str(output)!r} must end in .jsonl.")
     if output.exists() and not overwrite:
         raise UserError(f"{str(output)!r} already exists: choose another --output, or add --overwrite.")
+    if output.exists() and any(os.path.exists(source) and output.samefile(source) for source in sources):
+        raise UserError(f"{str(output)!r} is what the pairs are made from: choose another --output.")
     _registered(output)
 
 

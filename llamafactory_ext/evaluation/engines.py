@@ -95,6 +95,11 @@ def check_texts(chats: list[Chat]) -> None:
                 ) from error
 
 
+def context_of(settings: Settings) -> int | None:
+    """The tokens that a prompt and its answer may have together; None if the model does not say."""
+    return min(filter(None, (settings.max_model_len, context_length(settings.model))), default=None)
+
+
 def check_chats(chats: list[Chat], settings: Settings, tokenizer: Any) -> None:
     """Refuse chats that the model's chat template rejects, and prompts that do not fit the context.
 
@@ -102,8 +107,7 @@ def check_chats(chats: list[Chat], settings: Settings, tokenizer: Any) -> None:
         UserError: says what to change.
     """
     check_texts(chats)
-    model_context = context_length(settings.model)
-    context = min(filter(None, (settings.max_model_len, model_context)), default=None)
+    model_context, context = context_length(settings.model), context_of(settings)
     for number, chat in enumerate(chats, start=1):
         ids = prompt_ids(tokenizer, chat, settings.chat_template_kwargs, number)
         if context and len(ids) >= context:

@@ -64,6 +64,8 @@ def parse_adapters(words: list[str], engine: EngineName) -> dict[str, str]:
             raise UserError(f"--adapter {word}: write NAME=DIR, where NAME is not a path and not `{BASE}`.")
         if engine is not EngineName.openai and not Path(folder, "adapter_config.json").is_file():
             raise UserError(f"{folder} has no adapter_config.json: name the folder of a LoRA adapter with --adapter.")
+        if name in adapters:
+            raise UserError(f"--adapter {word}: the name {name} is taken: write another one.")
         adapters[name] = folder
     return adapters
 
@@ -87,6 +89,8 @@ def load_tokenizer(model: str) -> Any:
         raise UserError(
             f"The tokenizer of {model} cannot be loaded ({in_a_line(error)}): correct or complete its files."
         ) from error
+    if not tokenizer("a", add_special_tokens=False)["input_ids"]:  # what transformers makes of a folder without files
+        raise UserError(f"{model} holds no tokenizer: add its files, such as tokenizer.json, there.")
     template = tokenizer.chat_template
     if template and isinstance(template, dict) and "default" not in template:
         raise UserError(

@@ -8,8 +8,8 @@ from functools import cached_property
 from typing import Any
 
 from ..errors import UserError, in_a_line
-from .chat_templates import Chat, apply_chat_template, check_question_is_read
-from .engines import RESUME, Job, Settings, check_chats, package_versions
+from .chat_templates import Chat, apply_chat_template, check_question_is_read, prompt_ids
+from .engines import RESUME, Job, Settings, check_chats, context_of, package_versions
 from .generations import Generation
 from .models import end_tokens, load_tokenizer
 
@@ -56,7 +56,8 @@ class TransformersEngine:
         set_seed(self.settings.sampling.seed)
         dtype = self.settings.dtype if self.settings.dtype == "auto" else getattr(torch, self.settings.dtype)
         # Replaces the model's own, from which `generate` would take all fields that are not set.
-        config = GenerationConfig(**self.parameters())
+        fields = self.parameters()
+        config = GenerationConfig(**fields)
         try:
             model: Any = AutoModelForCausalLM.from_pretrained(
                 self.settings.model, dtype=dtype, generation_config=config
@@ -72,7 +73,8 @@ class TransformersEngine:
             if run in self.settings.adapters:
                 model.set_adapter(_module_name(self.settings.adapters, run))
             base_only = bool(self.settings.adapters) and run not in self.settings.adapters
-            for batch in _batches([job for job in jobs if job.run == run], self.settings.batch_size):
+            for limit, batch in self._batches([job for job in jobs if job.run == run]):
+                config = GenerationConfig(**{**fields, "max_new_tokens": limit})
                 # No yield inside: the caller would run in these modes, too.
                 with torch.inference_mode(), model.disable_adapter() if base_only else nullcontext():
                     try:
@@ -82,6 +84,20 @@ class TransformersEngine:
                             f"transformers failed ({in_a_line(error)}): lower --batch-size or --max-tokens; {RESUME}."
                         ) from error
                 yield from zip(batch, answers, strict=True)
+
+    def _batches(self, jobs: list[Job]) -> Iterator[tuple[int, list[Job]]]:
+        """Batches of prompts of similar length, for less padding, each with how many tokens an answer may have: those
+        of the settings, or what the prompt leaves of the context, as vLLM has it."""
+        most, context = self.settings.sampling.max_tokens, context_of(self.settings)
+        by_limit: dict[int, list[tuple[int, int, Job]]] = {}
+        for number, job in enumerate(jobs):
+            length = len(prompt_ids(self.tokenizer, job.messages, self.settings.chat_template_kwargs))
+            limit = most if context is None else min(most, context - length)
+            by_limit.setdefault(limit, []).append((length, number, job))
+        for limit, found in by_limit.items():
+            ordered = [job for _, _, job in sorted(found, key=lambda each: each[:2])]
+            for start in range(0, len(ordered), self.settings.batch_size):
+                yield limit, ordered[start : start + self.settings.batch_size]
 
     def _answer(self, model: Any, config: Any, batch: list[Job]) -> list[Generation]:
         chats = [job.messages for job in batch]
@@ -117,10 +133,3 @@ def _with_adapters(model: Any, adapters: dict[str, str]) -> Any:
 def _module_name(adapters: dict[str, str], run: str) -> str:
     """PEFT's name for a run's adapter: unlike modules, runs may have dots in their names, as in `beta0.1`."""
     return f"adapter_{list(adapters).index(run)}"
-
-
-def _batches(jobs: list[Job], size: int) -> Iterator[list[Job]]:
-    """Batches of prompts of similar length, for less padding."""
-    jobs = sorted(jobs, key=lambda job: sum(len(message["content"]) for message in job.messages))
-    for start in range(0, len(jobs), size):
-        yield jobs[start : start + size]

@@ -99,6 +99,9 @@ def make_plan(
     _check_supported(model_args, finetuning_args, training_args)
 
     notes: list[str] = []
+    for name, asked in {"tokens": tokens, "answer tokens": answer_tokens}.items():
+        if (asked or 0) > data_args.cutoff_len:
+            notes.append(f"{asked} {name} are above cutoff_len: {data_args.cutoff_len} are planned.")
     response = min(answer_tokens or data_args.cutoff_len, data_args.cutoff_len)
     length = min(tokens or data_args.cutoff_len, data_args.cutoff_len)
     sr_tokens = _sr_tokens(model_args, finetuning_args, notes)

@@ -63,7 +63,10 @@ def training_args_of(settings: Settings) -> SimpleNamespace:
 
     defaults = {field.name: field.default for field in fields(TrainingArguments) if field.default is not MISSING}
     check_numbers(settings, {"max_steps": int, "num_train_epochs": float} | dict.fromkeys(WARMUP, float | None))
+    check_numbers(settings, {"learning_rate": float})
     args = SimpleNamespace(**{**defaults, **settings, "do_train": True})
+    if args.max_steps <= 0 and args.num_train_epochs <= 0:
+        raise UserError(f"num_train_epochs is {args.num_train_epochs}: write a number above 0, or set max_steps.")
     for key in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
         value = getattr(args, key)
         if type(value) is not int or value < 1:
@@ -145,6 +148,8 @@ def count_pairs(data_args: Any, notes: list[str]) -> int | None:
             return None
         total += min(rows, data_args.max_samples or rows)
     held_out = int(data_args.val_size) if data_args.val_size > 1 else math.ceil(data_args.val_size * total)
+    if total <= held_out:
+        raise UserError(f"{', '.join(data_args.dataset)}: there are no pairs to train on: add rows to the data.")
     return total - held_out
 
 

@@ -72,8 +72,8 @@ class ScoreFile:
         if whole and not whole.startswith(self.head.encode()):
             difference = first_difference(_manifest(whole.split(b"\n", 1)[0]), self.manifest)
             raise UserError(
-                f"{str(self.path)!r} was started with other settings, data or models: {difference}. Remove it, or choose "
-                "another --output."
+                f"{str(self.path)!r} was started with other settings, data or models: {difference}. Remove it, or "
+                "choose another --output."
             )
         return whole
 

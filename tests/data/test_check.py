@@ -15,8 +15,10 @@ from llamafactory.model import load_tokenizer
 from llamafactory.train.dpo import workflow
 from rich.console import Console
 from transformers import AutoTokenizer, GPT2Config
+from typer.testing import CliRunner
 
 from llamafactory_ext import patching, seam
+from llamafactory_ext.cli import app
 from llamafactory_ext.data.check import check_pairs, common_prefix, render
 from llamafactory_ext.data.contamination import TestSet
 from llamafactory_ext.errors import UserError
@@ -266,6 +268,34 @@ def test_data_that_is_not_marked_as_pairs(settings, tmp_path):
     info.write_text(json.dumps(described))
     with pytest.raises(UserError, match=r'pairs\.jsonl is not marked as pairs .*: write "ranking": true there'):
         check_pairs(recipe)
+
+
+def test_pairs_for_evaluation_are_checked_too(settings, tmp_path):
+    recipe = settings(row("1 + 1?", "2", "3"), row("2 + 2?", "4", "5"))
+    info = tmp_path / "data" / "dataset_info.json"
+    described = json.loads(info.read_text())
+    described["held_out"] = described["pairs"] | {"file_name": "held_out.jsonl"}
+    info.write_text(json.dumps(described))
+    (tmp_path / "data" / "held_out.jsonl").write_text(json.dumps(row("3 + 3?", "6", "6")) + "\n")
+    words = [f"{key}={value}" for key, value in recipe.items()]
+    good = CliRunner().invoke(app, ["data", "check", *words])
+    assert good.exit_code == 0, good.output
+    bad = CliRunner().invoke(
+        app, ["data", "check", *words, "eval_dataset=held_out", "--json", str(tmp_path / "a.json")]
+    )
+    assert bad.exit_code == 1
+    assert "2 pairs in `dataset`" in bad.output
+    assert "1 pairs in `eval_dataset`" in bad.output
+    written = json.loads((tmp_path / "a.json").read_text())
+    assert written["problems"]["identical sides"] == 0
+    assert written["eval_dataset"]["problems"]["identical sides"] == 1
+
+
+def test_shares_are_of_all_rows(settings):
+    report = check_pairs(settings(row("1 + 1?", "2", "3"), *[row("2 + 2?", "4", None)] * 3))
+    table = next(iter(render(report)))
+    shares = dict(zip(table.columns[0].cells, table.columns[2].cells, strict=True))
+    assert shares["rows that LLaMA-Factory skips"] == "75.0%"
 
 
 def test_a_model_without_a_tokenizer(settings, tmp_path):

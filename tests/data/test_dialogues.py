@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from llamafactory_ext.data.dialogues import hh_rlhf_pair, ultrafeedback_pair
+from llamafactory_ext.data.dialogues import hh_rlhf_pair, kind_by_scores, ultrafeedback_pair
 from llamafactory_ext.rows import BadRow
 
 HEAD = "\n\nHuman: Hi\n\nAssistant: Hello.\nHow are you?\n\nHuman: Well: a question.\n\nMore?\n\nAssistant:"
@@ -22,6 +22,21 @@ def test_hh_rlhf():
 def test_one_turn_has_no_history():
     row = {"chosen": "\n\nHuman: Hi\n\nAssistant: A", "rejected": "\n\nHuman: Hi\n\nAssistant: B"}
     assert hh_rlhf_pair(row) == {"instruction": "Hi", "history": [], "chosen": "A", "rejected": "B"}
+
+
+@pytest.mark.parametrize(
+    ("scores", "kind"),
+    [
+        ({}, "pairs"),
+        ({"score_chosen": 2.0, "score_rejected": 2.0}, "pairs"),
+        ({"score_chosen": 2.0}, "pairs"),
+        ({"score_chosen": 1.0, "score_rejected": 2.0}, "pairs whose rejected response has the higher score"),
+        ({"score_chosen": "8", "score_rejected": 2.0}, "pairs whose scores are not numbers"),
+    ],
+)
+def test_scores_that_say_something_else_are_counted(scores, kind):
+    row = {"chosen": messages("c", "good"), "rejected": messages("c", "bad")} | scores
+    assert kind_by_scores(ultrafeedback_pair(row)) == kind
 
 
 @pytest.mark.parametrize(

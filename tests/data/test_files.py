@@ -12,10 +12,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+from llamafactory_ext.cli import app
 from llamafactory_ext.data import commands
 from llamafactory_ext.data.files import register, whole_file, write_pairs
 from llamafactory_ext.errors import UserError
-from llamafactory_ext.rows import BadRow, read_rows, text
+from llamafactory_ext.rows import BadRow, parse, read_rows, text
 
 ROWS = [{"chosen": "yes", "rejected": "no", "n": n} for n in range(5)]
 
@@ -379,3 +380,32 @@ def test_register(tmp_path):
         with pytest.raises(UserError, match=r"another data set named|is not a JSON object"):
             write_pairs(read_rows(str(write(tmp_path / "rows.jsonl"))), keep, tmp_path / f"{name}.jsonl")
         assert not (tmp_path / f"{name}.jsonl").exists()
+
+
+@pytest.mark.parametrize("command", ["corrupt", "hh-rlhf", "ultrafeedback"])
+def test_the_source_is_never_replaced(command, tmp_path):
+    source = tmp_path / "rows.jsonl"
+    source.write_text('{"question": "Q?", "answer": "1 + 1 = 2, 2 + 1 = 3\\n#### 3"}\n')
+    before = source.read_bytes()
+    (tmp_path / "link.jsonl").symlink_to(source)
+    for name in ("rows.jsonl", "link.jsonl"):
+        words = ["data", command, str(source), "--output", str(tmp_path / name), "--overwrite"]
+        refused = CliRunner().invoke(app, words)
+        assert refused.exit_code == 2
+        assert "is what the pairs are made from: choose another --output" in refused.output
+    assert source.read_bytes() == before
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_another_encoding_is_named(encoding, tmp_path):
+    """With its mark, as PowerShell and editors write it, the file is refused; without, every line is."""
+    (tmp_path / "rows.jsonl").write_bytes('{"a": "b"}\n'.encode(encoding))
+    if encoding == "utf-16":
+        with pytest.raises(UserError, match="is encoded as UTF-16: save it as UTF-8"):
+            list(read_rows(str(tmp_path / "rows.jsonl")))
+    else:
+        assert all(isinstance(row.fields, BadRow) for row in read_rows(str(tmp_path / "rows.jsonl")))
+
+
+def test_a_null_character_is_no_matter_of_encoding():
+    assert str(parse(b'{"a": "b"}\0\0')) == "not valid JSON"

@@ -20,6 +20,8 @@ from typer.testing import CliRunner
 
 from llamafactory_ext.evaluation import gsm8k
 from llamafactory_ext.evaluation.asking import make_engine
+from llamafactory_ext.evaluation.chat_templates import prompt_ids
+from llamafactory_ext.evaluation.engines import Sampling
 from llamafactory_ext.evaluation.transformers_engine import TransformersEngine
 from llamafactory_ext.evaluation.vllm_engine import _set_vllm_defaults
 
@@ -140,6 +142,27 @@ def test_wrong_arguments(model32, data, tmp_path, changes, message):
     assert result.exit_code == 2
     assert message in " ".join(result.output.split())
     assert not (tmp_path / "out").exists()
+
+
+def test_an_adapters_name_is_given_once(model32, adapters, data, tmp_path):
+    words = ["--engine", "hf", "--model", model32, "--data", data, "--output", tmp_path / "out"]
+    words += ["--adapter", f"a={adapters['one']}", "--adapter", f"a={adapters['two']}"]
+    result = invoke(*words)
+    assert result.exit_code == 2
+    assert "the name a is taken" in result.output
+
+
+def test_answers_end_where_the_context_does(model32, tmp_path):
+    """Of 120 tokens, a prompt leaves each answer what is left, also in a batch with shorter prompts."""
+    short = tmp_path / "short"
+    shutil.copytree(model32, short)
+    config = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 120}))
+    engine = TransformersEngine(settings(short, sampling=Sampling(max_tokens=1000), batch_size=3))
+    lengths = {job.index: len(prompt_ids(engine.tokenizer, job.messages, {})) for job in jobs()}
+    for job, generation in engine.generate(jobs()):
+        assert len(generation.token_ids) == 120 - lengths[job.index]
+        assert generation.finish_reason == "length"
 
 
 def test_a_model_without_chat_template(model32, data, tmp_path):
