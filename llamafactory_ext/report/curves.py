@@ -155,7 +155,7 @@ def training_figure(groups: Sequence[Group], title: str, look: Look) -> Figure |
     if not metrics:
         return None
     betas = sorted({group.beta for group in groups})
-    figure = new_figure(max(4.0, PANEL * len(betas) + 0.8), 0.85 * PANEL * len(metrics) + 0.6)
+    figure = new_figure(max(6.0, PANEL * len(betas) + 0.8), 0.85 * PANEL * len(metrics) + 0.6)
     grid = figure.subplots(len(metrics), len(betas), sharex=True, sharey="row", squeeze=False)
     for row, metric in zip(grid, metrics, strict=True):
         for axes, beta in zip(row, betas, strict=True):

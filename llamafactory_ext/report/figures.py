@@ -104,10 +104,22 @@ def _draw_bar(axes: Axes, group: Group, x: float, width: float, look: Look) -> N
     assert group.accuracy is not None
     color, label = look.colors[group.variant], look.labels[group.variant]
     axes.bar(x, 100 * group.accuracy, 0.92 * width, color=color, label=label)
-    axes.errorbar(x, 100 * group.accuracy, yerr=_errors(group), color=DARK, linewidth=1, capsize=2)
+    axes.errorbar(x, 100 * group.accuracy, yerr=_errors(group), **_visible_on_bars())
     shares = _shares(group)
     if len(shares) > 1:
         axes.scatter([x] * len(shares), shares, s=8, color="white", edgecolors=DARK, linewidths=0.7, zorder=3)
+
+
+def _visible_on_bars() -> dict[str, Any]:
+    """The look of an interval: dark with a white border, for bars are dark, too."""
+    from matplotlib.patheffects import withStroke
+
+    return {
+        "color": DARK,
+        "linewidth": 1,
+        "capsize": 2,
+        "path_effects": [withStroke(linewidth=2.5, foreground="white")],
+    }
 
 
 def _errors(group: Group) -> list[list[float]]:
@@ -148,7 +160,7 @@ def score_list_figure(groups: Sequence[Group], base: float | None, look: Look) -
     for place, group in enumerate(scored):
         assert group.accuracy is not None
         axes.barh(place, 100 * group.accuracy, 0.7, color=look.colors[group.variant])
-        axes.errorbar(100 * group.accuracy, place, xerr=_errors(group), color=DARK, linewidth=1, capsize=2)
+        axes.errorbar(100 * group.accuracy, place, xerr=_errors(group), **_visible_on_bars())
         shares = _shares(group)
         if len(shares) > 1:
             axes.scatter(shares, [place] * len(shares), s=8, color="white", edgecolors=DARK, linewidths=0.7, zorder=3)
@@ -156,7 +168,7 @@ def score_list_figure(groups: Sequence[Group], base: float | None, look: Look) -
         axes.axvline(100 * base, color="0.3", linestyle="--", linewidth=1, label="untrained")
     legend_below(figure)
     axes.set_yticks(range(len(scored)), labels)
-    axes.invert_yaxis()
+    axes.set_ylim(len(scored) - 0.5, -0.5)  # the first on top
     axes.set_xlim(0, _top(scored, base))
     axes.set_xlabel("accuracy, strict (%)")
     return figure
@@ -188,10 +200,12 @@ def sizes_figure(groups: Sequence[Group], look: Look) -> Figure | None:
         lines.setdefault((group.variant.without(SIZE), group.learning_rate, group.beta), []).append(group)
     settings = list(dict.fromkeys((rate, beta) for _, rate, beta in lines))
     for axes, (title, value_of) in zip(figure.subplots(1, 2), SIZE_PANELS.items(), strict=True):
-        for (variant, rate, beta), members in lines.items():
+        for number, ((variant, rate, beta), members) in enumerate(lines.items()):
+            shift = 2 ** (0.04 * (number - (len(lines) - 1) / 2))  # so that intervals are beside each other
             style = STYLES[settings.index((rate, beta)) % len(STYLES)]
             label = f"{look.labels[variant]}; learning rate {rate:g}, β = {beta:g}"
-            _draw_sizes(axes, members, value_of, {"color": look.colors[variant], "linestyle": style, "label": label})
+            kind = {"color": look.colors[variant], "linestyle": style, "label": label}
+            _draw_sizes(axes, members, value_of, shift, kind)
         axes.set_xscale("log", base=2)
         axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
         axes.set_xlabel("training pairs")
@@ -200,15 +214,18 @@ def sizes_figure(groups: Sequence[Group], look: Look) -> Figure | None:
     return figure
 
 
-def _draw_sizes(axes: Axes, members: Sequence[Group], value_of: Callable[[Group], Any], look: dict[str, Any]) -> None:
-    points = [(group.variant.size, *value_of(group)) for group in members if value_of(group)[0] is not None]
+def _draw_sizes(
+    axes: Axes, members: Sequence[Group], value_of: Callable[[Group], Any], shift: float, kind: dict[str, Any]
+) -> None:
+    measured = [(group.variant.size or 0, *value_of(group)) for group in members]
+    points = [(shift * size, value, interval) for size, value, interval in measured if value is not None]
     if not points:
         return
     sizes, values, intervals = zip(*sorted(points), strict=True)
-    axes.plot(sizes, values, marker="o", markersize=4, **look)
+    axes.plot(sizes, values, marker="o", markersize=4, **kind)
     for size, interval in zip(sizes, intervals, strict=True):
         if interval is not None:
-            axes.plot([size, size], interval, color=look["color"], linewidth=0.8, alpha=0.6)
+            axes.plot([size, size], interval, color=kind["color"], linewidth=0.8, alpha=0.6)
 
 
 def _percent(share: float | None) -> float | None:

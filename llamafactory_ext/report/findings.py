@@ -27,9 +27,20 @@ def _on_problems(found: Sequence[Group], comparisons: Sequence[Comparison], look
     if len(scored) == 1:
         return f"Only {_named(best, look)} has been scored, so nothing can be compared: it solves {share}."
     if ties:
-        return f"No setting is best: {len(ties) + 1} of {len(scored)} settings solve {share}, and no other solves more."
+        equal = [scored[place] for place in (first, *ties)]
+        names = " and ".join(_named(group, look) for group in equal) if len(equal) < 3 else f"{len(equal)} settings"
+        return f"{names} share the highest strict accuracy, {_percent(best.accuracy)}; {_equals(equal, comparisons)}"
     highest = f"{_named(best, look)} has the highest strict accuracy, {_percent(best.accuracy)}"
     return f"{highest}; {_against_dpo(best, comparisons)}"
+
+
+def _equals(equal: Sequence[Group], comparisons: Sequence[Comparison]) -> str:
+    tested = [c for c in comparisons if c.group in equal]
+    if not tested:
+        return "none of them could be tested against DPO with the same settings."
+    differ = sum(c.p_holm < SIGNIFICANT for c in tested)
+    verb = "differ" if differ > 1 else "differs"
+    return f"{differ or 'none'} of them {verb} significantly from DPO with the same settings."
 
 
 def _against_dpo(best: Group, comparisons: Sequence[Comparison]) -> str:
@@ -68,10 +79,10 @@ def _on_pairs(found: Sequence[Group], look: Look) -> str:
     )
 
 
-def best_cell(results: SweepResults) -> Result | None:
-    """The cell with the highest strict accuracy, the first of equals; None if none was scored."""
-    scored = [cell for cell in results.cells if cell.summary]
-    return max(scored, key=lambda cell: cell.summary["strict"]["accuracy"] if cell.summary else 0.0, default=None)
+def best_cells(results: SweepResults) -> list[Result]:
+    """The cells with the highest strict accuracy, in the order of the sweep; empty if none was scored."""
+    scored = {cell.name: cell.summary["strict"]["accuracy"] for cell in results.cells if cell.summary}
+    return [cell for cell in results.cells if scored and scored.get(cell.name) == max(scored.values())]
 
 
 def _best(values: Sequence[float]) -> list[int]:

@@ -14,7 +14,7 @@ from .. import __version__
 from ..plots import save
 from ..sweep.results import Result, SweepResults, read_results
 from ..whole_files import write_whole
-from .findings import best_cell, findings
+from .findings import best_cells, findings
 from .look import Look, look_of
 from .sections import Drawn, draw
 from .table import Comparison, Group, check_problems, compare_with_dpo, groups
@@ -96,7 +96,7 @@ def _render(
         date=today(),
         version=__version__,
         findings=findings(found, comparisons, look),
-        best=best_cell(results),
+        best=best_cells(results),
         anchor_of=anchor_of,
         axes=yaml.safe_dump(results.about["sweep"]["axes"], sort_keys=False),
         recipe=_shared_recipe(results.cells),

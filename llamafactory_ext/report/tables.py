@@ -140,7 +140,7 @@ def degeneration_table(results: SweepResults, found: Sequence[Group], look: Look
         "Degeneration",
         "Share of outputs that are empty, loop or repeat themselves, in percent. Compare with the untrained model, "
         "which has such outputs, too. “2 flagged” means that the monitor found two runs degenerating at their end: "
-        "chosen and rejected responses were both less likely than under the reference, by more than 0.5 nats per token.",
+        "chosen and rejected responses were both less likely than under the reference, by over 0.5 nats per token.",
         ("method", "learning rate", *(f"β = {beta:g}" for beta in betas)),
         tuple(rows),
         tuple(

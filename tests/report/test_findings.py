@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from test_table import cell
 
-from llamafactory_ext.report.findings import best_cell, findings
+from llamafactory_ext.report.findings import best_cells, findings
 from llamafactory_ext.report.look import look_of
 from llamafactory_ext.report.table import compare_with_dpo, groups
 from llamafactory_ext.scoring.summary import summarize
@@ -75,7 +75,18 @@ def with_margins(made, margins):
         ),
         (
             [cell("sigmoid", solved(5)), cell("dpop", solved(5)), cell("ipo", solved(4))],
-            "No setting is best: 2 of 3 settings solve 25.0% of the problems, and no other solves more.",
+            "DPO (learning rate 1e-05, β = 0.1) and DPOP (learning rate 1e-05, β = 0.1) share the highest strict "
+            "accuracy, 25.0%; none of them differs significantly from DPO with the same settings.",
+        ),
+        (
+            [cell("sigmoid", solved(2)), *(cell(loss, solved(18)) for loss in ("dpop", "ipo", "minor_dpo"))],
+            "3 settings share the highest strict accuracy, 90.0%; 3 of them differ significantly from DPO with the "
+            "same settings.",
+        ),
+        (
+            [cell("dpop", solved(5)), cell("ipo", solved(5))],
+            "DPOP (learning rate 1e-05, β = 0.1) and IPO (learning rate 1e-05, β = 0.1) share the highest strict "
+            "accuracy, 25.0%; none of them could be tested against DPO with the same settings.",
         ),
     ],
 )
@@ -98,10 +109,10 @@ def test_seeds_that_average_to_the_same_are_equal():
     """0.1 + 0.2 and 0.3 differ in the last bit."""
     dpo = [cell("sigmoid", solved(n, 10), seed=n) for n in (1, 2, 6)]
     dpop = [cell("dpop", solved(3, 10), seed=n) for n in (1, 2, 6)]
-    assert told(*dpo, *dpop).startswith("No setting is best: 2 of 2")
+    assert "share the highest strict accuracy, 30.0%" in told(*dpo, *dpop)
 
 
-def test_the_best_cell_is_the_first_of_equals():
+def test_the_best_cells_are_those_of_the_highest_score():
     cells = [cell("sigmoid", solved(3), seed=1), cell("dpop", solved(5), seed=1), cell("dpop", solved(5), seed=2)]
-    assert best_cell(SweepResults({}, cells, [])) is cells[1]
-    assert best_cell(SweepResults({}, [unscored("sigmoid")], [])) is None
+    assert best_cells(SweepResults({}, cells, [])) == cells[1:]
+    assert best_cells(SweepResults({}, [unscored("sigmoid")], [])) == []

@@ -210,6 +210,14 @@ def test_the_best_cell_is_linked_to_its_row(sweep):
     assert page.count(f'<tr id="cell-{best}">') == 1
 
 
+def test_equal_cells_are_counted(sweep):
+    for cell in sweep.cells():
+        train(sweep, cell)
+        score(sweep, cell.name, 5)
+    page, _ = report(sweep)
+    assert f"{sweep.cells()[0].name}</a>, 50.0% strict accuracy, the first of 4 with this score." in page
+
+
 def test_every_link_leads_somewhere_and_every_file_is_linked(sweep):
     for cell in sweep.cells():
         train(sweep, cell)
