@@ -48,7 +48,7 @@ def _against_dpo(best: Group, comparisons: Sequence[Comparison]) -> str:
         others = [c for c in comparisons if c.baseline is best]
         worse = sum(c.p_holm < SIGNIFICANT and c.difference < 0 for c in others)
         if not others:
-            return "no other method was scored with the same settings."
+            return "no other method was tested against it."
         if not worse:
             return "no other method with the same settings differs significantly from it."
         verb = "is" if worse == 1 else "are"

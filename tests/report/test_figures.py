@@ -7,7 +7,7 @@ from itertools import combinations
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
-from sweeps import make_sweep, train
+from sweeps import make_large_sweep, make_sweep, train
 
 from llamafactory_ext.plots import CURVES
 from llamafactory_ext.report.curves import TRAINING
@@ -18,8 +18,8 @@ from llamafactory_ext.sweep.results import read_results
 
 
 @pytest.fixture(scope="module")
-def large(large_sweep):
-    return read_results(large_sweep.output)
+def large(tmp_path_factory):
+    return read_results(make_large_sweep(tmp_path_factory.mktemp("large")).output)
 
 
 @pytest.fixture(scope="module")

@@ -70,8 +70,8 @@ def with_margins(made, margins):
         ),
         (
             [cell("sigmoid", solved(15)), cell("dpop", solved(14), pref_beta=0.2)],
-            "DPO (learning rate 1e-05, β = 0.1) has the highest strict accuracy, 75.0%; no other method was scored "
-            "with the same settings.",
+            "DPO (learning rate 1e-05, β = 0.1) has the highest strict accuracy, 75.0%; no other method was tested "
+            "against it.",
         ),
         (
             [cell("sigmoid", solved(5)), cell("dpop", solved(5)), cell("ipo", solved(4))],

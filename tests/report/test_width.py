@@ -5,8 +5,10 @@ from __future__ import annotations
 import shutil
 
 import pytest
+from sweeps import RECIPE, make_sweep, record, score, train
 
 from llamafactory_ext.report.page import write_report
+from llamafactory_ext.sweep.records import Record
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
@@ -19,9 +21,18 @@ MEASURE = """[...document.querySelectorAll('.wide')].map(box => ({
 
 
 @pytest.fixture(scope="module")
-def page(large_sweep):
+def page(tmp_path_factory):
+    """Of a sweep with a failure whose message is longer than any window, and a path that has no space."""
     sync_api = pytest.importorskip("playwright.sync_api")
-    address = f"file://{write_report(large_sweep.output, large_sweep.output / 'report')}"
+    recipe = RECIPE | {"model_name_or_path": "/a/long/path" * 20}
+    axes = {"pref_loss": ["sigmoid", "minor_dpo"], "pref_beta": [0.02, 0.1]}
+    sweep = make_sweep(tmp_path_factory.mktemp("wide"), axes, recipe)
+    failed, *others = sweep.cells()
+    record(sweep, failed.name, "train", Record("failed", error="RuntimeError: " + "it went wrong " * 30))
+    for cell in others:
+        train(sweep, cell)
+        score(sweep, cell.name, 5)
+    address = f"file://{write_report(sweep.output, sweep.output / 'report')}"
     with sync_api.sync_playwright() as running:
         browser = running.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
         opened = browser.new_page()
