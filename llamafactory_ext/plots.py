@@ -1,4 +1,4 @@
-"""The figures."""
+"""Figures: the reward curves of single runs, and what all figures of the package share."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 LogHistory = Sequence[Mapping[str, Any]]
 
-# The three curves of arXiv 2408.09834, Figure 2, in colours that the colour-blind can tell apart.
+# The three curves of arXiv 2408.09834, Figure 2, in colors that color-blind readers can tell apart (Okabe and Ito).
 CURVES = {"chosen": "#0072b2", "rejected": "#d55e00", "margins": "#009e73"}
 
 
@@ -23,7 +23,7 @@ def plot_normalized_rewards(log_history: LogHistory, path: Path, title: str = ""
 
     Args:
         log_history: as in `trainer_state.json`: one mapping per log, with `step` and the metrics.
-        path: the picture to write, whole or not at all.
+        path: the file to write, whole or not at all; its suffix is the format.
         title: above the curves.
 
     Returns:
@@ -87,7 +87,30 @@ def new_figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
+def legend_below(figure: Figure) -> None:
+    """One legend for all panels, below them: each label once, in as many columns as fit the figure's width."""
+    found = [axes.get_legend_handles_labels() for axes in figure.axes]
+    entries = {label: handle for handles, labels in found for handle, label in zip(handles, labels, strict=True)}
+    if not entries:
+        return
+    column = 0.6 + 0.085 * max(map(len, entries))  # inches: the line, and characters of a small font
+    columns = max(1, min(len(entries), int(figure.get_figwidth() / column)))
+    rows = -(-len(entries) // columns)
+    figure.set_figheight(figure.get_figheight() + 0.2 * rows)
+    figure.legend(
+        list(entries.values()),
+        list(entries),
+        loc="outside lower center",
+        ncols=columns,
+        frameon=False,
+        fontsize="small",
+    )
+
+
 def save(figure: Figure, path: Path) -> None:
     """Write a figure as its suffix says, whole or not at all."""
-    with whole_path(path) as unfinished:
+    from matplotlib import rc_context
+
+    # TrueType: publishers refuse the Type 3 fonts that matplotlib embeds in a PDF by default.
+    with whole_path(path) as unfinished, rc_context({"pdf.fonttype": 42}):
         figure.savefig(unfinished, format=path.suffix[1:], dpi=120)

@@ -97,10 +97,10 @@ def test_a_file_that_somebody_else_has_put_there_stays(tmp_path):
         ({"index": 1, "skipped": False, "margin": 1.0}, "a second row of pair 1"),
         *(({"index": index, "skipped": True}, "it names no pair") for index in (-1, 0.0, True, "x", None, [1])),
         ([["index", 0]], "it names no pair"),
-        ({"index": 0}, "it holds no margin"),
-        ({"index": 0, "skipped": False}, "it holds no margin"),
-        ({"index": 0, "skipped": False, "margin": "x"}, "it holds no margin"),
-        ({"index": 0, "skipped": False, "margin": 1.0, "loss": "x"}, "loss is no number"),
+        ({"index": 0}, "it has no margin"),
+        ({"index": 0, "skipped": False}, "it has no margin"),
+        ({"index": 0, "skipped": False, "margin": "x"}, "it has no margin"),
+        ({"index": 0, "skipped": False, "margin": 1.0, "loss": "x"}, "loss is not a number"),
     ],
 )
 def test_a_row_that_nobody_has_scored_is_named(row, words, tmp_path):

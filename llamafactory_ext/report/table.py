@@ -1,4 +1,4 @@
-"""A sweep as a table, a row per cell; groups of cells that differ in their seed only; paired tests against DPO."""
+"""The cells of a sweep, grouped by all but their seed, and paired tests of each group against DPO."""
 
 from __future__ import annotations
 
@@ -14,19 +14,9 @@ from ..errors import UserError
 from ..recipe.arguments import LOSS_KEYS, PREF_BETA
 from ..scoring.summary import Summary
 from ..sweep.results import Result
-from ..sweep.spec import written
 from ..training.monitors import DEGENERATING
+from .variants import SEEDS, Variant, as_written, short_key, variant_of
 
-NAMES = {
-    "sigmoid": "DPO",
-    "minor_dpo": "MinorDPO",
-    "dpop": "DPOP",
-    "sr_dpo": "Sr-DPO",
-    "sr_ipo": "Sr-IPO",
-    "ipo": "IPO",
-}
-WORDS = {"max_samples": "pairs"}
-SEEDS = ("seed", "data_seed")
 REFERENCE_KEYS = ("ref_model", "ref_log_probs_cache_dir", "precompute_ref_log_probs")  # not with orpo and simpo
 DEFAULTS = {"pref_beta": PREF_BETA, "learning_rate": 5e-5}  # LLaMA-Factory's and transformers'
 BASELINE = "sigmoid"  # DPO
@@ -35,30 +25,33 @@ RESAMPLES = 20_000
 
 Log = Mapping[str, Any]
 
+Interval = tuple[float, float]
+
 
 @dataclass(frozen=True)
 class Group:
     """Cells that differ in their seed only.
 
     Args:
-        method: the loss, with its values on axes of its own: `Sr-DPO sr_lambda=0.3`.
+        variant: the loss and its values.
         learning_rate, beta: where it is on the paper's axes.
         cells: one per seed.
     """
 
-    method: str
+    variant: Variant
     learning_rate: float
     beta: float
     cells: tuple[Result, ...]
 
     @property
-    def scored(self) -> list[Result]:
-        return [cell for cell in self.cells if cell.summary is not None]
+    def method(self) -> str:
+        """The variant in one line, as the CSV files have it: `Sr-DPO sr_lambda=0.3`."""
+        values = (f"{short_key(key)}={as_written(value)}" for key, value in self.variant.values)
+        return " ".join([self.variant.name, *values])
 
     @property
-    def size(self) -> int | None:
-        """The number of training pairs, where that is an axis."""
-        return self.cells[0].place.get("max_samples")
+    def scored(self) -> list[Result]:
+        return [cell for cell in self.cells if cell.summary is not None]
 
     @property
     def accuracy(self) -> float | None:
@@ -67,24 +60,18 @@ class Group:
 
     @property
     def degenerate(self) -> float | None:
-        """Mean share of outputs that are empty, loop or repeat themselves."""
+        """Mean share of outputs that are empty, loop or repeat themselves, from 0 to 1."""
         return _mean([cell.summary["degeneration"]["degenerate"] for cell in self.scored if cell.summary])
 
     @property
-    def wilson(self) -> tuple[float, float] | None:
+    def wilson(self) -> Interval | None:
         """Wilson's 95% interval of the mean accuracy, for one run's number of problems: seeds share the problems, so
         that more of them do not make it narrower."""
-        from statsmodels.stats.proportion import proportion_confint
-
-        if self.accuracy is None:
-            return None
-        problems = len(self.scored[0].correct)
-        low, high = proportion_confint(self.accuracy * problems, problems, method="wilson")
-        return float(low), float(high)
+        return None if self.accuracy is None else wilson_interval(self.accuracy, len(self.scored[0].correct))
 
     @property
     def flagged(self) -> int:
-        """How many of the runs degenerate at their end, going by the monitor."""
+        """How many of the runs the monitor found degenerating at their end."""
         return sum(bool(degenerated(cell.log_history)) for cell in self.cells)
 
     @property
@@ -93,10 +80,16 @@ class Group:
         if not scored:
             return None
         shares = [pairs.augmented_accuracy for pairs in scored if pairs.augmented_accuracy is not None]
+        margins = _margins_by_pair(self.cells)
+        accuracy, augmented = _mean([pairs.accuracy for pairs in scored]), _mean(shares)
         return HeldOut(
+            pairs=len(margins),
             margin=_mean([pairs.means["margin"] for pairs in scored if "margin" in pairs.means]),
-            accuracy=_mean([pairs.accuracy for pairs in scored]),
-            augmented=_mean(shares),
+            margin_interval=t_interval(margins),
+            accuracy=accuracy,
+            accuracy_interval=wilson_interval(accuracy, len(margins)),
+            augmented=augmented,
+            augmented_interval=wilson_interval(augmented, len(margins)),
             correlations=_correlations(scored),
         )
 
@@ -110,15 +103,49 @@ class HeldOut:
     """What a group's models make of held-out pairs, as means over the seeds.
 
     Args:
+        pairs: the number of pairs that every seed scored.
         margin: in nats.
         accuracy, augmented: share of pairs with a margin above 0, and the same under the augmented prompt.
+        margin_interval, accuracy_interval, augmented_interval: 95%, for that number of pairs: seeds share the pairs, so
+            that more of them do not make it narrower. Student's for the margin, Wilson's for shares.
         correlations: of margins with the data's own scores, in words; empty if it has none.
     """
 
+    pairs: int
     margin: float | None
+    margin_interval: Interval | None
     accuracy: float | None
+    accuracy_interval: Interval | None
     augmented: float | None
+    augmented_interval: Interval | None
     correlations: str
+
+
+def wilson_interval(share: float | None, count: int) -> Interval | None:
+    """Wilson's 95% interval of a share of `count` things; None where there is nothing to tell from."""
+    from statsmodels.stats.proportion import proportion_confint
+
+    if share is None or not count:
+        return None
+    low, high = proportion_confint(share * count, count, method="wilson")
+    return float(low), float(high)
+
+
+def t_interval(values: Sequence[float]) -> Interval | None:
+    """Student's 95% interval of a mean; None for fewer than two values."""
+    from scipy.stats import t
+
+    if len(values) < 2:
+        return None
+    half = t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
+    return float(np.mean(values) - half), float(np.mean(values) + half)
+
+
+def _margins_by_pair(cells: Sequence[Result]) -> list[float]:
+    """Mean over the seeds of each pair's margin in nats, for the pairs that all of them scored."""
+    margins = [cell.margins for cell in cells if cell.pairs is not None]
+    shared = sorted(set.intersection(*(set(each) for each in margins)))
+    return [float(np.mean([each[index] for each in margins])) for index in shared]
 
 
 def _correlations(scored: Sequence[Summary]) -> str:
@@ -140,10 +167,10 @@ def degenerated(history: Sequence[Log]) -> bool | None:
 
 
 def groups(cells: Sequence[Result]) -> list[Group]:
-    """The cells by method, learning rate and beta, in the order of the sweep."""
-    found: dict[tuple[str, float, float], list[Result]] = {}
+    """The cells by variant, learning rate and beta, in the order of the sweep."""
+    found: dict[tuple[Variant, float, float], list[Result]] = {}
     for cell in cells:
-        found.setdefault((method_of(cell), learning_rate_of(cell), beta_of(cell)), []).append(cell)
+        found.setdefault((variant_of(cell), learning_rate_of(cell), beta_of(cell)), []).append(cell)
     return [Group(*key, tuple(members)) for key, members in found.items()]
 
 
@@ -155,30 +182,24 @@ def beta_of(cell: Result) -> float:
     return float(cell.recipe.get("pref_beta", DEFAULTS["pref_beta"]))
 
 
-def method_of(cell: Result) -> str:
-    """`MinorDPO`, `Sr-DPO sr_lambda=0.3`: the loss and the other axes that the cell has a value on."""
-    standard = ("pref_loss", "learning_rate", "pref_beta", *SEEDS)
-    others = [f"{WORDS.get(key, key)}={written(value)}" for key, value in cell.place.items() if key not in standard]
-    return " ".join([NAMES.get(cell.loss, cell.loss), *others])
-
-
 def check_problems(cells: Sequence[Result]) -> None:
-    """
+    """Refuse scores that cannot be compared.
+
     Raises:
-        UserError: if two cells' answers were read by different rules, or given to different problems, as after a change
-            of the data's file: neither their accuracies nor their verdicts can be compared.
+        UserError: if two cells' answers were read by different versions of the extractor, or given to different
+            problems, as after a change of the data's file.
     """
     scored = [(cell, cell.summary) for cell in cells if cell.summary is not None]
     for (first, a), (second, b) in pairwise(scored):
         if a.get("extractor") != b.get("extractor"):
             raise UserError(
-                f"the answers of {first.name} and {second.name} were read by versions {a.get('extractor')} and "
-                f"{b.get('extractor')} of the extractor: score both folders again with gsm8k.py --score-only."
+                f"The answers of {first.name} and {second.name} were read by different versions of the extractor "
+                f"({a.get('extractor')} and {b.get('extractor')}): score both again with gsm8k.py --score-only."
             )
         if (a.get("problems_sha256"), first.correct.keys()) != (b.get("problems_sha256"), second.correct.keys()):
             raise UserError(
                 f"{first.name} and {second.name} were scored on different problems ({len(first.correct)} and "
-                f"{len(second.correct)}): remove the scores of the cells with the wrong ones, and run the sweep again."
+                f"{len(second.correct)} of them): remove the scores that used the wrong ones, and run the sweep again."
             )
 
 
@@ -193,7 +214,7 @@ class Comparison:
         group, baseline: what is compared.
         accuracy, baseline_accuracy: with the seeds that both have.
         better, worse: problems that the group solves more often than DPO over the seeds, and less often.
-        p: two-sided, of the hypothesis that which of the two is which makes no difference to any problem.
+        p: two-sided, of the hypothesis that swapping the two methods changes nothing for any problem.
         p_holm: corrected over all comparisons (Holm).
     """
 
@@ -214,8 +235,8 @@ class Comparison:
 def compare_with_dpo(found: Sequence[Group]) -> list[Comparison]:
     """Every group against the group of DPO that differs in the loss only, seed by seed and problem by problem.
 
-    A problem is the unit: the difference between the two groups' shares of seeds that solve it changes its sign at
-    random under the hypothesis. With one seed and without ties that is McNemar's exact test.
+    The unit is a problem: the difference between the shares of seeds that solve it. Under the hypothesis, its sign is
+    random. With one seed that is McNemar's exact test.
     """
     from statsmodels.stats.multitest import multipletests
 

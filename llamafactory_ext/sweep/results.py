@@ -29,6 +29,7 @@ class Result:
         summary: the summary that gsm8k.py made, or None.
         correct: whether each problem was solved (strict), by its index; empty where it was not scored.
         pairs: what `llamafactory-ext score` found on held-out pairs, or None.
+        margins: the margin of each held-out pair in nats, by its index; empty where there are none.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Result:
     summary: dict[str, Any] | None
     correct: dict[int, bool]
     pairs: Summary | None
+    margins: dict[int, float]
 
     @property
     def loss(self) -> str:
@@ -114,6 +116,7 @@ def _result(own: Path, about: dict[str, Any], groups: dict[str, dict[str, str]])
     recipe = read_yaml(file) if file.is_file() else {}
     _check_numbers(recipe, file)
     has_pairs = "pairs" in current and (own / PAIRS).is_file()
+    pairs = read_scores(own / PAIRS) if has_pairs else []
     return Result(
         name=about["name"],
         place=about.get("place", {}),
@@ -122,7 +125,8 @@ def _result(own: Path, about: dict[str, Any], groups: dict[str, dict[str, str]])
         records=current,
         summary=scores["summary"] | {"extractor": scores.get("extractor")} if scores else None,
         correct={row["index"]: row["strict"]["correct"] for row in scores.get("rows", [])},
-        pairs=summarize(read_scores(own / PAIRS)) if has_pairs else None,
+        pairs=summarize(pairs) if has_pairs else None,
+        margins={row["index"]: row["margin"] for row in pairs if not row["skipped"]},
     )
 
 

@@ -42,8 +42,8 @@ def test_one_intermediate_result_is_changed():
     [
         ("a = $1,250 now, so b = 4", "4", r"a = \$\d?,?\d{3} now, so b = 4"),
         ("x = 0.50. y = 3", "3", r"x = \d+\.\d\d\. y = 3"),
-        ("half: 2 / 5 = .4, so y = 400", "400", r"half: 2 / 5 = \.\d+, so y = 400"),
-        ("<<2/5=.4>>.4 and <<1000*.4=400>>400", "400", r"<<2/5=\.4>>\.\d+ and <<1000\*\.4=400>>400"),
+        ("half: 2 / 5 = .4, so y = 400", "400", r"half: 2 / 5 = 1?\.\d+, so y = 400"),
+        ("<<2/5=.4>>.4 and <<1000*.4=400>>400", "400", r"<<2/5=\.4>>1?\.\d+ and <<1000\*\.4=400>>400"),
         ("2 + 2 = 4, 4 + 1 = 5", "5", r"2 \+ 2 = \d+, 4 \+ 1 = 5"),
         ("cost = 3 * 4 = 12 dollars, total = 20", "20", r"cost = 3 \* 4 = \d+ dollars, total = 20"),
     ],
@@ -219,7 +219,7 @@ def test_pairs_from_the_real_gsm8k():
     for line in lines:
         with contextlib.suppress(BadRow):
             pairs.append(corrupt_row(json.loads(line), seed=0))
-    assert (len(lines), len(pairs)) == (7473, 7406)
+    assert (len(lines), len(pairs)) == (7473, 7413)
     for pair in pairs:
         assert len(differing_words(pair["chosen"], pair["rejected"])) == 1
         assert pair["chosen"].splitlines()[-1] == pair["rejected"].splitlines()[-1]

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import tiny
 from engine_cases import QUESTIONS, answers, jobs, needs_vllm, settings, tokens
+from tokenizers import pre_tokenizers
 from typer.testing import CliRunner
 
 from llamafactory_ext.evaluation import gsm8k
@@ -160,9 +161,12 @@ def test_answers_end_where_the_context_does(model32, tmp_path):
     (short / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 120}))
     engine = TransformersEngine(settings(short, sampling=Sampling(max_tokens=1000), batch_size=3))
     lengths = {job.index: len(prompt_ids(engine.tokenizer, job.messages, {})) for job in jobs()}
+    ended = []
     for job, generation in engine.generate(jobs()):
-        assert len(generation.token_ids) == 120 - lengths[job.index]
-        assert generation.finish_reason == "length"
+        room = 120 - lengths[job.index]
+        ended.append(generation.finish_reason)
+        assert len(generation.token_ids) == room if ended[-1] == "length" else len(generation.token_ids) < room
+    assert "length" in ended
 
 
 def test_a_model_without_chat_template(model32, data, tmp_path):
@@ -208,16 +212,28 @@ def test_an_adapter_without_rank(content, tmp_path):
         _lora_rank(str(tmp_path))
 
 
-def test_what_transformers_cannot_answer_ends_in_a_sentence_and_keeps_the_rest(data, tmp_path):
-    """GPT-2 has learned positions: nothing can stand beyond them."""
-    shape = {"config": "GPT2Config", "max_position_embeddings": 132, "n_embd": 32, "n_layer": 2, "n_head": 2}
-    model = tiny.make_model(tmp_path / "gpt2", dtype="float32", initializer_range=0.3, **shape)
+def test_what_transformers_cannot_answer_ends_in_a_sentence_and_keeps_the_rest(tmp_path):
+    """A model whose embedding has no row for a byte of the last question, as after a wrong tokenizer was saved."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    too_small = 2 + alphabet.index("Ġ") + 1  # special tokens, and bytes up to the space; "€" holds one beyond
+    model = tiny.make_model(tmp_path / "model", dtype="float32", vocab_size=too_small)
+    data = tmp_path / "test.jsonl"
+    texts = ["1 + 1?", "How many?", "How much is it in €, all together?"]
+    data.write_text("".join(json.dumps({"question": text, "answer": "#### 2"}) + "\n" for text in texts))
     words = ("--engine", "hf", "--model", model, "--data", data, "--output", tmp_path / "out", "--prompt", "plain")
-    result = invoke(*words, "--batch-size", 1, "--max-tokens", 60)
+    result = invoke(*words, "--batch-size", 1, "--max-tokens", 6)
     assert result.exit_code == 2
-    assert "transformers failed (" in result.output
+    assert "transformers failed (index out of range" in result.output
     assert "lower --batch-size or --max-tokens" in result.output
     assert len((tmp_path / "out/base/generations.jsonl").read_text().splitlines()) == 2
+
+
+def test_learned_positions_are_never_exceeded(tmp_path):
+    """GPT-2 fails beyond its last position."""
+    shape = {"config": "GPT2Config", "max_position_embeddings": 132, "n_embd": 32, "n_layer": 2, "n_head": 2}
+    model = tiny.make_model(tmp_path / "gpt2", dtype="float32", initializer_range=0.3, **shape)
+    engine = TransformersEngine(settings(model, sampling=Sampling(max_tokens=1000)))
+    assert len(list(engine.generate(jobs()))) == len(QUESTIONS)
 
 
 # --- vLLM, where it is installed -------------------------------------------------------------------------------------

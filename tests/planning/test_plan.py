@@ -502,7 +502,7 @@ def test_steps_are_those_of_a_run(model, data, tmp_path):
         ({"finetuning_type": "qlora"}, "Invalid fine-tuning method"),
         ({"model_name_or_path": ["a"]}, r"model_name_or_path is \['a'\]: write a path or a name"),
         ({"pref_loss": "nonsense"}, "pref_loss 'nonsense' is unknown"),
-        ({"dataset": "nothing"}, "Write a `dataset` of it"),
+        ({"dataset": "nothing"}, "Write a `dataset` that it lists"),
     ],
 )
 def test_wrong_recipes_are_refused_in_a_sentence(changes, message, qwen, long_pairs):

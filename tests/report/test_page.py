@@ -5,15 +5,17 @@ from __future__ import annotations
 import csv
 import json
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from recorded import record_run, write_problems
+from sweeps import RECIPE, make_sweep, record, score, score_pairs, train
 from typer.testing import CliRunner
 
+from llamafactory_ext import __version__
 from llamafactory_ext.errors import UserError
 from llamafactory_ext.evaluation import gsm8k
+from llamafactory_ext.report import page as page_module
 from llamafactory_ext.report.page import write_report
 from llamafactory_ext.report.table import groups
 from llamafactory_ext.sweep.records import Record
@@ -22,59 +24,12 @@ from llamafactory_ext.sweep.spec import Sweep
 from llamafactory_ext.sweep.tasks import Agenda, write_recipes, write_sweep
 from llamafactory_ext.training.monitors import STOPPED
 
-RECIPE = {"stage": "dpo", "model_name_or_path": "model", "finetuning_type": "full", "dataset": "pairs"}
 AXES = {"pref_loss": ["sigmoid", "minor_dpo"], "learning_rate": [1e-5], "pref_beta": [0.02, 0.2]}
 
 
 @pytest.fixture
 def sweep(tmp_path):
     return make_sweep(tmp_path, AXES)
-
-
-def make_sweep(folder, axes, **changes):
-    evaluation = {"data": "openai/gsm8k", "engine": "hf", "script": folder / "gsm8k.py"}
-    sweep = Sweep(recipe=RECIPE, axes=axes, output=folder / "out", **{"evaluation": evaluation, **changes})
-    agenda = Agenda(sweep, sweep.cells())
-    write_recipes(agenda, agenda.cells)
-    write_sweep(agenda, Path("sweep.yaml"))
-    return sweep
-
-
-def train(sweep, cell, value=1.0, metrics=("normalized_rewards/chosen", "normalized_rewards/rejected")):
-    cell.model.mkdir()
-    logs = [{"step": step, **dict.fromkeys(metrics, value * step), "monitor/degenerating": 1.0} for step in (1, 2, 3)]
-    for log in logs:
-        if metrics:
-            log["normalized_rewards/margins"] = log[metrics[0]] - log[metrics[1]] / 2
-    (cell.model / "trainer_state.json").write_text(json.dumps({"log_history": logs}))
-    record(sweep, cell.name, "train", Record("done", seconds=90.0))
-
-
-def record(sweep, name, step, how):
-    """Write a record of the sweep's own task."""
-    agenda = Agenda(sweep, sweep.cells())
-    task = next(t for chain in agenda.chains(agenda.cells) for t in chain if (t.name, t.step) == (name, step))
-    task.write(replace(how, command=task.argv, fingerprint=task.fingerprint))
-
-
-def score(sweep, name, right, problems=10, sha256="of the problems"):
-    summary = {"accuracy": right / problems, "wilson_95": [0.1, 0.9]}
-    rows = [{"index": index, "strict": {"correct": index < right}} for index in range(problems)]
-    result = {
-        "summary": {
-            "problems": problems,
-            "problems_sha256": sha256,
-            "missing": 0,
-            "strict": summary,
-            "flexible": summary,
-            "degeneration": {"degenerate": 0.3, "cut_off": 0.1},
-        },
-        "rows": rows,
-    }
-    folder = sweep.output / name if name == "base" else sweep.output / "cells" / name
-    (folder / "scores" / "base").mkdir(parents=True)
-    (folder / "scores" / "base" / "results.json").write_text(json.dumps(result))
-    record(sweep, name, "score", Record("done", seconds=9.0))
 
 
 def report(sweep):
@@ -99,19 +54,19 @@ def test_some_cells_are_missing_and_some_have_failed(sweep):
     score(sweep, "base", 5)
     record(sweep, second.name, "train", Record("failed", error="ValueError: <no> such thing"))
     page, rows = report(sweep)
-    for count, state in ((2, "done"), (1, "failed"), (1, "missing")):
-        assert f'<b class="{state}">{count}</b> cells {state}' in page
+    for count, cells, state in ((2, "cells", "done"), (1, "cell", "failed"), (1, "cell", "missing")):
+        assert f'<b class="{state}">{count}</b> {cells} {state}' in page
     assert "ValueError: &lt;no&gt; such thing" in page
     assert rows[first.name]["strict"] == "0.4"
     assert rows[first.name]["final chosen"] == "3.0"
     assert rows[second.name]["error"] == "ValueError: <no> such thing"
     assert rows["base"]["strict"] == "0.5"
-    assert "50.0 %</b> base, untrained, of 10 problems" in page
+    assert "50.0%</b> base, untrained, of 10 problems" in page
     assert (sweep.output / "report" / "rewards_lr1e-05.svg").is_file()
     tests = (sweep.output / "report" / "tests.csv").read_text().splitlines()
     assert tests[1].startswith("MinorDPO,1e-05,0.02,0.9,0.4,0.5,5,0,0.0625,0.0625")
-    assert 'title="1 of 1 runs"' in page  # the monitor's flag
-    assert re.search(r"<td>base, untrained</td><td></td><td [^>]*>30.0</td>", page), "beside what training did"
+    assert '<td class="failed">30.0 (1 flagged)</td>' in page
+    assert "<td>base, untrained</td><td></td><td>30.0</td>" in page, "beside what training did"
 
 
 def test_a_run_that_was_stopped_says_where(sweep):
@@ -123,7 +78,7 @@ def test_a_run_that_was_stopped_says_where(sweep):
     state["log_history"][-1][STOPPED] = 1.0
     file.write_text(json.dumps(state))
     page, rows = report(sweep)
-    assert page.count("stopped at step") == page.count("stopped at step 3 as it degenerated") == 1
+    assert page.count("stopped at step") == page.count("done: stopped at step 3, degenerating") == 1
     assert (rows[first.name]["stopped at step"], rows[second.name]["stopped at step"]) == ("", "3")
 
 
@@ -157,7 +112,7 @@ def test_the_numbers_of_a_recorded_sweep_by_hand(tmp_path):
     _, minor_group = groups(read_results(sweep.output).cells)
     assert minor_group.wilson == pytest.approx((0.4902, 0.9433), abs=1e-4)
     assert [rows[name]["unanswered"] for name in ("sigmoid", "minor_dpo")] == ["0", "1"]
-    for shown in ("<td>20.0</td>", "<td>80.0 (1 unanswered)</td>", "<td>49.0–94.3</td>", "<b>0.031</b>"):
+    for shown in ("<td>20.0</td>", "<td>80.0</td>", "<td>49.0–94.3</td>", '<td class="strong">0.031</td>'):
         assert shown in page
 
 
@@ -186,7 +141,7 @@ def test_methods_on_one_beta_have_figures_of_their_own(tmp_path):
     names = ("scores", "scores_single", "rewards_lr5e-05", "rewards_lr5e-05_single")
     shown = {name: (sweep.output / "report" / f"{name}.svg").read_text() for name in names}
     for name, picture in shown.items():
-        assert ("Sr-DPO sr_lambda=0.3" in picture) is name.endswith("single"), name
+        assert ("Sr-DPO, sr_lambda = 0.3" in picture or "sr_lambda = 0.3" in picture) is name.endswith("single"), name
         assert ("MinorDPO" in picture) is not name.endswith("single"), name
     assert (sweep.output / "report" / "refinement_lr5e-05_beta0.1.svg").is_file()
 
@@ -197,7 +152,8 @@ def test_without_a_reference_and_without_scores(tmp_path):
     train(sweep, cell, metrics=())
     page, rows = report(sweep)
     assert rows["orpo"]["final chosen"] == ""
-    assert "There is no scored cell" in page
+    assert "There is nothing to test: no scored method has a scored DPO cell" in page
+    assert "No model has been scored on problems yet" in page
 
 
 @pytest.mark.parametrize("changes", [{"problems": 8}, {"sha256": "of others"}])
@@ -236,6 +192,73 @@ def test_the_page_is_one_file(sweep):
     assert "http" not in page.replace("http://www.w3.org", "")
     assert "<script" not in page
     assert "<link" not in page
+
+
+def test_the_page_says_when_and_by_which_version_it_was_written(sweep, monkeypatch):
+    monkeypatch.setattr(page_module, "today", lambda: "2026-01-31")
+    page, _ = report(sweep)
+    assert f"Report of 2026-01-31 by llamafactory-ext {__version__}." in page
+
+
+def test_the_best_cell_is_linked_to_its_row(sweep):
+    for right, cell in enumerate(sweep.cells(), start=3):
+        train(sweep, cell)
+        score(sweep, cell.name, right)
+    page, _ = report(sweep)
+    best = sweep.cells()[-1].name
+    assert f'<a href="#cell-{best}">{best}</a>, 60.0% strict accuracy.' in page
+    assert page.count(f'<tr id="cell-{best}">') == 1
+
+
+def test_equal_cells_are_counted(sweep):
+    for cell in sweep.cells():
+        train(sweep, cell)
+        score(sweep, cell.name, 5)
+    page, _ = report(sweep)
+    assert f"{sweep.cells()[0].name}</a>, 50.0% strict accuracy, the first of 4 with this score." in page
+
+
+def test_every_link_leads_somewhere_and_every_file_is_linked(sweep):
+    for cell in sweep.cells():
+        train(sweep, cell)
+        score(sweep, cell.name, 5)
+    page, _ = report(sweep)
+    links = set(re.findall(r'href="([^"]+)"', page))
+    places = {link[1:] for link in links if link.startswith("#")}
+    assert places <= set(re.findall(r' id="([^"]+)"', page))
+    files = {path.name for path in (sweep.output / "report").iterdir()}
+    assert {link for link in links if not link.startswith("#")} == files - {"index.html"}
+    figures = re.findall(r'<h2 id="([^"]+)">[^<]*</h2>\s*<figure>', page)
+    tables = re.findall(r'<h2 id="([^"]+)">[^<]*</h2>\s*<p class="caption">', page)
+    assert {"scores", "rewards_lr1e-05"} < set(figures)
+    assert {"degeneration", "tests", "cells"} == set(tables)
+    assert files >= {f"{name}.{suffix}" for name in figures for suffix in ("png", "svg", "pdf")}
+    assert files >= {f"{name}.{suffix}" for name in tables for suffix in ("csv", "tex")}
+    for suffix, start in (("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")):
+        assert (sweep.output / "report" / f"scores.{suffix}").read_bytes().startswith(start)
+    assert b"/Type3" not in (sweep.output / "report" / "scores.pdf").read_bytes()
+
+
+def test_held_out_rows_have_their_number_of_pairs_and_intervals(tmp_path):
+    """Two seeds of four pairs: per pair, mean margins 1, 2, 3, -2; their mean is 1 and their deviation sqrt(14 / 3).
+
+    Student's t with 3 degrees of freedom: 1 -+ 3.182446 * sqrt(14 / 3) / 2 = -2.4374 and 4.4374.
+    Accuracy: 3 of 4 pairs in both seeds. Wilson: (3 + 1.9207 -+ 1.96 sqrt(0.75 + 0.9604)) / 7.8415 = 0.3006, 0.9544.
+    """
+    sweep = make_sweep(tmp_path, {"pref_loss": ["sigmoid"], "seed": [1, 2]}, held_out={"dataset": "others"})
+    for cell, margins in zip(sweep.cells(), ((0, 2, 4, -2), (2, 2, 2, -2)), strict=True):
+        train(sweep, cell)
+        score_pairs(sweep, cell, [margin or 0.001 for margin in margins])
+    page, rows = report(sweep)
+    with (sweep.output / "report" / "pairs.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert row["pairs"] == "4"
+    numbers = ("margin", "margin low", "margin high", "accuracy", "accuracy low", "accuracy high")
+    expected = [1, -2.4374, 4.4374, 0.75, 0.3006, 0.9544]
+    assert [float(row[name]) for name in numbers] == pytest.approx(expected, abs=1e-3)
+    assert "<td>4</td><td>1.00</td><td>−2.44 to 4.44</td><td>75.0</td><td>30.1–95.4</td></tr>" in page
+    assert "augmented accuracy</th>" not in page, "no column for what was not measured"
+    assert {rows[cell.name]["held-out pairs"] for cell in sweep.cells()} == {"4"}
 
 
 def test_commands_and_hashes_to_repeat_it_are_on_the_page(tmp_path):
@@ -286,7 +309,6 @@ def test_a_changed_value_is_named(file, place, value, sweep):
     cell = sweep.cells()[0]
     train(sweep, cell)
     score(sweep, cell.name, right=5)
-    report(sweep)
     changed(next(sweep.output.rglob(file)), place, value)
     with pytest.raises(UserError, match=rf"{re.escape(file)} is damaged \(.*\): remove it, then run"):
         report(sweep)
@@ -298,7 +320,7 @@ def test_answers_read_by_different_rules_are_not_compared(sweep):
         train(sweep, cell)
         score(sweep, cell.name, right=5)
     changed(next((sweep.output / "cells" / first.name).rglob("results.json")), ("extractor",), "2")
-    with pytest.raises(UserError, match=r"were read by versions 2 and None of the extractor: score both"):
+    with pytest.raises(UserError, match=r"different versions of the extractor \(2 and None\): score both"):
         report(sweep)
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from statsmodels.stats.contingency_tables import mcnemar
 
 from llamafactory_ext.report.table import compare_with_dpo, degenerated, final, groups, sign_flip_p
+from llamafactory_ext.report.variants import Variant
 from llamafactory_ext.sweep.records import Record
 from llamafactory_ext.sweep.results import Result
 
@@ -28,6 +29,7 @@ def cell(loss, correct, history=(), **place):
         summary=summary,
         correct=dict(enumerate(correct)),
         pairs=None,
+        margins={},
     )
     object.__setattr__(made, "logs", list(history))
     return made
@@ -57,6 +59,27 @@ def test_cells_that_differ_in_their_seed_are_a_group():
     ]
     assert found[0].accuracy == 0.75
     assert found[0].degenerate == 0.25
+
+
+def test_groups_carry_which_keys_have_which_values():
+    """A mapping is flattened, the number of pairs comes last, and what means the same is the same."""
+    ours = {"pref_loss_file": "losses.py", "max_samples": 256, "pref_loss_args": {"tau": 0.5, "inner": {"a": [1, 2]}}}
+    as_json = ours | {"pref_loss_args": '{"inner": {"a": [1, 2]}, "tau": 0.5}'}
+    without = ours | {"pref_loss_args": None}
+    both, plain = groups([cell("mine", [1], **each) for each in (ours, as_json, without)])
+    assert both.variant == Variant(
+        "mine",
+        (
+            ("pref_loss_args.inner.a", (1, 2)),
+            ("pref_loss_args.tau", 0.5),
+            ("pref_loss_file", "losses.py"),
+            ("max_samples", 256),
+        ),
+    )
+    assert len(both.cells) == 2
+    assert plain.variant == both.variant.without("pref_loss_args.tau", "pref_loss_args.inner.a")
+    assert plain.variant.size == 256
+    assert both.method == "mine inner.a=1,2 tau=0.5 pref_loss_file=losses.py pairs=256"
 
 
 def test_the_interval_is_that_of_one_runs_problems():
