@@ -102,6 +102,15 @@ def _number(belongs_to: Callable[[Loss], bool], step: float, default: str = "aut
     return Field(gr.Number, belongs_to, {"value": None, "placeholder": default, "step": step})
 
 
+# As many lines as there may be, or gradio would fit the height to the text before the page has its final width.
+_PROMPT: dict[str, Any] = {
+    "value": SR_PROMPT,
+    "scale": 3,
+    "min_width": 320,
+    "lines": 5,
+    "max_lines": 5,
+    "autoscroll": False,
+}
 _AUTO: dict[str, Any] = {"choices": list(TRI_STATE), "value": "auto"}
 
 # In the board's order: first those that depend on the loss, then those of the stage.
@@ -114,7 +123,7 @@ LOSS_FIELDS: dict[str, Field] = {
     "ld_alpha": _number(_takes_ld_alpha, step=0.1, default="1"),  # the same as unset
     "pref_bco_weight": _number(_has_reference, step=0.1, default="0"),
     "pref_loss_args": Field(gr.Textbox, _is_users, {"value": "", "placeholder": '{"tau": 0.5}', "scale": 2}),
-    "sr_prompt": Field(gr.Textbox, _takes("sr_lambda"), {"value": SR_PROMPT, "scale": 3, "lines": 3, "min_width": 320}),
+    "sr_prompt": Field(gr.Textbox, _takes("sr_lambda"), _PROMPT),
 }
 STAGE_FIELDS: dict[str, Field] = {
     "ref_model": Field(gr.Textbox, _has_reference, {"value": ""}),

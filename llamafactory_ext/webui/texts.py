@@ -10,7 +10,7 @@ Field = tuple[str, str]
 
 FIELDS: dict[str, dict[str, Field]] = {
     "en": {
-        "dpo_label_smoothing": ("Label smoothing", "Share of pairs that you expect to be labeled the wrong way round."),
+        "dpo_label_smoothing": ("Label smoothing", "Expected share of pairs whose labels are swapped."),
         "simpo_gamma": ("SimPO gamma", "Target margin between the chosen and the rejected response."),
         "dpop_lambda": (
             "DPOP lambda",
@@ -18,22 +18,22 @@ FIELDS: dict[str, dict[str, Field]] = {
         ),
         "sr_lambda": ("Refinement lambda", "Weight of the refinement term. 0 turns it off."),
         "ipo_length_normalize": ("Length normalization", "true: average over tokens. false: sum over tokens."),
-        "ld_alpha": ("LD alpha", "Weight of the tokens by which one response is longer than the other (LD-DPO)."),
-        "pref_bco_weight": ("BCO weight", "Weight of the BCO loss, which is added to the chosen loss."),
+        "ld_alpha": ("LD alpha", "Weight of the longer response's extra tokens (LD-DPO)."),
+        "pref_bco_weight": ("BCO weight", "Weight of an added BCO loss. 0 turns it off."),
         "pref_loss_args": ("Loss arguments", "Keyword arguments of your loss, as JSON."),
         "sr_prompt": (
             "Refinement prompt",
             "The refinement term puts this text before the query. Clear the field to restore the default.",
         ),
-        "ref_model": ("Reference model", "Path or hub name. Empty: the model that you start from."),
+        "ref_model": ("Reference model", "Path or hub name. Empty: the model you start from."),
         "precompute_ref_log_probs": (
             "Reference cache",
-            "Precompute the reference's log-probabilities and keep them on disk. auto: only where this is exact.",
+            "Compute the reference's log-probabilities before training. auto: where it does not change the result.",
         ),
         "ref_log_probs_cache_dir": ("Reference cache folder", "Empty: a folder in the user's cache."),
         "share_prefix": (
             "Share prefix",
-            "Compute the shared prefix of both responses once. auto: only where this is exact.",
+            "Compute the shared prefix of both responses once. auto: where it does not change the result.",
         ),
         "pref_loss_file": ("Loss file", "Python file that registers your own loss. Press Enter to read it."),
         "pref_stop_on_degeneration": (
@@ -51,8 +51,8 @@ FIELDS: dict[str, dict[str, Field]] = {
         ),
         "sr_lambda": ("Лямбда уточнения", "Вес уточняющего слагаемого. 0 отключает его."),
         "ipo_length_normalize": ("Нормировка по длине", "true: среднее по токенам. false: сумма по токенам."),
-        "ld_alpha": ("Альфа LD", "Вес токенов, на которые один ответ длиннее другого (LD-DPO)."),
-        "pref_bco_weight": ("Вес BCO", "Вес функции потерь BCO, которая прибавляется к выбранной."),
+        "ld_alpha": ("Альфа LD", "Вес лишних токенов более длинного ответа (LD-DPO)."),
+        "pref_bco_weight": ("Вес BCO", "Вес добавляемой функции потерь BCO. 0 отключает её."),
         "pref_loss_args": ("Аргументы функции потерь", "Именованные аргументы вашей функции потерь в формате JSON."),
         "sr_prompt": (
             "Промпт уточнения",
@@ -61,12 +61,12 @@ FIELDS: dict[str, dict[str, Field]] = {
         "ref_model": ("Эталонная модель", "Путь или имя в хабе. Пусто: модель, с которой начинается обучение."),
         "precompute_ref_log_probs": (
             "Кэш эталонной модели",
-            "Вычислить логарифмы вероятностей эталона заранее и хранить на диске. auto: только если результат точен.",
+            "Вычислить логарифмы вероятностей эталона заранее и хранить на диске. auto: если это не меняет результат.",
         ),
         "ref_log_probs_cache_dir": ("Папка кэша эталона", "Пусто: папка в кэше пользователя."),
         "share_prefix": (
             "Общий префикс",
-            "Вычислять общий префикс обоих ответов один раз. auto: только если результат точен.",
+            "Вычислять общий префикс обоих ответов один раз. auto: если это не меняет результат.",
         ),
         "pref_loss_file": (
             "Файл функции потерь",
@@ -85,16 +85,16 @@ FIELDS: dict[str, dict[str, Field]] = {
         "sr_lambda": ("修正项 lambda", "修正项的权重。0 表示关闭。"),
         "ipo_length_normalize": ("长度归一化", "true：对词元取平均。false：对词元求和。"),
         "ld_alpha": ("LD alpha", "较长回答多出的词元的权重（LD-DPO）。"),
-        "pref_bco_weight": ("BCO 权重", "附加的 BCO 损失的权重。"),
+        "pref_bco_weight": ("BCO 权重", "附加的 BCO 损失的权重。0 表示关闭。"),
         "pref_loss_args": ("损失函数参数", "自定义损失函数的关键字参数，JSON 格式。"),
         "sr_prompt": ("修正项提示词", "修正项把这段文本放在问题之前。清空即恢复默认文本。"),
         "ref_model": ("参考模型", "路径或模型名称。留空：训练的起始模型。"),
         "precompute_ref_log_probs": (
             "参考模型缓存",
-            "预先计算参考模型的对数概率并保存到磁盘。auto：仅在结果精确时启用。",
+            "预先计算参考模型的对数概率并保存到磁盘。auto：在不改变结果时启用。",
         ),
         "ref_log_probs_cache_dir": ("参考缓存目录", "留空：用户缓存目录中的文件夹。"),
-        "share_prefix": ("共享前缀", "两个回答的共享前缀只计算一次。auto：仅在结果精确时启用。"),
+        "share_prefix": ("共享前缀", "两个回答的共享前缀只计算一次。auto：在不改变结果时启用。"),
         "pref_loss_file": ("损失函数文件", "注册自定义损失函数的 Python 文件。按回车读取。"),
         "pref_stop_on_degeneration": ("退化时停止", "训练退化时保存检查点并停止。"),
         "reward_viewer": ("归一化奖励", ""),
@@ -106,7 +106,7 @@ FIELDS: dict[str, dict[str, Field]] = {
         "sr_lambda": ("개선 항 람다", "개선 항의 가중치. 0이면 사용하지 않습니다."),
         "ipo_length_normalize": ("길이 정규화", "true: 토큰 평균. false: 토큰 합."),
         "ld_alpha": ("LD 알파", "더 긴 응답에서 초과하는 토큰의 가중치 (LD-DPO)."),
-        "pref_bco_weight": ("BCO 가중치", "선택한 로스에 더하는 BCO 로스의 가중치."),
+        "pref_bco_weight": ("BCO 가중치", "추가되는 BCO 로스의 가중치. 0이면 사용하지 않습니다."),
         "pref_loss_args": ("로스 인수", "사용자 로스 함수의 키워드 인수 (JSON)."),
         "sr_prompt": (
             "개선 항 프롬프트",
@@ -115,10 +115,13 @@ FIELDS: dict[str, dict[str, Field]] = {
         "ref_model": ("참조 모델", "경로 또는 허브 이름. 비워 두면 학습을 시작하는 모델을 씁니다."),
         "precompute_ref_log_probs": (
             "참조 모델 캐시",
-            "참조 모델의 로그 확률을 미리 계산해 디스크에 저장합니다. auto: 결과가 정확한 경우에만.",
+            "참조 모델의 로그 확률을 미리 계산해 디스크에 저장합니다. auto: 결과가 바뀌지 않는 경우에만.",
         ),
         "ref_log_probs_cache_dir": ("참조 캐시 폴더", "비워 두면 사용자 캐시 안의 폴더를 씁니다."),
-        "share_prefix": ("접두사 공유", "두 응답의 공통 접두사를 한 번만 계산합니다. auto: 결과가 정확한 경우에만."),
+        "share_prefix": (
+            "접두사 공유",
+            "두 응답의 공통 접두사를 한 번만 계산합니다. auto: 결과가 바뀌지 않는 경우에만.",
+        ),
         "pref_loss_file": ("로스 파일", "사용자 로스를 등록하는 Python 파일. Enter를 누르면 읽습니다."),
         "pref_stop_on_degeneration": ("퇴화 시 중지", "학습이 퇴화하면 체크포인트를 저장하고 중지합니다."),
         "reward_viewer": ("정규화된 보상", ""),
@@ -130,7 +133,7 @@ FIELDS: dict[str, dict[str, Field]] = {
         "sr_lambda": ("改善項のラムダ", "改善項の重み。0 で無効になります。"),
         "ipo_length_normalize": ("長さの正規化", "true：トークンの平均。false：トークンの合計。"),
         "ld_alpha": ("LD アルファ", "長い方の応答で超過するトークンの重み（LD-DPO）。"),
-        "pref_bco_weight": ("BCO の重み", "選んだ損失に加える BCO 損失の重み。"),
+        "pref_bco_weight": ("BCO の重み", "追加する BCO 損失の重み。0 で無効になります。"),
         "pref_loss_args": ("損失関数の引数", "独自の損失関数のキーワード引数（JSON）。"),
         "sr_prompt": (
             "改善項のプロンプト",
@@ -139,12 +142,12 @@ FIELDS: dict[str, dict[str, Field]] = {
         "ref_model": ("参照モデル", "パスまたはハブでの名前。空欄：学習を始めるモデル。"),
         "precompute_ref_log_probs": (
             "参照キャッシュ",
-            "参照モデルの対数確率を事前に計算してディスクに保存します。auto：結果が正確な場合のみ。",
+            "参照モデルの対数確率を事前に計算してディスクに保存します。auto：結果が変わらない場合のみ。",
         ),
         "ref_log_probs_cache_dir": ("参照キャッシュのフォルダ", "空欄：ユーザーのキャッシュ内のフォルダ。"),
         "share_prefix": (
             "接頭部の共有",
-            "両方の応答に共通する接頭部を一度だけ計算します。auto：結果が正確な場合のみ。",
+            "両方の応答に共通する接頭部を一度だけ計算します。auto：結果が変わらない場合のみ。",
         ),
         "pref_loss_file": ("損失関数ファイル", "独自の損失関数を登録する Python ファイル。Enter で読み込みます。"),
         "pref_stop_on_degeneration": ("退化時に停止", "学習が退化したらチェックポイントを保存して停止します。"),
