@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import string
 import sys
 import threading
 from pathlib import Path
@@ -22,17 +23,39 @@ from llamafactory.webui.interface import create_ui
 from llamafactory.webui.locales import LOCALES
 
 from llamafactory_ext.losses import STOCK_LOSSES, lookup
-from llamafactory_ext.recipe.arguments import OTHER_OWN_KEYS, OWN_KEYS, PreferenceArguments
-from llamafactory_ext.webui import fields, texts
-from llamafactory_ext.webui.fields import FIELDS, gathered, is_shown, losses_of, set_twice, spread
-from llamafactory_ext.webui.loss_files import FOLDERS, HOW_TO, LossFiles
+from llamafactory_ext.recipe.arguments import (
+    NUMBERS,
+    OTHER_OWN_KEYS,
+    OWN_KEYS,
+    SR_PROMPT,
+    STOCK_KEYS,
+    PreferenceArguments,
+    keys_not_taken,
+)
+from llamafactory_ext.webui import errors, texts
+from llamafactory_ext.webui.errors import BoardError
+from llamafactory_ext.webui.fields import (
+    FIELDS,
+    RANGES,
+    alert,
+    gathered,
+    is_shown,
+    label,
+    losses_of,
+    reason,
+    set_twice,
+    spread,
+    why_not,
+)
+from llamafactory_ext.webui.loss_files import FOLDERS, LossFiles
+from llamafactory_ext.webui.section import _Curves
 
 LOSSES = losses_of("DPO", "")[0]
 EMPTY = {key: field.empty for key, field in FIELDS.items()}
-SET = {
-    "dpop_lambda": st.one_of(st.none(), st.integers(0, 99), st.floats(0, 99)),
-    "sr_lambda": st.one_of(st.none(), st.floats(0, 1)),
-    "sr_prompt": st.text(max_size=20),
+NUMBER = st.one_of(st.none(), st.integers(0, 99), st.floats(0, 99))
+SET = {key: NUMBER for key, field in FIELDS.items() if field.kind is gr.Number} | {
+    "sr_prompt": st.text(min_size=1, max_size=20).filter(str.strip),
+    "ref_model": st.sampled_from(["", "org/model", "two words"]),
     "ipo_length_normalize": st.sampled_from(["auto", "true", "false"]),
     "pref_loss_args": st.sampled_from(["", '{"tau": 0.5}', "not JSON"]),
     "share_prefix": st.sampled_from(["auto", "true", "false"]),
@@ -44,11 +67,19 @@ SET = {
 
 
 def test_every_key_of_the_plugin_has_a_field():
-    assert set(FIELDS) == {*OWN_KEYS, *OTHER_OWN_KEYS} == set(SET)
+    of_losses = {*STOCK_KEYS, "ld_alpha", "pref_bco_weight", "ref_model"}
+    assert set(FIELDS) == {*OWN_KEYS, *OTHER_OWN_KEYS, *of_losses} == set(SET)
+
+
+def test_no_field_stands_on_the_board_twice(board):
+    """LLaMA-Factory's board has some of the keys: none of the plugin's fields is for one of them."""
+    stock = [elem for elem, each in board[0].manager.get_elem_iter() if elem in FIELDS]
+    assert sorted(stock) == sorted(FIELDS)
+    assert not set(FIELDS) & {"pref_beta", "pref_ftx", "pref_loss"}
 
 
 def test_every_language_has_all_words():
-    for words in (texts.FIELDS, texts.LOSSES, texts.ALERTS):
+    for words in (texts.FIELDS, texts.LOSSES, errors.ALERTS, errors.RANGES):
         assert set(words) == set(LOCALES["pref_loss"])
         for lang, translated in words.items():
             assert set(translated) == set(words["en"]), lang
@@ -56,18 +87,51 @@ def test_every_language_has_all_words():
     losses = map(lookup.get_loss, lookup.loss_names())  # other tests may have registered more
     own = {loss.name for loss in losses if loss.function.__module__.startswith("llamafactory_ext.losses.")}
     assert set(texts.LOSSES["en"]) == own
-    assert all("{key}" in alerts["twice"] for alerts in texts.ALERTS.values())
+    assert set(errors.QUOTES) == set(errors.ALERTS)
+    for alerts in errors.ALERTS.values():
+        for name, sentence in alerts.items():
+            assert _names(sentence) == _names(errors.ALERTS["en"][name]), sentence
     assert LOCALES["dpop_lambda"]["zh"]["label"] == "DPOP lambda"
     assert texts.about_loss("dpop", "a language of the future") == texts.LOSSES["en"]["dpop"]
+
+
+def _names(sentence):
+    return {name for _, name, _, _ in string.Formatter().parse(sentence) if name}
+
+
+def test_sentences_name_fields_by_their_labels():
+    assert "“Refinement prompt”" in alert("unused_prompt", "en")
+    assert "«Промпт уточнения»" in alert("unused_prompt", "ru")
+    assert label("pref_beta", "ja") == f"「{LOCALES['pref_beta']['ja']['label']}」"
+    error = ValueError("`sr_prompt` is odd: write `pref_loss: dpop`, not pref_loss_file '/pref_loss/ld_alpha.py'.")
+    assert reason(error, "en") == (
+        "“Refinement prompt” is odd: write “Loss type”: dpop, not “Loss file” '/pref_loss/ld_alpha.py'."
+    )
+    assert str(BoardError("unread", file="'x.py'")).endswith("Press Enter in `pref_loss_file`.")
+
+
+@pytest.mark.parametrize("key", NUMBERS)
+def test_the_boards_ranges_are_the_arguments(key):
+    tries = (-1, -0.1, 0, 0.2, 0.5, 1, 50)
+    accepts = {
+        "positive": lambda value: value > 0,
+        "nonnegative": lambda value: value >= 0,
+        "below_half": lambda value: 0 <= value < 0.5,
+        "finite": lambda value: True,
+    }[RANGES.get(key, "nonnegative")]
+    assert [accepts(value) for value in tries] == [NUMBERS[key][1](value) for value in tries]
 
 
 def test_fields_are_the_stages_and_the_losses_own():
     shown = {name: {key for key in FIELDS if is_shown(key, "DPO", loss)} for name, loss in LOSSES.items()}
     common_to_all = {"share_prefix", "pref_loss_file", "pref_stop_on_degeneration"}
-    cached = common_to_all | {"precompute_ref_log_probs", "ref_log_probs_cache_dir"}
-    assert shown["simpo"] == shown["orpo"] == common_to_all
-    assert shown["sigmoid"] == shown["hinge"] == shown["kto_pair"] == cached
-    assert shown["ipo"] == cached | {"ipo_length_normalize"}
+    with_reference = {"precompute_ref_log_probs", "ref_log_probs_cache_dir", "ref_model", "pref_bco_weight"}
+    cached = common_to_all | with_reference
+    assert shown["orpo"] == common_to_all | {"ld_alpha"}
+    assert shown["simpo"] == shown["orpo"] | {"simpo_gamma"}
+    assert shown["hinge"] == shown["kto_pair"] == cached | {"ld_alpha"}
+    assert shown["sigmoid"] == shown["hinge"] | {"dpo_label_smoothing"}
+    assert shown["ipo"] == shown["hinge"] | {"ipo_length_normalize"}
     assert shown["minor_dpo"] == shown["sr_dpo"] == cached | {"sr_lambda", "sr_prompt"}
     assert shown["dpop"] == shown["minor_dpo"] | {"dpop_lambda"}
     assert shown["sr_ipo"] == shown["minor_dpo"] | {"ipo_length_normalize"}
@@ -75,11 +139,18 @@ def test_fields_are_the_stages_and_the_losses_own():
         assert not any(is_shown(key, stage, LOSSES["dpop"]) for key in FIELDS)
 
 
+@pytest.mark.parametrize("name", LOSSES)
+def test_fields_are_shown_where_the_arguments_take_them(name):
+    keys = [key for key in FIELDS if not key.startswith("pref_loss_")]  # a loss file's losses are not among these
+    not_taken = keys_not_taken({"pref_loss": name} | dict.fromkeys(keys, 0.1))
+    assert not_taken == [key for key in keys if not is_shown(key, "DPO", LOSSES[name])]
+
+
 @given(st.fixed_dictionaries(SET), st.sampled_from(list(LOSSES)))
 def test_what_is_set_comes_back(values, name):
     loss = LOSSES[name]
     extra_args = gathered('{"optim": "adamw_torch"}', values, "DPO", loss)
-    others, returned = spread(extra_args)
+    others, returned = spread(extra_args, "DPO", loss)
     assert json.loads(others) == {"optim": "adamw_torch"}
     assert returned == {key: values[key] if is_shown(key, "DPO", loss) else EMPTY[key] for key in FIELDS}
     assert set_twice(extra_args, EMPTY, "DPO", loss) is None
@@ -89,7 +160,23 @@ def test_what_is_set_comes_back(values, name):
 @pytest.mark.parametrize("extra_args", ['{"optim":   "sgd"}', "{not JSON", "[1]", "3"])
 def test_extra_arguments_are_left_alone_where_nothing_is_set(extra_args):
     assert gathered(extra_args, EMPTY, "DPO", LOSSES["dpop"]) == extra_args
-    assert spread(extra_args) == (extra_args, EMPTY)
+    assert spread(extra_args, "DPO", LOSSES["dpop"]) == (extra_args, EMPTY)
+
+
+@pytest.mark.parametrize(
+    ("stage", "loss"), [("KTO", None), ("KTO", "dpop"), ("DPO", "orpo"), ("DPO", None), ("PPO", None), ([], None)]
+)
+def test_extra_arguments_without_a_field_stay(stage, loss):
+    """KTO and PPO take a reference model, too."""
+    extra_args = '{"dpop_lambda": 7}' if loss is None and stage == "DPO" else '{"ref_model": "other"}'
+    assert spread(extra_args, stage, LOSSES.get(loss)) == (extra_args, EMPTY)
+
+
+@pytest.mark.parametrize("typed", [SR_PROMPT, "", "  \n"])
+def test_the_default_prompt_stands_in_its_field_and_is_not_sent(typed):
+    assert EMPTY["sr_prompt"] == SR_PROMPT
+    assert gathered("{}", EMPTY | {"sr_prompt": typed}, "DPO", LOSSES["sr_dpo"]) == "{}"
+    assert spread(json.dumps({"sr_prompt": typed}), "DPO", LOSSES["sr_dpo"]) == ("{}", EMPTY)
 
 
 @pytest.mark.parametrize("extra_args", ["{not JSON", "[1]"])
@@ -131,7 +218,7 @@ def mine(pairs, *, beta: float, tau: float = 1.0, kinds: tuple = (1, 2)):
 def test_losses_of_a_file_are_this_sessions_own(tmp_path, loss_files):
     path = tmp_path / "mine.py"
     path.write_text(MINE)
-    assert "press Enter in its field" in losses_of("DPO", str(path))[1]
+    assert "Press Enter in" in str(losses_of("DPO", str(path))[1])
     loss_files.read(str(path))
     losses, error = losses_of("DPO", str(path))
     assert error is None
@@ -145,7 +232,7 @@ def test_losses_of_a_file_are_this_sessions_own(tmp_path, loss_files):
     assert list(losses_of("KTO", str(path))[0]) == list(STOCK_LOSSES)
     loss_files.read(str(tmp_path / "nowhere.py"))
     losses, error = losses_of("DPO", str(tmp_path / "nowhere.py"))
-    assert "is not a file" in error
+    assert "is not a file" in str(error)
     assert set(losses) == set(losses_of("DPO", "")[0])
 
 
@@ -171,10 +258,10 @@ def test_enter_reads_a_file_again_though_only_what_it_needs_has_changed(tmp_path
     path, needed = tmp_path / "needing.py", tmp_path / "needed.txt"
     path.write_text(MINE + "from pathlib import Path\nPath(__file__).with_name('needed.txt').read_text()\n")
     loss_files.read(str(path))
-    assert "needed.txt" in losses_of("DPO", str(path))[1]
+    assert "needed.txt" in str(losses_of("DPO", str(path))[1])
     needed.write_text("here")
     loss_files.read(str(path))  # as a start of a training does
-    assert "needed.txt" in losses_of("DPO", str(path))[1]
+    assert "needed.txt" in str(losses_of("DPO", str(path))[1])
     loss_files.read(str(path), again=True)
     assert losses_of("DPO", str(path))[1] is None
 
@@ -220,11 +307,11 @@ def test_a_loss_file_that_is_none_ends_nothing_but_itself(tmp_path, loss_files, 
     (tmp_path / "mine_too.py").touch()
     monkeypatch.chdir(tmp_path)
     loss_files.read(str(path))
-    error = losses_of("DPO", "script.py")[1]
+    error = str(losses_of("DPO", "script.py")[1])
     assert words in error
     assert str(path) not in error or "looked for" in error, "the path is named as it was written"
     path.write_text(MINE)
-    assert "press Enter" in losses_of("DPO", str(path))[1], "what was known is not so any more"
+    assert "Press Enter" in str(losses_of("DPO", str(path))[1]), "what was known is not so any more"
     loss_files.read(str(path))
     assert losses_of("DPO", str(path))[1] is None
 
@@ -243,7 +330,7 @@ def test_an_import_without_end_is_ended(tmp_path, loss_files, monkeypatch):
     path = tmp_path / "endless.py"
     path.write_text(f"import subprocess\nsubprocess.run(['sleep', '1234{os.getpid()}'])\n")
     loss_files.read(str(path))
-    assert "was not imported in 3 s" in losses_of("DPO", str(path))[1]
+    assert "did not finish its import in 3 s" in str(losses_of("DPO", str(path))[1])
     assert not [each for each in psutil.process_iter(["cmdline"]) if f"1234{os.getpid()}" in str(each.info["cmdline"])]
 
 
@@ -266,7 +353,7 @@ def test_loss_files_are_read_from_named_folders_only(tmp_path, loss_files, monke
         monkeypatch.setenv(FOLDERS, str(folders))
         monkeypatch.setattr(lookup, "_load", files.load)
         files.read(str(path))
-        error = losses_of("DPO", str(path))[1]
+        error = str(losses_of("DPO", str(path))[1])
         assert ("is a demo" if files is demo else f"start it with {FOLDERS}=") in error
         assert not (tmp_path / "was_run").exists(), path
     monkeypatch.setenv(FOLDERS, f"/nowhere{os.pathsep}{inside}")
@@ -285,7 +372,8 @@ def test_nothing_is_said_of_paths_outside_of_the_folders(path, tmp_path, loss_fi
     (tmp_path / "loop.py").symlink_to(tmp_path / "loop.py")
     monkeypatch.setenv(FOLDERS, str(tmp_path / "none"))
     loss_files.read(path)
-    assert losses_of("DPO", path)[1] == HOW_TO.format(file=repr(path))
+    error = losses_of("DPO", path)[1]
+    assert str(error) == str(BoardError("forbidden", file=repr(path), variable=FOLDERS))
 
 
 def test_several_events_for_one_file_read_it_together(tmp_path, loss_files):
@@ -304,7 +392,7 @@ def test_several_events_for_one_file_read_it_together(tmp_path, loss_files):
 
 @pytest.mark.parametrize("written", [None, 5, [1], "[1]", "{"])
 def test_a_saved_configuration_may_hold_anything(written):
-    others, values = spread(written)
+    others, values = spread(written, "DPO", LOSSES["dpop"])
     assert others == written
     assert values["pref_loss_file"] == ""
 
@@ -375,27 +463,51 @@ def test_fields_become_settings(filled_in):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"pref_loss": "dpop", "dpop_lambda": -1}, "`dpop_lambda` is -1"),
-        ({"pref_beta": 0}, "`pref_beta` is 0: write a number above 0"),
-        ({"pref_loss": "minordpo"}, "Did you mean 'minor_dpo'"),
-        ({"pref_loss_file": "nowhere.py"}, "This board does not read"),
-        ({"extra_args": '{"pref_loss_file": "nowhere.py"}'}, "This board does not read"),
+        ({"pref_loss": "dpop", "dpop_lambda": -1}, "“DPOP lambda” is -1. Write a number of at least 0."),
+        ({"pref_beta": 0}, "“Beta value” is 0. Write a number above 0."),
+        ({"dpo_label_smoothing": 0.5}, "“Label smoothing” is 0.5. Write a number of at least 0 and below 0.5."),
+        ({"pref_loss": "simpo", "extra_args": '{"simpo_gamma": Infinity}'}, "“SimPO gamma” is inf. Write a finite"),
+        ({"pref_loss": "minordpo"}, "The loss 'minordpo' is not registered on this board."),
+        ({"pref_loss_file": "nowhere.py"}, "This board may not read"),
+        ({"extra_args": '{"pref_loss_file": "nowhere.py"}'}, "This board may not read"),
         ({"extra_args": '{"pref_loss_file": ["nowhere.py"]}'}, "write a value of type str"),
-        ({"training_stage": "KTO", "extra_args": '{"stage": "dpo", "pref_loss_file": "x.py"}'}, "does not read"),
-        ({"pref_loss": "sr_dpo", "sr_lambda": 0, "sr_prompt": "x: "}, "`sr_prompt` belongs to the refinement term"),
-        ({"pref_loss": "sr_dpo", "sr_prompt": "Costs ${ 5"}, "`sr_prompt` holds `${`"),
+        ({"training_stage": "KTO", "extra_args": '{"stage": "dpo", "pref_loss_file": "x.py"}'}, "may not read"),
+        ({"pref_loss": "sr_dpo", "sr_lambda": 0, "sr_prompt": "x: "}, "“Refinement prompt” has no effect"),
+        ({"pref_loss": "dpop", "sr_prompt": "x: "}, "while “Refinement lambda” is 0"),
+        ({"pref_loss": "sr_dpo", "sr_prompt": "Costs ${ 5"}, "“Refinement prompt” contains ${"),
         ({"extra_args": "{"}, "Invalid JSON schema"),
         ({"extra_args": "[]"}, "Invalid JSON schema"),
-        ({"extra_args": '{"ld_alpha": 0.5}', "pref_loss": "dpop"}, "`ld_alpha` weights the policy"),
-        ({"extra_args": '{"sr_lambda": 1}', "pref_loss": "sr_dpo", "sr_lambda": 1}, "clear one of them"),
-        ({"learning_rate": "fast"}, "fast"),
-        ({"training_stage": "KTO", "extra_args": '{"dpop_lambda": 5}'}, "`dpop_lambda` belongs to `stage: dpo`"),
+        ({"extra_args": '{"pref_loss_args": "{"}'}, "“Loss arguments” is not a JSON object."),
+        ({"extra_args": '{"ld_alpha": 0.5}', "pref_loss": "dpop"}, "“LD alpha” weights the policy"),
+        (
+            {"extra_args": '{"sr_lambda": 1}', "pref_loss": "sr_dpo", "sr_lambda": 1},
+            "“Refinement lambda” is set both in its field and in “Extra arguments”. Clear one of them.",
+        ),
+        ({"learning_rate": "fast"}, "“Learning rate” is 'fast'. Write a number such as 5e-5."),
+        ({"learning_rate": "0,1", "training_stage": "KTO"}, "“Learning rate” is '0,1'."),
+        ({"max_samples": "1e3"}, "“Max samples” is '1e3'. Write a number such as 100000."),
+        ({"training_stage": "KTO", "extra_args": '{"dpop_lambda": 5}'}, "“DPOP lambda” belongs to `stage: dpo`"),
         ({"extra_args": '{"ref_model_quantization_bit": 3}'}, "4-bit or 8-bit"),
     ],
 )
 def test_wrong_settings_are_named(filled_in, changes, words):
     runner, data = filled_in(**changes)
     assert words in runner._initialize(data, do_train=True, from_preview=False)
+
+
+@pytest.mark.parametrize(
+    ("lang", "words"),
+    [
+        ("ru", "«Лямбда DPOP»: значение -1 недопустимо. Введите число не меньше 0."),
+        ("zh", "“DPOP lambda”的值为 -1。请填写不小于 0 的数。"),
+        ("ko", "‘DPOP 람다’: -1은(는) 쓸 수 없습니다. 0 이상의 수를 입력하십시오."),
+        ("ja", "「DPOP ラムダ」の値 -1 は使えません。0 以上の数を入力してください。"),
+    ],
+)
+def test_wrong_settings_are_named_in_the_boards_language(filled_in, lang, words):
+    runner, data = filled_in(pref_loss="dpop", dpop_lambda=-1)
+    data[runner.manager.get_elem_by_id("top.lang")] = lang
+    assert runner._initialize(data, do_train=True, from_preview=False) == words
 
 
 @pytest.mark.parametrize(
@@ -415,7 +527,7 @@ def test_other_tabs_run_no_loss_file(board, tmp_path, tab):
     path = tmp_path / "mine.py"
     path.write_text(f"open({str(tmp_path / 'was_run')!r}, 'w')\n")
     args = {"stage": "dpo", "pref_loss": "mine", "pref_loss_file": str(path), "model_name_or_path": "nowhere"}
-    with pytest.raises(ValueError, match="This board does not read"):
+    with pytest.raises(ValueError, match="This board may not read"):
         get_infer_args({"template": "qwen", **args} | ({"export_dir": "nowhere"} if tab == "export" else {}))
     assert not (tmp_path / "was_run").exists()
 
@@ -448,16 +560,89 @@ def test_a_missing_configuration_changes_no_field(filled_in):
     assert [runner.manager.get_id_by_elem(elem) for elem in update] == ["train.output_box"]
 
 
-def test_keys_typed_by_hand_move_to_their_fields():
-    assert spread('{"dpop_lambda": 7, "pref_loss_args": {"tau": 1}, "share_prefix": true}')[1] == EMPTY | {
+def test_a_configuration_brings_back_what_its_stage_and_loss_have_fields_for(filled_in):
+    """A run of KTO with a reference model, and a board whose LLaMA-Factory knows a loss that this one does not."""
+    runner, data = filled_in(training_stage="KTO", extra_args='{"ref_model": "other"}')
+    runner.save_args(data)
+    named = {runner.manager.get_id_by_elem(elem): each for elem, each in runner.load_args("en", "mine.yaml").items()}
+    assert (named["train.extra_args"], named["train.ref_model"]) == ('{"ref_model": "other"}', "")
+    saved = yaml.safe_load(Path("llamaboard_config/mine.yaml").read_text())
+    extra_args = '{"ref_model": "other", "tau": 1}'
+    changed = saved | {"train.training_stage": "DPO", "train.pref_loss": "newer", "train.extra_args": extra_args}
+    Path("llamaboard_config/mine.yaml").write_text(yaml.safe_dump(changed))
+    named = {runner.manager.get_id_by_elem(elem): each for elem, each in runner.load_args("en", "mine.yaml").items()}
+    assert (named["train.extra_args"], named["train.ref_model"]) == ('{"tau": 1}', "other")
+
+
+def test_keys_typed_by_hand_move_to_their_fields(tmp_path, loss_files):
+    assert spread('{"dpop_lambda": 7, "share_prefix": true}', "DPO", LOSSES["dpop"])[1] == EMPTY | {
         "dpop_lambda": 7,
-        "pref_loss_args": '{"tau": 1}',
         "share_prefix": "true",
     }
+    path = tmp_path / "mine.py"
+    path.write_text(MINE)
+    loss_files.read(str(path))
+    mine = losses_of("DPO", str(path))[0]["mine"]
+    assert spread('{"pref_loss_args": {"tau": 1}}', "DPO", mine)[1] == EMPTY | {"pref_loss_args": '{"tau": 1}'}
+
+
+def test_a_loss_that_is_not_registered_says_why(tmp_path, loss_files):
+    losses, error = losses_of("DPO", "")
+    assert why_not("dpop", losses, error, "en") is None
+    assert why_not("gentle", losses, error, "en") == (
+        "The loss 'gentle' is not registered on this board. Choose another one in “Loss type”, or name the Python file "
+        "that registers it in “Loss file”."
+    )
+    assert "「損失関数ファイル」" in why_not("gentle", losses, error, "ja")
+    path = tmp_path / "mine.py"
+    path.write_text(MINE)
+    assert "Press Enter in “Loss file”" in why_not("gentle", *losses_of("DPO", str(path)), "en")
+    loss_files.read(str(path))
+    of_file = losses_of("DPO", str(path))
+    assert why_not("mine", *of_file, "en") is None
+    for other in ("gentle", "sigmoid"):  # the run would be refused
+        assert "Choose mine in “Loss type”" in why_not(other, *of_file, "en")
+
+
+def test_the_smoothed_curves_stand_above_the_raw_ones(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "saves" / "Custom" / "full" / "run"
+    run.mkdir(parents=True)
+    rewards = [
+        {f"normalized_rewards/{curve}": (-1) ** step for curve in ("chosen", "rejected", "margins")}
+        for step in range(9)
+    ]
+
+    def lines(count):
+        logs = [{"loss": 1.0, "current_steps": step + 1, **rewards[step]} for step in range(count)]
+        (run / "trainer_log.jsonl").write_text("".join(f"{json.dumps(log)}\n" for log in logs))
+        with gr.Blocks():
+            curves = _Curves()
+        figure = curves.show("en", "Custom", "full", "run")[curves.viewer].constructor_args["value"]
+        (axes,) = figure.axes
+        named = [text.get_text() for text in axes.get_legend().get_texts()]
+        return [line for line in axes.get_lines() if len(line.get_xdata()) == count], named
+
+    drawn, named = lines(9)
+    raw = [line for line in drawn if list(line.get_ydata()) == [(-1) ** step for step in range(9)]]
+    smoothed = [line for line in drawn if line not in raw]
+    assert named == ["chosen", "rejected", "margin"] == [line.get_label() for line in smoothed]
+    assert len(raw) == 3
+    assert max(line.get_zorder() for line in raw) < min(line.get_zorder() for line in smoothed)
+    assert [line.get_color() for line in raw] == [line.get_color() for line in smoothed]
+    assert all(max(abs(line.get_ydata()[1:])) < 1 for line in smoothed)
+    points, named = lines(1)
+    assert named == ["chosen", "rejected", "margin"] == [line.get_label() for line in points]
+    assert all(line.get_alpha() is None for line in points), "a point is not pale"
 
 
 def test_fields_follow_the_arguments():
-    """A key that the plugin has must be known to the board, with a value that the arguments take for `not set`."""
+    """A key of the plugin must have a value on the board that the arguments take for `not set`."""
     defaults = {name: field.default for name, field in PreferenceArguments.__dataclass_fields__.items()}
-    assert all(defaults[key] is None for key in FIELDS)
-    assert all(field.to_yaml(field.empty) is None for field in fields.FIELDS.values())
+    assert all(defaults[key] is None for key in FIELDS if key in defaults)
+    assert all(field.to_yaml(field.empty) is None for field in FIELDS.values())
+    assert all(
+        field.properties["step"] < 1 or key == "dpop_lambda"
+        for key, field in FIELDS.items()
+        if "step" in field.properties
+    )

@@ -8,6 +8,8 @@ So files that were saved with the plugin load without it, and the other way roun
 from __future__ import annotations
 
 import json
+import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,19 +17,20 @@ from typing import Any
 import gradio as gr
 from gradio.components import Component
 from llamafactory.extras.constants import TRAINING_STAGES
+from llamafactory.webui.locales import LOCALES
 
 from ..losses import STOCK_LOSSES
 from ..losses.lookup import forgotten_afterwards, get_loss, load_loss_file, loss_names
 from ..losses.registry import Loss
-from ..recipe.arguments import SR_PROMPT
-from . import texts
+from ..recipe.arguments import NUMBERS, SR_PROMPT, WITHOUT_LD_ALPHA
+from . import errors, texts
 
 TRI_STATE = {"auto": None, "true": True, "false": False}
 
 
 @dataclass(frozen=True)
 class Field:
-    """A YAML key of the plugin, as the board shows it.
+    """A YAML key, as the board shows it.
 
     Args:
         kind: the component's class.
@@ -60,17 +63,18 @@ class Field:
         return "choices" in self.properties
 
     def to_yaml(self, value: Any) -> Any:
-        """The value of the key; None where nothing is set."""
+        """The value of the key; None for the default."""
         if self.is_flag:
             return TRI_STATE.get(value, value)
-        return None if value == "" or value is False else value
+        is_blank = isinstance(value, str) and not value.strip()
+        return None if is_blank or value == self.empty else value
 
     def from_yaml(self, value: Any) -> Any:
         if self.is_flag:
             return next((name for name, meaning in TRI_STATE.items() if meaning is value), value)
         if isinstance(value, dict):
             return json.dumps(value, ensure_ascii=False)
-        return self.empty if value is None else value
+        return self.empty if self.to_yaml(value) is None else value
 
 
 def _takes(keyword: str) -> Callable[[Loss], bool]:
@@ -85,27 +89,47 @@ def _has_reference(loss: Loss) -> bool:
     return loss.needs_reference
 
 
+def _takes_ld_alpha(loss: Loss) -> bool:
+    return loss.name not in WITHOUT_LD_ALPHA and not loss.defaults().get("sr_lambda")
+
+
 def _any(loss: Loss) -> bool:
     return True
 
 
-_UNSET: dict[str, Any] = {"value": None, "placeholder": "auto"}  # without a placeholder, gradio would show 0
+def _number(belongs_to: Callable[[Loss], bool], step: float, default: str = "auto") -> Field:
+    # Without a placeholder, gradio would show 0.
+    return Field(gr.Number, belongs_to, {"value": None, "placeholder": default, "step": step})
+
+
+# As many lines as there may be, or gradio would fit the height to the text before the page has its final width.
+_PROMPT: dict[str, Any] = {
+    "value": SR_PROMPT,
+    "scale": 3,
+    "min_width": 320,
+    "lines": 5,
+    "max_lines": 5,
+    "autoscroll": False,
+}
 _AUTO: dict[str, Any] = {"choices": list(TRI_STATE), "value": "auto"}
 
-# In the board's order: first those of single losses, then those of the stage.
+# In the board's order: first those that depend on the loss, then those of the stage.
 LOSS_FIELDS: dict[str, Field] = {
-    "dpop_lambda": Field(gr.Number, _takes("dpop_lambda"), _UNSET),
-    "sr_lambda": Field(gr.Number, _takes("sr_lambda"), _UNSET),
-    "sr_prompt": Field(
-        gr.Textbox, _takes("sr_lambda"), {"value": "", "placeholder": SR_PROMPT, "scale": 3, "lines": 3}
-    ),
+    "dpo_label_smoothing": _number(_takes("label_smoothing"), step=0.05),
+    "simpo_gamma": _number(_takes("simpo_gamma"), step=0.1),
+    "dpop_lambda": _number(_takes("dpop_lambda"), step=1),  # its default is 50
+    "sr_lambda": _number(_takes("sr_lambda"), step=0.1),
     "ipo_length_normalize": Field(gr.Dropdown, _takes("length_normalize"), _AUTO),
+    "ld_alpha": _number(_takes_ld_alpha, step=0.1, default="1"),  # the same as unset
+    "pref_bco_weight": _number(_has_reference, step=0.1, default="0"),
     "pref_loss_args": Field(gr.Textbox, _is_users, {"value": "", "placeholder": '{"tau": 0.5}', "scale": 2}),
+    "sr_prompt": Field(gr.Textbox, _takes("sr_lambda"), _PROMPT),
 }
 STAGE_FIELDS: dict[str, Field] = {
-    "share_prefix": Field(gr.Dropdown, _any, _AUTO),
+    "ref_model": Field(gr.Textbox, _has_reference, {"value": ""}),
     "precompute_ref_log_probs": Field(gr.Dropdown, _has_reference, _AUTO),
     "ref_log_probs_cache_dir": Field(gr.Textbox, _has_reference, {"value": ""}),
+    "share_prefix": Field(gr.Dropdown, _any, _AUTO),
     "pref_loss_file": Field(gr.Textbox, _any, {"value": ""}),
     "pref_stop_on_degeneration": Field(gr.Checkbox, _any, {"value": False}),
 }
@@ -113,13 +137,19 @@ FIELDS = LOSS_FIELDS | STAGE_FIELDS
 TEXT_KEYS = [key for key, field in FIELDS.items() if field.kind is gr.Textbox]
 FLAGS = [key for key, field in FIELDS.items() if field.is_flag]
 
+RANGES = {"pref_beta": "positive", "dpo_label_smoothing": "below_half", "simpo_gamma": "finite"}  # others: nonnegative
+# Keys that errors name, which the board shows under a label: in backticks, perhaps with a value, or bare but not a part
+# of a path or of another word.
+_KEY = "|".join(sorted({*FIELDS, *NUMBERS, "pref_loss"}, key=len, reverse=True))
+_NAMED = re.compile(rf"`({_KEY})(: [^`]*)?`|(?<![\w./'\"`-])({_KEY})(?![\w/'\"`:-])")
 
-def is_dpo(stage: str) -> bool:
+
+def is_dpo(stage: Any) -> bool:
     """Whether this is the board's name of the stage that the plugin is for."""
-    return bool(TRAINING_STAGES.get(stage) == "dpo")
+    return isinstance(stage, str) and TRAINING_STAGES.get(stage) == "dpo"
 
 
-def losses_of(stage: str, loss_file: str) -> tuple[dict[str, Loss], str | None]:
+def losses_of(stage: str, loss_file: str) -> tuple[dict[str, Loss], ValueError | None]:
     """The losses by name that a stage offers, LLaMA-Factory's own first, and what is wrong with the file if it is.
 
     Args:
@@ -132,8 +162,8 @@ def losses_of(stage: str, loss_file: str) -> tuple[dict[str, Loss], str | None]:
         names, error = list(dict.fromkeys([*STOCK_LOSSES, *loss_names()])), None
         try:
             names += load_loss_file(loss_file) if loss_file else []
-        except ValueError as reason:
-            error = str(reason)
+        except ValueError as raised:
+            error = raised
         return {name: get_loss(name) for name in names}, error
 
 
@@ -151,12 +181,16 @@ def gathered(extra_args: str, values: Mapping[str, Any], stage: str, loss: Loss 
     return json.dumps(extra | settings, ensure_ascii=False) if settings and extra is not None else extra_args
 
 
-def spread(extra_args: str) -> tuple[str, dict[str, Any]]:
-    """The extra arguments without the plugin's keys, and what its fields then hold, by key."""
+def spread(extra_args: str, stage: Any, loss: Loss | None) -> tuple[str, dict[str, Any]]:
+    """The extra arguments without what moves to the fields of this stage and loss, and what all fields then hold.
+
+    Keys without a field there stay: KTO takes a `ref_model`, too.
+    """
     extra = _parsed(extra_args) or {}
-    values = {key: field.from_yaml(extra.get(key)) for key, field in FIELDS.items()}
-    others = {key: value for key, value in extra.items() if key not in FIELDS}
-    return (extra_args if len(others) == len(extra) else json.dumps(others, ensure_ascii=False)), values
+    moving = {key for key in extra if key in FIELDS and is_shown(key, stage, loss)}
+    values = {key: field.from_yaml(extra[key] if key in moving else None) for key, field in FIELDS.items()}
+    others = {key: value for key, value in extra.items() if key not in moving}
+    return (json.dumps(others, ensure_ascii=False) if moving else extra_args), values
 
 
 def set_twice(extra_args: str, values: Mapping[str, Any], stage: str, loss: Loss | None) -> str | None:
@@ -170,7 +204,7 @@ def _settings(values: Mapping[str, Any], stage: str, loss: Loss | None) -> dict[
     return {key: value for key, value in settings.items() if value is not None}
 
 
-def is_shown(key: str, stage: str, loss: Loss | None) -> bool:
+def is_shown(key: str, stage: Any, loss: Loss | None) -> bool:
     """Whether a field is for this stage (the board's name of it) and loss; an unknown loss has those of the stage."""
     if not is_dpo(stage):
         return False
@@ -183,3 +217,61 @@ def _parsed(extra_args: str) -> dict[str, Any] | None:
     except (TypeError, ValueError, RecursionError):  # a saved configuration may hold anything
         return None
     return extra if isinstance(extra, dict) else None
+
+
+# --- what is wrong, in the board's language ---------------------------------------------------------------------------
+
+
+def label(key: str, lang: str) -> str:
+    """The name of a field on the board, LLaMA-Factory's fields included, in quotation marks."""
+    return errors.quoted(LOCALES[key][lang]["label"], lang)
+
+
+def alert(name: str, lang: str, **values: Any) -> str:
+    """One of the board's sentences; a value that it leaves open is the label of the field of that name."""
+    return errors.alert(name, lang, values, lambda key: label(key, lang))
+
+
+def reason(error: Exception, lang: str) -> str:
+    """An error in the board's words, or else in its own, with labels for keys."""
+    if isinstance(error, errors.BoardError):
+        return alert(error.name, lang, **error.values)
+    return _NAMED.sub(lambda found: label(found[1] or found[3], lang) + (found[2] or ""), str(error))
+
+
+def why_not(name: str, losses: Mapping[str, Loss], error: ValueError | None, lang: str) -> str | None:
+    """Why no loss of this name can be trained; None if it can.
+
+    Args:
+        name: what is chosen, or what a loaded configuration names.
+        losses, error: of `losses_of`.
+    """
+    if error is not None:
+        return reason(error, lang)
+    of_file = [each for each, loss in losses.items() if _is_users(loss)]
+    if of_file and name not in of_file:
+        return alert("not_in_file", lang, loss=name, names=", ".join(of_file))
+    return None if name in losses else alert("unknown_loss", lang, loss=name)
+
+
+def wrong_value(args: Mapping[str, Any], loss: Loss, lang: str) -> str | None:
+    """What the board itself finds wrong with the settings of a DPO run; the arguments find the rest.
+
+    Args:
+        args: by YAML key.
+    """
+    for key, (_, accepts) in NUMBERS.items():
+        value = args.get(key)
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            continue
+        if not (abs(value) <= sys.float_info.max and accepts(value)):
+            wanted = errors.wanted(RANGES.get(key, "nonnegative"), lang)
+            return alert("out_of_range", lang, field=label(key, lang), value=f"{value}"[:80], wanted=wanted)
+    if isinstance(args.get("pref_loss_args"), str) and _parsed(args["pref_loss_args"]) is None:
+        return alert("not_an_object", lang)
+    referring = next((key for key in TEXT_KEYS if "${" in str(args.get(key))), None)
+    if referring is not None:
+        return alert("refers", lang, field=label(referring, lang))
+    weight = loss.defaults().get("sr_lambda") if args.get("sr_lambda") is None else args["sr_lambda"]
+    has_term = "sr_lambda" in loss.parameters
+    return alert("unused_prompt", lang) if has_term and args.get("sr_prompt") is not None and not weight else None

@@ -24,18 +24,12 @@ import psutil
 
 from ..losses import lookup
 from ..losses.registry import Loss
+from .errors import BoardError
 
 FOLDERS = "LLAMAFACTORY_EXT_LOSS_FOLDERS"  # as PATH is written
 SECONDS = 60  # to import torch takes a third of it on a busy machine
 READ = "from llamafactory_ext.webui.loss_files import describe; describe()"
 KNOWN = 100  # files, the latest; a board that runs for months forgets the others
-
-HOW_TO = (
-    f"This board does not read {{file}}: to read loss files from a folder, start it with {FOLDERS}=/that/folder in its "
-    "environment."
-)
-IN_DEMO = "This board is a demo, which reads no loss file: train with `llamafactory-cli train` instead."
-UNREAD = "pref_loss_file {file} has not been read as it is now: press Enter in its field."
 
 
 @dataclass(frozen=True)
@@ -105,10 +99,10 @@ class LossFiles:
         """
         file = self._allowed(path)
         if file is None:
-            raise ValueError(IN_DEMO if self.demo_mode else HOW_TO.format(file=repr(path)))
+            raise BoardError("demo" if self.demo_mode else "forbidden", file=repr(path), variable=FOLDERS)
         contents = self.known.get(file)
         if contents is None or contents.state != _state(file):
-            raise ValueError(UNREAD.format(file=repr(path)))
+            raise BoardError("unread", file=repr(path))
         if contents.error is not None:
             raise ValueError(contents.error.replace(repr(str(file)), repr(path)))  # as it was written
         lookup.add(contents.losses)
@@ -155,13 +149,13 @@ def _contents(file: Path) -> tuple[tuple[Loss, ...], str | None]:
             described, _ = process.communicate(timeout=SECONDS)
         except subprocess.TimeoutExpired:
             _end(process.pid)
-            remedy = "remove what it waits for, and processes that it leaves running"
-            return (), f"pref_loss_file {str(file)!r} was not imported in {SECONDS} s: {remedy}."
+            remedy = "remove what it waits for and any processes that it leaves running"
+            return (), f"pref_loss_file {str(file)!r} did not finish its import in {SECONDS} s: {remedy}."
     try:
         found = json.loads(described)
         return tuple(map(_stand_in, found.get("losses", ()))), found.get("error")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):  # a file may write there, too
-        return (), f"pref_loss_file {str(file)!r} ended the process that imported it: remove what does."
+        return (), f"pref_loss_file {str(file)!r} ended the process that imported it: remove the call that exits."
 
 
 def _end(pid: int) -> None:

@@ -74,6 +74,7 @@ PATCHES = (
         {"_clean_cmd": ("args",), "gen_cmd": ("args",), "get_save_dir": ("paths",)},
         _keep_settings,
     ),
+    Patch("llamafactory.extras.ploting", "Live rewards are smoothed as its loss is.", {"smooth": ("scalars",)}),
     Patch(
         "llamafactory.webui.runner",
         "PreferenceRunner is a subclass of it.",

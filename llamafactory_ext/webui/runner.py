@@ -18,12 +18,25 @@ from llamafactory.webui.runner import Runner
 from ..losses.lookup import forgotten_afterwards, load_files_by
 from ..losses.registry import Loss
 from ..training.monitors import read_trainer_log, stopped_at
-from . import texts
-from .fields import FIELDS, TEXT_KEYS, gathered, losses_of, set_twice, spread
+from .fields import (
+    FIELDS,
+    alert,
+    gathered,
+    is_dpo,
+    label,
+    losses_of,
+    reason,
+    set_twice,
+    spread,
+    why_not,
+    wrong_value,
+)
 from .loss_files import LossFiles
 from .section import about_run
 
 TOP = ("lang", "model_name", "finetuning_type")
+# LLaMA-Factory's text fields whose number it reads without naming the field in its error.
+NUMBERS_AS_TEXT = {"learning_rate": float, "num_train_epochs": float, "max_grad_norm": float, "max_samples": int}
 Data = dict[Any, Any]  # component -> what it holds
 
 
@@ -64,32 +77,53 @@ class PreferenceRunner(Runner):
         extra_args = data[self._elem("extra_args")]
         if not isinstance(json.loads(extra_args), dict):
             return str(ALERTS["err_json_schema"][lang])
-        twice = set_twice(extra_args, *self._chosen(data))
+        no_number = next((name for name in NUMBERS_AS_TEXT if not self._holds_number(name, data)), None)
+        if no_number is not None:
+            elem = self._elem(no_number)
+            return alert("no_number", lang, field=label(no_number, lang), value=data[elem], like=elem.value)
+        values, stage, loss = self._chosen(data)
+        twice = set_twice(extra_args, values, stage, loss)
         if twice is not None:
-            return texts.alert("twice", lang).format(key=twice)
-
-        names = {field.name for field in dataclasses.fields(FinetuningArguments) if field.init}
+            return alert("twice", lang, field=label(twice, lang))
         try:
             args = self._parse_train_args(data)
-            self.loss_files.read(args.get("pref_loss_file"))
-            referring = next((key for key in TEXT_KEYS if "${" in str(args.get(key))), None)
-            if referring is not None:
-                return f"`{referring}` holds `${{`, which a recipe takes for a reference to another key: leave it out."
-            with forgotten_afterwards():
-                FinetuningArguments(**{name: value for name, value in args.items() if name in names})
+            wrong = self._wrong_preference(args, stage, lang)
+            if wrong is None:
+                names = {field.name for field in dataclasses.fields(FinetuningArguments) if field.init}
+                with forgotten_afterwards():
+                    FinetuningArguments(**{name: value for name, value in args.items() if name in names})
+            return wrong or ""
         except (AssertionError, TypeError, ValueError) as error:
-            return str(error)
-        return ""
+            return reason(error, lang)
+
+    def _holds_number(self, name: str, data: Data) -> bool:
+        try:
+            NUMBERS_AS_TEXT[name](data[self._elem(name)])
+        except (TypeError, ValueError):
+            return False
+        return True
+
+    def _wrong_preference(self, args: dict[str, Any], stage: str, lang: str) -> str | None:
+        """What the board has words for; extra arguments of other types are left to LLaMA-Factory's own check."""
+        name, file = args.get("pref_loss"), args.get("pref_loss_file") or ""
+        losses, error = self._losses_of(stage, file)
+        if not (is_dpo(stage) and args["stage"] == "dpo" and isinstance(name, str) and isinstance(file, str)):
+            return None
+        return why_not(name, losses, error, lang) or wrong_value(args, losses[name], lang)
+
+    def _losses_of(self, stage: Any, loss_file: Any) -> tuple[dict[str, Loss], ValueError | None]:
+        """As `losses_of`, of the file as it is now."""
+        self.loss_files.read(loss_file)
+        return losses_of(stage, loss_file if isinstance(loss_file, str) else "")
 
     def _chosen(self, data: Data) -> tuple[dict[str, Any], str, Loss | None]:
         """What the fields hold, the stage, and the loss, as `fields` takes them."""
         values = {key: data[elem] for key, elem in self._fields().items()}
         wrong = next((key for key, value in values.items() if not FIELDS[key].can_give(value)), None)
         if wrong is not None:
-            raise gr.Error(f"`{wrong}` is what its field cannot give.", print_exception=False)
+            raise gr.Error(f"`{wrong}` has a value that its field cannot give.", print_exception=False)
         stage = data[self._elem("training_stage")]
-        self.loss_files.read(values["pref_loss_file"])
-        losses, _ = losses_of(stage, values["pref_loss_file"])  # `_wrong_setting` says what is wrong with a file
+        losses, _ = self._losses_of(stage, values["pref_loss_file"])  # `_wrong_setting` says what is wrong with a file
         name = data[self._elem("pref_loss")]
         return values, stage, losses.get(name) if isinstance(name, str) else None
 
@@ -122,8 +156,11 @@ class PreferenceRunner(Runner):
         extra_args = self._elem("extra_args")
         if extra_args not in update:
             return update
-        others, values = spread(update[extra_args])
-        self.loss_files.read(values["pref_loss_file"])  # before the page asks which fields its loss has
+        stage, name = update.get(self._elem("training_stage")), update.get(self._elem("pref_loss"))
+        _, of_stage = spread(update[extra_args], stage, None)
+        losses, _ = self._losses_of(stage, of_stage["pref_loss_file"])
+        loss = losses.get(name) if isinstance(name, str) else None
+        others, values = spread(update[extra_args], stage, loss)
         return update | {extra_args: others} | {elem: values[key] for key, elem in self._fields().items()}
 
     def _fields(self) -> dict[str, Any]:

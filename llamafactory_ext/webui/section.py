@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gradio as gr
+import numpy as np
 from gradio.components import Component
 from llamafactory.extras.constants import TRAINER_LOG
+from llamafactory.extras.ploting import smooth
 from llamafactory.webui.common import get_save_dir
 
 from ..losses import STOCK_LOSSES
@@ -16,11 +19,29 @@ from ..plots import reward_figure
 from ..recipe.arguments import keys_of
 from ..training.monitors import problem, read_trainer_log, stopped_at
 from . import texts
-from .fields import FIELDS, LOSS_FIELDS, STAGE_FIELDS, is_dpo, is_shown, losses_of
+from .fields import FIELDS, LOSS_FIELDS, STAGE_FIELDS, alert, is_dpo, is_shown, losses_of, why_not
 from .loss_files import LossFiles
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Update = dict[Component, Component]
 AT_ONCE = 4  # loss files being read, a process each; logs being drawn
+
+# Browsers drop the comma of 0,5 from a number field in most languages, which leaves 05. What a number field shows and
+# cannot give, such as 1e, would be sent as empty, and so as the default.
+NUMBER_FIELDS = """() => {
+  const isNumber = (event) => event.target.type === "number";
+  document.addEventListener("beforeinput", (event) => {
+    if (isNumber(event) && event.data?.includes(",")) {
+      event.preventDefault();
+      document.execCommand("insertText", false, event.data.replaceAll(",", "."));
+    }
+  }, true);
+  document.addEventListener("focusout", (event) => {
+    if (isNumber(event) && event.target.validity.badInput) event.target.value = "";
+  });
+}"""
 
 
 def make_fields() -> dict[str, Any]:
@@ -41,6 +62,7 @@ def extend_train_tab(engine: Any, elems: dict[str, Any], fields: dict[str, Any])
     with elems["rlhf_tab"]:
         section = _Section(elems["pref_loss"], fields, engine.runner.loss_files)
     section.follow(lang, elems["training_stage"])
+    gr.on(None, None, js=NUMBER_FIELDS, show_api=False)  # when the page is loaded
 
     column = elems["loss_viewer"].parent
     with column.parent, column:
@@ -72,7 +94,9 @@ class _Section:
 
     def follow(self, lang: Any, stage: Any) -> None:
         """Show what belongs to the chosen stage and loss. The board sets its language when a page is loaded."""
-        loss_file = self.fields["pref_loss_file"]
+        loss_file, prompt = self.fields["pref_loss_file"], self.fields["sr_prompt"]
+        default = json.dumps(FIELDS["sr_prompt"].empty)
+        prompt.blur(None, prompt, prompt, js=f"(text) => text.trim() ? text : {default}", show_api=False)
         hidden: dict[str, Any] = {"show_progress": "hidden", "show_api": False}
         # On its own, because it may take a minute, which would keep others from their answers.
         read = loss_file.submit(self.read, [loss_file], None, concurrency_limit=AT_ONCE, **hidden)
@@ -80,8 +104,8 @@ class _Section:
         ordered = hidden | {"concurrency_limit": 1, "concurrency_id": "llamafactory_ext"}
         triggers, inputs = [lang.change, stage.change], [stage, self.pref_loss, loss_file]
         # Not the choices, when one of them was taken: new ones would close a list that is open again.
-        for event in (partial(gr.on, triggers), read.then):
-            event(self.offer, inputs, [self.pref_loss], **ordered)
+        gr.on(triggers, self.offer, inputs, [self.pref_loss], **ordered)
+        read.then(self.take, inputs, [self.pref_loss], **ordered)
         outputs = [self.about, *self.fields.values()]
         for event in (partial(gr.on, [*triggers, self.pref_loss.change]), read.then):
             event(self.show, [lang, *inputs], outputs, **ordered)
@@ -94,21 +118,29 @@ class _Section:
     def offer(self, stage: str, name: str, loss_file: str) -> Component:
         """The losses that the stage can train."""
         refuse_unless_texts(stage, name, loss_file)
-        losses, error = losses_of(stage, loss_file)
-        offered: dict[str, Any] = {"choices": list(losses)}
+        losses, _ = losses_of(stage, loss_file)
         if not is_dpo(stage) and name not in losses:
-            offered["value"] = STOCK_LOSSES[0]
-        elif loss_file and error is None and name not in losses:
-            offered["value"] = list(losses)[-1]  # the file's; a loss that was renamed there is gone
-        return gr.Dropdown(**offered)
+            return gr.Dropdown(choices=list(losses), value=STOCK_LOSSES[0])
+        return gr.Dropdown(choices=list(losses))
+
+    def take(self, stage: str, name: str, loss_file: str) -> Component:
+        """The same, with a loss of the file chosen that has been read."""
+        offered = self.offer(stage, name, loss_file)
+        losses, error = losses_of(stage, loss_file)
+        is_taken = loss_file and error is None and name not in losses
+        return gr.Dropdown(choices=list(losses), value=list(losses)[-1]) if is_taken else offered
 
     def show(self, lang: str, stage: str, name: str, loss_file: str) -> Update:
-        """What the loss is, and its fields."""
+        """What the loss is or why it cannot be trained, and its fields."""
         refuse_unless_texts(lang, stage, name, loss_file)
         losses, error = losses_of(stage, loss_file)
         loss = losses.get(name)
-        about = error or (loss and (texts.about_loss(name, lang) or loss.description.splitlines()[0])) or ""
-        update: Update = {self.about: gr.Markdown(about, visible=is_dpo(stage) and bool(about))}
+        about = ""
+        if is_dpo(stage):
+            wrong = why_not(name, losses, error, lang)
+            described = loss and (texts.about_loss(name, lang) or loss.description.splitlines()[0])
+            about = f"⚠️ {wrong}" if wrong else described or ""
+        update: Update = {self.about: gr.Markdown(about, visible=bool(about))}
         defaults = keys_of(loss) if loss else {}
         for key, component in self.fields.items():
             shown: dict[str, Any] = {"visible": is_shown(key, stage, loss)}
@@ -145,10 +177,26 @@ class _Curves:
             folder = _folder(model_name, finetuning_type or "", output_dir)
             logs = read_trainer_log(folder / TRAINER_LOG)
         figure, words = reward_figure(logs), about_run(logs, lang)
+        if figure is not None:
+            _smooth(figure)
         return {
             self.viewer: gr.Plot(figure, visible=figure is not None),
             self.warning: gr.Markdown(words, visible=bool(words)),
         }
+
+
+def _smooth(figure: Figure) -> None:
+    """Draw each curve smoothed, as the board does with its loss, above all of them as they were logged, in pale."""
+    (axes,) = figure.axes
+    curves = [line for line in axes.get_lines() if not str(line.get_label()).startswith("_")]  # not the line at 0
+    for curve in curves:
+        steps, values = np.asarray(curve.get_data())
+        if len(steps) < 2:  # a point
+            return
+        label, color = str(curve.get_label()), curve.get_color()
+        curve.set(alpha=0.3, label=f"_{label}", zorder=1.5)
+        axes.plot(steps, smooth(values.tolist()), color=color, label=label, zorder=2.5)
+    axes.legend(frameon=False, title="smoothed; pale: as logged")
 
 
 def about_run(logs: list[dict[str, Any]], lang: str) -> str:
@@ -156,16 +204,16 @@ def about_run(logs: list[dict[str, Any]], lang: str) -> str:
     found, step = problem(logs), stopped_at(logs)
     if found is None:
         return ""
-    sentences = [texts.alert(found, lang), texts.alert("remedies", lang)]
+    sentences = [alert(found, lang), alert("remedies", lang)]
     if step is not None:
-        sentences.insert(1, texts.alert("stopped", lang).format(step=step, total=logs[-1].get("total_steps", "?")))
+        sentences.insert(1, alert("stopped", lang, step=step, total=logs[-1].get("total_steps", "?")))
     return f"⚠️ {' '.join(sentences)}"
 
 
 def refuse_unless_texts(*values: Any) -> None:
     """End an event that sends what no text field or dropdown gives: whoever reaches the board can send anything."""
     if not all(value is None or isinstance(value, str) for value in values):
-        raise gr.Error("This is what the board's fields cannot give.", print_exception=False)
+        raise gr.Error("The board's fields cannot give this value.", print_exception=False)
 
 
 @lru_cache(maxsize=100)  # LLaMA-Factory warns of folders elsewhere than its own each time it is asked

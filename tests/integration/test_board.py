@@ -19,6 +19,8 @@ import pytest
 import yaml
 from tiny import make_data, make_model
 
+from llamafactory_ext.recipe.arguments import SR_PROMPT
+
 playwright = pytest.importorskip("playwright.sync_api")
 expect = playwright.expect
 PATIENCE = 60_000  # milliseconds: machines that run tests are busy
@@ -244,19 +246,83 @@ def test_a_loss_and_its_settings_reach_the_command(open_page, address, workspace
 def test_each_loss_shows_its_own_fields(open_page, address):
     page = open_page(address)
     own = {
-        "sigmoid": [],
-        "ipo": ["Means per token"],
-        "minor_dpo": ["Refinement lambda", "Refinement prompt"],
-        "dpop": ["DPOP lambda", "Refinement lambda", "Refinement prompt"],
-        "sr_ipo": ["Refinement lambda", "Refinement prompt", "Means per token"],
+        "sigmoid": ["Label smoothing", "LD alpha", "BCO weight"],
+        "ipo": ["Length normalization", "LD alpha", "BCO weight"],
+        "simpo": ["SimPO gamma", "LD alpha"],
+        "minor_dpo": ["Refinement lambda", "Refinement prompt", "BCO weight"],
+        "dpop": ["DPOP lambda", "Refinement lambda", "Refinement prompt", "BCO weight"],
+        "sr_ipo": ["Refinement lambda", "Refinement prompt", "Length normalization", "BCO weight"],
     }
     choose_loss(page, "hinge")
     for loss, fields in own.items():
         choose(page, "Loss type", loss)
         for field in sorted({name for names in own.values() for name in names}):
             expect(title(page, field)).to_have_count(1 if field in fields else 0)
-    choose(page, "Loss type", "simpo")
-    expect(title(page, "Reference cache")).to_have_count(0)  # there is no reference
+        for field in ("Reference model", "Reference cache"):
+            expect(title(page, field)).to_have_count(0 if loss == "simpo" else 1)
+
+
+@pytest.mark.parametrize("width", [1440, 1024, 390])
+def test_nothing_is_cut_off(open_page, address, width):
+    """The page is no wider than the screen, fields of the section stand within it, and a text shows from its start."""
+    page = open_page(address)
+    page.set_viewport_size({"width": width, "height": 1400})
+    choose_loss(page, "dpop")
+    prompt = textbox(page, "Refinement prompt")
+    expect(prompt).to_have_value(SR_PROMPT)
+    assert prompt.evaluate("text => text.scrollTop") == 0
+    assert prompt.evaluate("text => text.scrollHeight <= text.clientHeight + 1 || text.style.overflowY !== 'hidden'")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    for label in ("DPOP lambda", "Refinement prompt", "Reference model", "Loss file"):
+        box = textbox(page, label).bounding_box()
+        assert box["x"] >= 0
+        assert box["x"] + box["width"] <= width
+
+
+def test_numbers_step_by_tenths_and_take_a_comma(open_page, address, workspace):
+    page = open_page(address)
+    fill_in_run(page, workspace, "unused", "dpop")
+    weight = textbox(page, "Refinement lambda")
+    for _ in range(3):
+        weight.press("ArrowUp")
+    expect(weight).to_have_value("0.3")
+    weight.fill("")
+    weight.press_sequentially("0,5")
+    expect(weight).to_have_value("0.5")
+    weight.blur()
+    bco = textbox(page, "BCO weight")
+    bco.focus()
+    page.keyboard.insert_text("0,25")  # as pasted
+    expect(bco).to_have_value("0.25")
+    beta = page.get_by_label("number input for Beta value")  # LLaMA-Factory's
+    beta.fill("")
+    beta.press_sequentially("0,2")
+    beta.blur()
+    penalty = textbox(page, "DPOP lambda")
+    penalty.press_sequentially("1e")  # no number: it would be sent as the default, so it does not stay
+    assert penalty.evaluate("field => field.validity.badInput")
+    penalty.blur()
+    assert not penalty.evaluate("field => field.validity.badInput")
+    command = preview(page)
+    assert re.search(r"--sr_lambda 0.5\b", command)
+    assert re.search(r"--pref_bco_weight 0.25\b", command)
+    assert re.search(r"--pref_beta 0.2\b", command)
+    assert "dpop_lambda" not in command
+
+
+def test_the_refinement_prompt_is_text_and_comes_back(open_page, address, workspace):
+    page = open_page(address)
+    fill_in_run(page, workspace, "unused", "sr_dpo")
+    prompt = textbox(page, "Refinement prompt")
+    expect(prompt).to_have_value(SR_PROMPT)
+    assert "sr_prompt" not in preview(page)
+    type_in(page, "Refinement prompt", "Rate it: ")
+    page.get_by_role("button", name="Preview command").click()
+    expect(page.get_by_text("--sr_prompt 'Rate it: '")).to_be_visible()
+    type_in(page, "Refinement prompt", " ")
+    expect(prompt).to_have_value(SR_PROMPT)
+    page.get_by_role("button", name="Preview command").click()
+    expect(page.get_by_text("--sr_prompt")).to_have_count(0)
 
 
 def test_other_stages_have_none_of_it(open_page, address):
@@ -315,7 +381,7 @@ def test_the_board_speaks_the_users_language(open_page, address):
     choose(page, "Language", "zh")
     expect(title(page, "共享前缀")).to_be_visible()
     expect(title(page, "修正项提示词")).to_be_visible()
-    expect(page.get_by_text("在 DPO 上对概率低于参考模型的被选回答加以惩罚")).to_be_visible()
+    expect(page.get_by_text("在 DPO 上惩罚概率低于参考模型的被选回答")).to_be_visible()
     choose(page, "语言", "en")  # it is remembered for the other tests
     expect(title(page, "Share prefix")).to_be_visible()
 
@@ -325,13 +391,13 @@ def test_wrong_values_are_refused_before_anything_starts(open_page, address, wor
     fill_in_run(page, workspace, "refused", "dpop")
     type_in(page, "DPOP lambda", "-1")
     for button in ("Preview command", "Save arguments", "Start"):
-        refused(page, button, "`dpop_lambda` is -1: write a finite number of at least 0")
+        refused(page, button, "“DPOP lambda” is -1. Write a number of at least 0.")
     type_in(page, "DPOP lambda", "")
     set_beta(page, "0")
-    refused(page, "Start", "`pref_beta` is 0: write a number above 0")
+    refused(page, "Start", "“Beta value” is 0. Write a number above 0.")
     set_beta(page, "0.1")
     type_in(page, "Loss file", "nowhere.py")
-    refused(page, "Start", "pref_loss_file 'nowhere.py' is not a file")
+    refused(page, "Start", "“Loss file” 'nowhere.py' is not a file")
     type_in(page, "Loss file", "")
     type_in(page, "Extra arguments", '{"dpop_lambda": 3')
     refused(page, "Start", "Invalid JSON schema")
@@ -339,7 +405,17 @@ def test_wrong_values_are_refused_before_anything_starts(open_page, address, wor
     refused(page, "Start", "Invalid JSON schema")
     type_in(page, "Extra arguments", '{"dpop_lambda": 3}')
     type_in(page, "DPOP lambda", "4")
-    refused(page, "Start", "`dpop_lambda` stands in its field and in the extra arguments")
+    refused(page, "Start", "“DPOP lambda” is set both in its field and in “Extra arguments”.")
+    type_in(page, "Extra arguments", "{}")
+    type_in(page, "Learning rate", "0,1")
+    refused(page, "Start", "“Learning rate” is '0,1'. Write a number such as 5e-5.")
+    type_in(page, "Learning rate", "5e-5")
+    type_in(page, "DPOP lambda", "-1")
+    choose(page, "Language", "ja")
+    try:
+        refused(page, "コマンドをプレビュー", "「DPOP ラムダ」の値 -1 は使えません。0 以上の数を入力してください。")
+    finally:
+        choose(page, "言語", "en")  # it is remembered for the other tests
     assert not (workspace / "saves" / "Custom" / "full" / "refused").exists()
 
 
@@ -402,8 +478,16 @@ def test_configurations_go_between_boards_with_and_without_the_plugin(open_page,
         load(page, "ours.yaml")
         assert json.loads(textbox(page, "Extra arguments").input_value())["dpop_lambda"] == 5
 
+    saved = yaml.safe_load((workspace / "llamaboard_config" / "stock.yaml").read_text())
+    newer = workspace / "llamaboard_config" / "newer.yaml"  # of a LLaMA-Factory that knows more losses
+    newer.write_text(yaml.safe_dump(saved | {"train.pref_loss": "newer"}))
     page = open_page(address)
     choose_loss(page, "dpop")
+    load(page, "newer.yaml")
+    expect(dropdown(page, "Loss type")).to_have_value("newer")
+    expect(page.get_by_text("The loss 'newer' is not registered on this board.")).to_be_visible()
+    choose(page, "Loss type", "dpop")
+    expect(page.get_by_text("is not registered on this board")).to_have_count(0)
     type_in(page, "DPOP lambda", "5")
     load(page, "stock.yaml")
     expect(dropdown(page, "Loss type")).to_have_value("hinge")
@@ -461,13 +545,13 @@ def test_a_run_that_degenerates_is_named_and_stopped(open_page, address, workspa
     type_in(page, "Learning rate", "0.3")
     page.get_by_label("Stop on degeneration").check()
     page.get_by_role("button", name="Start", exact=True).click()
-    expect(page.locator("#reward_warning")).to_contain_text("the run degenerates", timeout=180_000)
+    expect(page.locator("#reward_warning")).to_contain_text("The run degenerates", timeout=180_000)
     expect(page.locator("#reward_warning")).to_contain_text("Try MinorDPO or DPOP")
     expect(page.get_by_text("Finished.").first).to_be_visible(timeout=60_000)
 
     output = workspace / "saves" / "Custom" / "full" / "degenerate"
     state = json.loads((output / "trainer_state.json").read_text())
-    ended = f"Stop on degeneration ended it at step {state['global_step']} of 30, after a checkpoint."
+    ended = f"“Stop on degeneration” saved a checkpoint and ended the run at step {state['global_step']} of 30."
     expect(page.locator("#output_box, .prose").filter(has_text="Finished.").first).to_contain_text(ended)
     expect(page.locator("#reward_warning")).to_contain_text(ended)
     assert state["global_step"] < 30
@@ -481,6 +565,6 @@ def test_a_run_that_degenerates_is_named_and_stopped(open_page, address, workspa
     dropdown(page, "Output dir").fill("degenerate")
     dropdown(page, "Output dir").press("Enter")
     expect(page.locator("#reward_viewer img")).to_be_visible()
-    expect(page.locator("#reward_warning")).to_contain_text("the run degenerates")
+    expect(page.locator("#reward_warning")).to_contain_text("The run degenerates")
     page.get_by_text("RLHF configurations").click()
     expect(page.get_by_label("Stop on degeneration")).to_be_checked()  # its settings are back, too
