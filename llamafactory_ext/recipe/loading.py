@@ -58,11 +58,11 @@ def load_tokenization(model_args: Any, data_args: Any) -> Tokenization:
     return Tokenization(tokenizer, tools["processor"], template, own_template)
 
 
-def _check_template(name: str | None) -> None:
+def _check_template(name: Any) -> None:
     from llamafactory.data.template import TEMPLATES
 
-    if name is not None and name not in TEMPLATES:
-        nearest = difflib.get_close_matches(name, TEMPLATES, n=1)
+    if name is not None and not (isinstance(name, str) and name in TEMPLATES):
+        nearest = difflib.get_close_matches(str(name), TEMPLATES, n=1)
         hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
         raise UserError(f"template is {name!r}, which LLaMA-Factory does not have: correct it.{hint}")
 

@@ -328,7 +328,7 @@ def test_a_recipe_with_other_than_numbers_is_named(sweep):
     cell = sweep.cells()[0]
     train(sweep, cell)
     (cell.folder / "recipe.yaml").write_text("pref_beta: {a: 1}")
-    with pytest.raises(UserError, match=r"recipe.yaml is damaged \(pref_beta is no number\)"):
+    with pytest.raises(UserError, match=r"recipe.yaml is damaged \(pref_beta is not a number\)"):
         report(sweep)
 
 
