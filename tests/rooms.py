@@ -21,7 +21,7 @@ ROOMS = (
     "whole_files",
     "paths",
     "hashes",
-    "manifests",
+    "resuming",
     "rows",
     "plots",
     "distributions",

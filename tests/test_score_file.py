@@ -53,7 +53,7 @@ def test_killed_at_random_moments_every_pair_is_there_once(tmp_path):
 def test_one_process_at_a_time(tmp_path):
     output = tmp_path / "scores.jsonl"
     with ScoreFile(output, MANIFEST):
-        with pytest.raises(UserError, match="another process scores into"):
+        with pytest.raises(UserError, match="another process is writing to"):
             ScoreFile(output, MANIFEST).__enter__()
         list(ScoreFile(tmp_path / "other.jsonl", MANIFEST).__enter__().fill(1, rows, 1))
     assert not output.exists()

@@ -11,10 +11,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from ..errors import UserError
-from ..manifests import first_difference
+from ..resuming import first_difference, take
 from ..whole_files import write_whole
 
 MANIFEST, GENERATIONS = "manifest.json", "generations.jsonl"
@@ -57,16 +57,7 @@ class Run:
             UserError: if the folder belongs to a run with another manifest, or another process is writing to it.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        try:
-            self.lock.acquire(timeout=0)
-        except Timeout:
-            raise UserError(
-                f"Another process is writing to {self.folder}: wait for it, or choose another --output."
-            ) from None
-        except NotImplementedError:
-            raise UserError(
-                f"{self.folder} is on a file system without locks: choose an --output on another."
-            ) from None
+        take(self.lock, self.folder)
         file = self.folder / MANIFEST
         if file.is_file():
             self._refuse_another(self.manifest(), manifest)

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from ..errors import UserError
-from ..manifests import first_difference
+from ..resuming import first_difference, take
 from ..whole_files import whole_file, whole_path, write_whole
 
 Row = dict[str, Any]
@@ -79,16 +79,7 @@ class ScoreFile:
 
     def __enter__(self) -> ScoreFile:
         self.output.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            self.lock.acquire(timeout=0)
-        except Timeout:
-            raise UserError(
-                f"another process scores into {str(self.output)!r}: wait for it, or choose another --output."
-            ) from None
-        except NotImplementedError:
-            raise UserError(
-                f"{str(self.output.parent)!r} is on a file system without locks: choose an --output on another one."
-            ) from None
+        take(self.lock, self.output)
         try:
             whole = self.check()  # again: the other process may have ended since
             if not whole:

@@ -95,7 +95,7 @@ def test_two_processes_cannot_write_at_once(tmp_path):
             f"Run(Path({str(tmp_path)!r})).open({{}})"
         )
         other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "Another process is writing" in other.stderr
+    assert "another process is writing" in other.stderr
 
 
 def answer(count, seconds=0.0):

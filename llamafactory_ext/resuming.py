@@ -1,12 +1,35 @@
-"""Manifests: what a resumable result depends on, compared with what it would be now."""
+"""What resumable outputs share: one process writes, and only what depends on the same is resumed."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
+from .errors import UserError
+
 LONGEST = 120  # characters of a value in a sentence
+
+
+def take(lock: FileLock, output: Path) -> None:
+    """Take the lock of an output at once.
+
+    Raises:
+        UserError: if another process has it, or the file system has no locks.
+    """
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(
+            f"another process is writing to {str(output)!r}: wait for it, or choose another --output."
+        ) from None
+    except NotImplementedError:
+        raise UserError(
+            f"{str(output)!r} is on a file system without locks: choose an --output on another one."
+        ) from None
 
 
 def first_difference(recorded: Any, now: Mapping[str, Any]) -> str | None:
