@@ -64,7 +64,7 @@ def _run_dpo(stock: Callable[..., None], instance: Any, args: tuple[Any, ...], k
     from llamafactory.train.dpo import trainer as upstream
     from llamafactory.train.dpo import workflow
 
-    from .training.pitfalls import check_recipe
+    from .training.pitfalls import check_recipe, data_errors_in_words
     from .training.reference.model import PendingReference
     from .training.trainer import PreferenceTrainer, TrainerCheck
 
@@ -74,7 +74,7 @@ def _run_dpo(stock: Callable[..., None], instance: Any, args: tuple[Any, ...], k
 
     callbacks = arguments.get("callbacks") or []
     arguments["callbacks"] = [TrainerCheck(), *_metrics_in_trainer_log(callbacks), *callbacks]
-    with contextlib.ExitStack() as replacements:
+    with data_errors_in_words(), contextlib.ExitStack() as replacements:
         replacements.enter_context(replaced(upstream, "CustomDPOTrainer", PreferenceTrainer))
         # Loaded later: only the trainer knows whether it is needed.
         pending = functools.partial(PendingReference, workflow.create_ref_model)

@@ -187,3 +187,15 @@ def test_the_best_model_by_a_loss_that_is_not_there(train, no_loading):
 def test_a_number_of_samples_that_leaves_none(train, no_loading):
     with pytest.raises(ValueError, match="max_samples is -1: write a whole number of at least 1"):
         train(max_samples=-1)
+
+
+@pytest.mark.parametrize(
+    "line", ["{broken", '{"instruction": "a", "chosen": 3, "rejected": "b"}', '{"instruction": "\\ud83c"}']
+)
+def test_data_that_cannot_be_loaded(line, train, tmp_path):
+    """`datasets` names no row; the check does."""
+    data = tiny.make_data(tmp_path / "data")
+    with (data / "pairs.jsonl").open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises(ValueError, match="Run `llamafactory-ext data check` with the same recipe"):
+        train(data=data)

@@ -6,9 +6,11 @@ another reference than the recipe's. Everything else that trains without the plu
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from ..errors import not_possible
+from ..errors import in_a_line, not_possible
 from ..recipe.reading import check_sizes, data_sets
 from .layout import COUNTED_PADDING, SHARED_NOISE
 from .reference.model import NOT_PRECOMPUTED, STREAMED, PendingReference, different_weights, random_weight_keys
@@ -29,6 +31,24 @@ def check_recipe(model_args: Any, data_args: Any, training_args: Any, finetuning
     _check_streaming(data_args, training_args)
     _check_random_weights(model_args, data_args, training_args, finetuning_args)
     _check_rope_scaling(model_args)
+
+
+@contextmanager
+def data_errors_in_words() -> Iterator[None]:
+    """Adds to an error of `datasets`, which names no row, the command that does.
+
+    Raises:
+        ValueError: in place of it.
+    """
+    from datasets.exceptions import DatasetGenerationError
+
+    try:
+        yield
+    except DatasetGenerationError as error:
+        raise ValueError(
+            f"The data cannot be loaded ({in_a_line(error)}). Run `llamafactory-ext data check` with the same recipe, "
+            "which names the file and the row."
+        ) from error
 
 
 def _check_best_model(data_args: Any, training_args: Any) -> None:
