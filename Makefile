@@ -35,7 +35,7 @@ help:
 	@echo "make reproduce    the papers' studies at small scale, with a verdict per claim: 75 to 90 minutes on two cores (with a GPU: GSM8K=)"
 	@echo "make bench        speed and memory, LLaMA-Factory's DPO stage against the plugin: an hour on two cores (ARGS=--quick)"
 	@echo "make bench-data   time and memory of \`llamafactory-ext data metamath\` and of the cache look-up, at full size"
-	@echo "make gpu-wheels   fetch what benchmarks/gpu.py needs on a machine with a GPU and no network (20 MiB)"
+	@echo "make gpu-wheels   fetch what benchmarks/gpu.py needs on a machine with a GPU and no network (22 MiB)"
 	@echo "make check        lint, format and type checks"
 	@echo "make docs         build the documentation in build/docs; a dead link is an error"
 	@echo "make venv         only set up the environment in $(VENV)"
