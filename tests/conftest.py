@@ -79,11 +79,17 @@ def shared_folder(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def independent_runs():
-    """Trainings in this process leave their precision behind, in the environment and in accelerate's state."""
+    """Trainings in this process leave their precision behind, in the environment and in accelerate's state; recipes
+    leave the losses of their files."""
     before = dict(os.environ)
+    registry = sys.modules.get("llamafactory_ext.losses.registry")
+    losses = dict(registry.LOSSES) if registry else None
     yield
     os.environ.clear()
     os.environ.update(before)
+    if losses is not None:
+        registry.LOSSES.clear()
+        registry.LOSSES.update(losses)
     if "accelerate" in sys.modules:
         from accelerate.state import AcceleratorState
 

@@ -288,7 +288,7 @@ def test_command_line_survives_kill(settings, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "scores.jsonl: 3 pairs" in done.stdout
-    assert "margin against the difference of the data's scores: Pearson" in " ".join(done.stdout.split())
+    assert "correlation of margin with the data's scores: Pearson" in " ".join(done.stdout.split())
     assert len(read_scores(tmp_path / "scores.jsonl")) == 3
 
     again = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)

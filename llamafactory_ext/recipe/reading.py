@@ -86,14 +86,19 @@ def parse_recipe(settings: Settings) -> tuple[Any, Any, Any]:
     return model_args, data_args, finetuning_args
 
 
-def check_folders(key: str, value: Any) -> None:
+def check_folders(key: str, value: Any, also: Sequence[str] = ()) -> None:
     """Refuse paths of models or adapters that do not exist; the hub would be asked for them.
 
+    Args:
+        key: of the recipe.
+        value: its value: paths or names on the hub, with commas between them.
+        also: what else a path begins with, besides `/` and `.`.
+
     Raises:
-        UserError: for a path that leads nowhere; what might be a name on the hub is none.
+        UserError: for a path that does not exist.
     """
     for name in value.split(",") if isinstance(value, str) else ():
-        if name.startswith(("/", ".", "outputs/")) and not Path(name).exists():
+        if name.startswith(("/", ".", *also)) and not Path(name).exists():
             raise UserError(f"{key}: there is no {name}: write an existing folder, or a name on the hub.")
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..planning.schedule import count_pairs, make_schedule, training_args_of
-from ..recipe.reading import parse_recipe
+from ..recipe.reading import check_folders, parse_recipe
 from .spec import Cell, Sweep
 
 # The keys that decide how many pairs there are.
@@ -25,6 +25,7 @@ def check(sweep: Sweep, cells: Sequence[Cell]) -> dict[str, int | None]:
     for cell in cells:
         try:
             _, data_args, finetuning_args = parse_recipe(cell.recipe)
+            check_folders("model_name_or_path", cell.base_model, also=["outputs/"])
             training_args = training_args_of(cell.recipe)
             data = repr([cell.recipe.get(key) for key in DATA])
             if data not in counted:

@@ -100,8 +100,8 @@ def test_rerun_failed_tries_again(place, full):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--only", "nothing*"], "no cell's name fits nothing*: they are sigmoid-beta0.02-seed1"),
-        (["--launcher", "slurm"], "Slurm must be told how long a cell may take"),
+        (["--only", "nothing*"], "no cell matches nothing*; the cells are sigmoid-beta0.02-seed1"),
+        (["--launcher", "slurm"], "Slurm needs a time limit: write a cell's minutes"),
     ],
 )
 def test_refused(words, message, place, full):
@@ -116,7 +116,7 @@ def test_another_recipe_for_a_trained_cell_is_refused(place, full):
     (place / "changed.yaml").write_text(yaml.safe_dump(changed, sort_keys=False))
     run = sweep(place, "changed.yaml")
     assert run.returncode == 2
-    assert "was trained with another `learning_rate`: name another `output`" in run.stderr
+    assert "was trained with another `learning_rate`: write another `output`" in run.stderr
 
 
 def numbers(folder):

@@ -7,7 +7,7 @@ from itertools import combinations
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
-from sweeps import make_large_sweep, make_sweep, train
+from recorded_sweeps import make_large_sweep, make_sweep, train
 
 from llamafactory_ext.plots import CURVES
 from llamafactory_ext.report.curves import TRAINING

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from recorded import record_run, write_problems
-from sweeps import RECIPE, make_sweep, record, score, score_pairs, train
+from recorded_sweeps import RECIPE, make_sweep, record, score, score_pairs, train
 from typer.testing import CliRunner
 
 from llamafactory_ext import __version__

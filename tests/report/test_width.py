@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 
 import pytest
-from sweeps import RECIPE, make_sweep, record, score, train
+from recorded_sweeps import RECIPE, make_sweep, record, score, train
 
 from llamafactory_ext.report.page import write_report
 from llamafactory_ext.sweep.records import Record

@@ -185,7 +185,7 @@ def test_a_wrong_parameter(parameters, words, tmp_path):
 @pytest.mark.parametrize(
     ("launcher", "parameters", "words"),
     [
-        ("slurm", {}, "Slurm must be told how long a cell may take"),
+        ("slurm", {}, "Slurm needs a time limit: write a cell's minutes"),
         ("slurm", {"timeout_min": 5}, "needs Slurm's sbatch"),
         ("ray", {}, "ray"),
     ],

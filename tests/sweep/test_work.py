@@ -22,7 +22,7 @@ def task(folder, code, **changes):
     script = folder / "script.py"
     folder.mkdir(exist_ok=True)
     script.write_text(code)
-    return Task(**{"name": "cell", "step": "train", "folder": folder, "words": (sys.executable, str(script))} | changes)
+    return Task(**{"name": "cell", "step": "train", "folder": folder, "argv": (sys.executable, str(script))} | changes)
 
 
 def execute(command, environment=None):
@@ -48,7 +48,7 @@ def test_a_command_that_ends_well(tmp_path):
         ("raise ValueError('no such thing\\nand more')", "ValueError: no such thing"),
         ("import sys; sys.exit(3)", "ended with status 3"),
         ("import os; os._exit(7)", "ended by status 7"),
-        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "ended by signal 9 (which is what the system does"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "ended by signal 9 (the system does this when memory runs out"),
     ],
 )
 def test_a_command_that_fails(code, error, tmp_path):
@@ -72,7 +72,7 @@ def test_a_record_of_other_settings_does_not_count_and_what_it_left_is_removed(t
     for folder in (made / "checkpoint-2", resumed):
         folder.mkdir(parents=True)
     (made / "checkpoint-2" / "trainer_state.json").write_text("{}")
-    places = {"makes": (made,), "resumes": (resumed,)}
+    places = {"outputs": (made,), "resumes": (resumed,)}
     execute(task(tmp_path / "cell", "", fingerprint="one"))
     other = task(tmp_path / "cell", "", fingerprint="another", **places)
     assert other.record() == Record("to do")
@@ -88,7 +88,7 @@ def test_a_record_of_other_settings_does_not_count_and_what_it_left_is_removed(t
 def test_without_its_results_a_command_is_not_done(tmp_path):
     result = tmp_path / "cell" / "result"
     write = f"open({str(result)!r}, 'w')"
-    assert execute(task(tmp_path / "cell", "", results=(result,))).error == "ended well, but left no result"
+    assert execute(task(tmp_path / "cell", "", results=(result,))).error == "ended without an error, but wrote no result"
     command = task(tmp_path / "cell", write, results=(result,))
     assert execute(command).state == "done"
     result.unlink()
