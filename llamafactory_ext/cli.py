@@ -173,7 +173,7 @@ def report(
 
     The page needs no network; figures and tables are also files beside it.
 
-    llamafactory-ext report outputs/metamath
+    llamafactory-ext report outputs/metamath_grid
     """
     from .report.page import write_report
 
@@ -196,8 +196,8 @@ def score(
     """Score pairs offline: log-ratios, margins, the recipe's loss and its metrics, pair by pair.
 
     The reference is `ref_model`, or with an adapter the model without it. If the data has scores of both responses
-    (score_chosen, score_rejected), their difference is correlated with the margins. Interrupted: run the same command
-    to resume.
+    (score_chosen, score_rejected), their difference is correlated with the margins. If a run is interrupted, even by
+    kill -9, rerun the same command to resume.
 
     llamafactory-ext score recipe.yaml model_name_or_path=outputs/dpo ref_model=Qwen/Qwen1.5-7B-Chat --output dpo.jsonl
 

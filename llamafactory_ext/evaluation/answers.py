@@ -9,7 +9,7 @@ llamafactory-ext eval answers --engine openai --base-url http://127.0.0.1:8000/v
 The question of a row is `question`, `instruction` (with `input`), `prompt` or the first of `turns`, after its `system`
 and `history`. The answers of a run are in OUTPUT/base/answers.jsonl or OUTPUT/ADAPTER/answers.jsonl.
 
-Each answer is saved as it arrives. Interrupted, even by kill -9: run the same command to resume.
+Each answer is saved as it arrives. If it is interrupted, even by kill -9, rerun the same command to resume.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ llamafactory-ext eval gsm8k --model /path/to/qwen3 --chat-template-kwargs '{"ena
 
 llamafactory-ext eval gsm8k --score-only --data test.jsonl --output runs/dpo
 
-Each answer is saved as it arrives. Interrupted, even by kill -9: run the same command to resume.
+Each answer is saved as it arrives. If it is interrupted, even by kill -9, rerun the same command to resume.
 
 vLLM needs an environment of its own without LLaMA-Factory (`make eval-env`): there, run `python evaluation/gsm8k.py`.
 """

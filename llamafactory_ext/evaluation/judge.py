@@ -15,7 +15,7 @@ two orders that contradict each other. Refusals, replies without a verdict in th
 token limit have no verdict: their questions are listed and excluded from the rates, and the same command asks them
 again. A judge that does not accept --temperature uses its own, which the results record.
 
-Each reply is saved as it arrives. Interrupted, even by kill -9: run the same command to resume.
+Each reply is saved as it arrives. If it is interrupted, even by kill -9, rerun the same command to resume.
 """
 
 from __future__ import annotations

@@ -148,8 +148,8 @@ class PreferenceArguments(FinetuningArguments):
         default=None,
         metadata={
             "help": (
-                "Whether a run that degenerates ends, after a checkpoint: one whose chosen and rejected answers alike "
-                "have become far less likely than under the reference, or whose numbers are not finite."
+                "Whether a run that degenerates ends, after a checkpoint: one whose chosen and rejected responses "
+                "have both become far less likely than under the reference, or whose numbers are not finite."
             )
         },
     )

@@ -29,11 +29,11 @@ def sweep(
     ] = False,
     apart: Annotated[bool, Opt("--apart", hidden=True, help="Only what belongs to one cell: a cluster's job.")] = False,
     shared: Annotated[bool, Opt("--shared", hidden=True, help="Only what cells share: a cluster's last job.")] = False,
-    launcher: Annotated[Launcher, Opt(help="Here, or a cluster job per cell (pip install submitit; ray[default]).")] = (
+    launcher: Annotated[Launcher, Opt(help="Here, or a cluster job per cell (needs the extra `cluster`).")] = (
         Launcher.local
     ),
 ) -> None:
-    """Train and score a grid of recipes. Interrupted, even by kill -9: run the same command to resume.
+    """Train and score a grid of recipes. If a run is interrupted, even by kill -9, rerun the same command to resume.
 
     llamafactory-ext sweep examples/metamath_qwen1.5_7b/sweep.yaml --dry-run
 
@@ -42,7 +42,7 @@ def sweep(
     A sweep's file:
 
     ```yaml
-    recipe: examples/minor_dpo.yaml      # or its keys
+    recipe: examples/demo/smollm2-135m_full_minor_dpo.yaml  # or its keys
     output: outputs/sweep                # a folder per cell: recipe, logs, model, scores
     axes:                                # or a list of such grids
       pref_loss: [sigmoid, minor_dpo]
