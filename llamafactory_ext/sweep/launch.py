@@ -135,7 +135,9 @@ def _imported(module: str, package: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise UserError(f'this launcher needs {module.split(".")[0]}: pip install "{package}", or the extra `cluster`.') from error
+        raise UserError(
+            f'this launcher needs {module.split(".")[0]}: pip install "{package}", or the extra `cluster`.'
+        ) from error
 
 
 def run_on_cluster(

@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from .layout import inner_model
+from .modes import without_dropout
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -77,7 +78,7 @@ def _try(model: torch.nn.Module, head: torch.nn.Module, device: torch.device) ->
     hook = head.register_forward_hook(lambda module, args, output: seen.append(output))
     ids = torch.arange(1, TOKENS + 1, device=device)[None]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), without_dropout(model):
             logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), return_dict=True, use_cache=False).logits
     except Exception:  # a model that wants more than text
         return None

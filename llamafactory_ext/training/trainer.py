@@ -25,10 +25,11 @@ from .head import head_output
 from .layout import SHARED_NOISE, Batch, Layout, depends_on_batch, inner_model
 from .logps import MICRO_BATCHES_AT_ONCE, ResponseLogps, response_logps, token_logps
 from .metrics import MetricSums, refinement_metrics, response_metrics, reward_metrics
+from .modes import without_dropout
 from .monitors import DEGENERATING, STOPPED, DegenerationMonitor, RewardPlot, problem
 from .reference.logps import COLUMN, Pair, ReferenceCollator, ReferenceLogps, from_column, precomputed
 from .reference.model import PendingReference, autocast_dtype, match_precision
-from .refinement import AUGMENTED, is_joinable, joined, refinement, split_batch, without_dropout
+from .refinement import AUGMENTED, is_joinable, joined, refinement, split_batch
 from .sharing import consider, ordinary_tokens
 
 if TYPE_CHECKING:
@@ -147,7 +148,7 @@ class PreferenceTrainer(CustomDPOTrainer):
         config = inner_model(self.model).config
 
         def score(model: Any, layout: Layout) -> Tensor:
-            with self.compute_loss_context_manager():
+            with self.compute_loss_context_manager(), without_dropout(model):
                 return token_logps(model, layout)
 
         self.sharing.try_on(
