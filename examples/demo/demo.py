@@ -4,7 +4,8 @@
     python examples/demo/demo.py --data train.jsonl       pairs and problems from a GSM8K file
     python examples/demo/demo.py --model /path/to/model   another model (its chat template must be ChatML)
 
-It is the sweep in sweep.yaml, with the data and model filled in. If it is interrupted, rerun the same command to resume.
+It is the sweep in sweep.yaml, with the data and model filled in. If it is interrupted, rerun the same command to
+resume.
 """
 
 from __future__ import annotations

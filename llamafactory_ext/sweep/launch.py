@@ -135,9 +135,8 @@ def _imported(module: str, package: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise UserError(
-            f'this launcher needs {module.split(".")[0]}: pip install "{package}", or the extra `cluster`.'
-        ) from error
+        name = module.split(".")[0]
+        raise UserError(f'this launcher needs {name}: pip install "{package}", or the extra `cluster`.') from error
 
 
 def run_on_cluster(
