@@ -74,7 +74,7 @@ def prove(
         dtype: in which it computes.
         window: the longest sequence that it may be given; None: any.
     """
-    batch = _batch([_within(shape, window) for shape in SHAPES], tokens, device)
+    batch = made_up_pairs(tokens, device, window)
     pairs = len(SHAPES)
     turned = torch.cat([torch.arange(pairs).flip(0), pairs + torch.arange(pairs).flip(0)])
     with torch.no_grad():
@@ -93,23 +93,23 @@ def _of_length(rows: Tensor, length: int) -> Tensor:
     return torch.nn.functional.pad(rows, (0, length - rows.shape[1]))
 
 
-def _within(shape: tuple[int, int, int, int], window: int | None) -> tuple[int, int, int, int]:
-    if window is None or window >= LONGEST:
-        return shape
-    prompt, common, chosen, rejected = (math.floor(part * window / LONGEST) for part in shape)
-    return max(prompt, 1), common, chosen, max(rejected, 1)
+def made_up_pairs(tokens: Sequence[int], device: torch.device, window: int | None = None) -> Batch:
+    """Pairs of random tokens as LLaMA-Factory's collator makes them: padded on the right, chosen ones first.
 
-
-def _batch(shapes: Sequence[tuple[int, int, int, int]], tokens: Sequence[int], device: torch.device) -> Batch:
-    """Pairs as LLaMA-Factory's collator makes them: padded on the right, chosen ones first."""
+    Args:
+        tokens: the ids to choose from.
+        device: of the batch.
+        window: the longest sequence; None: any.
+    """
     draw = torch.Generator().manual_seed(0)
     pool = torch.tensor(tokens)
 
     def text(length: int) -> list[int]:
-        return pool[torch.randint(len(pool), (length,), generator=draw)].tolist()
+        drawn: list[int] = pool[torch.randint(len(pool), (length,), generator=draw)].tolist()
+        return drawn
 
     sides: tuple[list[Any], list[Any]] = ([], [])
-    for prompt_length, common_length, *tails in shapes:
+    for prompt_length, common_length, *tails in (_within(shape, window) for shape in SHAPES):
         prompt, common = text(prompt_length), text(common_length)
         for side, tail in zip(sides, tails, strict=True):
             side.append((prompt, [*common, *text(tail)]))
@@ -122,6 +122,14 @@ def _batch(shapes: Sequence[tuple[int, int, int, int]], tokens: Sequence[int], d
         columns["attention_mask"].append([1] * (length - fill) + [0] * fill)
         columns["labels"].append([IGNORE_INDEX] * len(prompt) + response + [IGNORE_INDEX] * fill)
     return {name: torch.tensor(values, device=device) for name, values in columns.items()}
+
+
+def _within(shape: tuple[int, int, int, int], window: int | None) -> tuple[int, int, int, int]:
+    """The shape, made shorter where it does not fit a window; the longest part keeps most."""
+    if window is None or window >= LONGEST:
+        return shape
+    prompt, common, chosen, rejected = (math.floor(part * window / LONGEST) for part in shape)
+    return max(prompt, 1), common, chosen, max(rejected, 1)
 
 
 def _reordered(batch: Batch, order: Tensor) -> Batch:
