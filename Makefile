@@ -20,7 +20,7 @@ NEVER_cpu := torchvision torchaudio torchcodec
 # many containers: there, each process would compile all that it imports.
 COMPILED := --compile-bytecode
 
-.PHONY: help venv browser demo model reproduce test test-fast test-wheel test-compat check format docs bench bench-data gpu-wheels clean
+.PHONY: families help venv browser demo model reproduce test test-fast test-wheel test-compat check format docs bench bench-data gpu-wheels clean
 
 help:
 	@echo "make demo         train DPO, DPOP and MinorDPO on a small model, score and plot them: ten minutes (DATA=, MODEL=)"
@@ -36,6 +36,7 @@ help:
 	@echo "make bench        speed and memory, LLaMA-Factory's DPO stage against the plugin: an hour on two cores (ARGS=--quick)"
 	@echo "make bench-data   time and memory of \`llamafactory-ext data metamath\` and of the cache look-up, at full size"
 	@echo "make gpu-wheels   fetch what benchmarks/gpu.py needs on a machine with a GPU and no network (22 MiB)"
+	@echo "make families     which families of models share prefixes: the table of docs/families.md"
 	@echo "make check        lint, format and type checks"
 	@echo "make docs         build the documentation in build/docs; a dead link is an error"
 	@echo "make venv         only set up the environment in $(VENV)"
@@ -117,6 +118,10 @@ format: venv
 	$(BIN)/ruff format .
 
 # Not --quiet: it keeps the warnings, too, from --strict.
+# Which families of models share prefixes: the table of docs/families.md.
+families: venv
+	OMP_NUM_THREADS=1 $(BIN)/python tests/families.py $(ARGS)
+
 docs: venv
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 

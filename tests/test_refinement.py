@@ -18,6 +18,7 @@ from transformers import AutoTokenizer
 from llamafactory_ext.training import trainer
 from llamafactory_ext.training.layout import padded
 from llamafactory_ext.training.logps import response_logps
+from llamafactory_ext.training.modes import without_dropout
 from llamafactory_ext.training.refinement import (
     MADE_WITH,
     PROMPT_IDS,
@@ -26,7 +27,6 @@ from llamafactory_ext.training.refinement import (
     augment,
     joined,
     split_batch,
-    without_dropout,
 )
 
 SHORT, LONG = "Write something of the highest usefulness. Query: "[:50], "Be useful, and then be useful again. " * 136

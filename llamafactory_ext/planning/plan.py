@@ -156,7 +156,7 @@ def _training(
     sr_tokens: int | None,
     notes: list[str],
 ) -> Training:
-    from ..training.logps import CHUNK, FAMILIES, MICRO_BATCHES_AT_ONCE
+    from ..training.logps import CHUNK, MICRO_BATCHES_AT_ONCE
 
     trust = bool(getattr(model_args, "trust_remote_code", False))
     model = read_model(model_args.model_name_or_path, trust)
@@ -171,8 +171,7 @@ def _training(
         notes.append("additional_target is not counted.")
 
     targets, rank = finetuning_args.lora_target, finetuning_args.lora_rank
-    sequences, in_chunks = 2 * training_args.per_device_train_batch_size, model.family in FAMILIES
-    at_once = MICRO_BATCHES_AT_ONCE if in_chunks else 1
+    sequences, at_once = 2 * training_args.per_device_train_batch_size, MICRO_BATCHES_AT_ONCE
     accumulation = training_args.gradient_accumulation_steps
     half = bool(training_args.bf16 or training_args.fp16)
     return Training(
@@ -194,7 +193,7 @@ def _training(
         sequences=sequences,
         length=padded(data_args.cutoff_len),
         response=response,
-        chunk=CHUNK if in_chunks else math.inf,
+        chunk=CHUNK,
     )
 
 

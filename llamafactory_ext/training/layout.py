@@ -77,7 +77,7 @@ def padded(batch: Batch) -> Layout:
     )
 
 
-def shared_prefix(batch: Batch, attention: str = "sdpa") -> Layout:
+def shared_prefix(batch: Batch, attention: str = "sdpa", window: int | None = None) -> Layout:
     """The batch as one row of prefix trees.
 
     The shared prefix ends before the first differing token, and at least one token before the end of the shorter
@@ -91,11 +91,14 @@ def shared_prefix(batch: Batch, attention: str = "sdpa") -> Layout:
         batch: as for `padded`; text only.
         attention: the model's implementation. `eager` gets an additive mask of shape `(1, 1, length, length)`; others
             get `attention.tree_lengths` and need `attention.accept_prefix_trees` first.
+        window: the longest sequence for which this is exact (`longest_exact`); a batch with a longer one is `padded`.
     """
     device = batch["input_ids"].device
     # One transfer from the device: the lengths of the trees decide the shapes below.
     ids, mask, labels = torch.stack([batch[name] for name in ("input_ids", "attention_mask", "labels")]).cpu()
     sequences = [(ids[row][mask[row] != 0], labels[row][mask[row] != 0]) for row in range(len(ids))]
+    if window is not None and max(len(tokens) for tokens, _ in sequences) > window:
+        return padded(batch)
     pairs = len(sequences) // 2
     trees = [_prefix_tree(*sequences[pair], *sequences[pairs + pair]) for pair in range(pairs)]
 
@@ -174,33 +177,36 @@ def _eager_mask(lengths: list[tuple[int, int, int]], device: torch.device) -> Te
 
 # --- where a shared prefix is exact ----------------------------------------------------------------------------------
 
-# Families whose log-probabilities and gradients are tested to be the same (tests/test_layout.py): their attention takes
-# a mask of four dimensions, and positions come from `position_ids` only.
-FAMILIES = ("llama", "qwen2", "qwen3", "gemma", "mistral", "gpt_neox")
-
 
 def obstacle(model: torch.nn.Module, config: Any) -> str | None:
-    """Why a shared prefix would change this model's numbers, or None if it would not.
+    """Why a shared prefix would change this model's numbers, or None if only trying it can tell (`proof.prove`).
 
     Args:
         model: the model in training, wrapped or not.
         config: its config.
     """
-    if not is_stock(model):
-        return "the model runs code from outside transformers"
-    if config.model_type not in FAMILIES:
-        return f"it has not been tested with {config.model_type!r} models"
     if config._attn_implementation not in ("sdpa", "eager", PREFIX_TREES):
         return f"{config._attn_implementation!r} attention takes no custom mask, unlike `flash_attn: sdpa`"
-    if getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True):
-        return "the model uses sliding-window attention"
-    if any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ()):
-        return "some layers do not use full attention"
     if getattr(config, "group_size_ratio", None) is not None:
         return "`shift_attn` changes the attention pattern"
     if _drops_out(model, config):
         return "with dropout, both responses would share one dropout mask"
     return None
+
+
+def longest_exact(config: Any) -> int | None:
+    """The longest sequence whose tokens all attend to all before them; None if a sequence of any length does.
+
+    Local layers attend to a sliding window, or within chunks: to all of a sequence that is no longer.
+    """
+    text = config.get_text_config()
+    kinds = getattr(text, "layer_types", None)
+    windows = []
+    if getattr(text, "use_sliding_window", True) and (kinds is None or "sliding_attention" in kinds):
+        windows.append(getattr(text, "sliding_window", None))
+    if kinds is None or "chunked_attention" in kinds:
+        windows.append(getattr(text, "attention_chunk_size", None))
+    return min(filter(None, windows), default=None)
 
 
 def depends_on_batch(config: Any, collator: Any) -> str | None:
@@ -216,11 +222,6 @@ def depends_on_batch(config: Any, collator: Any) -> str | None:
     if collator.label_pad_token_id != IGNORE_INDEX:
         return COUNTED_PADDING
     return None
-
-
-def is_stock(model: torch.nn.Module) -> bool:
-    """Whether the model runs transformers' own code, not Unsloth's or that of the model's repository."""
-    return str(type(inner_model(model)).forward.__module__).startswith("transformers.models.")
 
 
 def inner_model(model: Any) -> Any:

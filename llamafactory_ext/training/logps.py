@@ -15,12 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from llamafactory.train.trainer_utils import nested_detach
-from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from .layout import FAMILIES as FAMILIES  # for planning
-from .layout import Layout, inner_model, is_stock
+from .head import HeadOutput, head_output
+from .layout import Layout, inner_model
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,8 +66,7 @@ def response_logps(model: torch.nn.Module, layout: Layout, ld_alpha: float | Non
 
     def per_response(values: Tensor) -> Tensor:
         # Summed row by row: index_add on a GPU adds in no fixed order, so the same pair would round differently.
-        rows = values.new_zeros(2 * layout.pairs, layout.longest)
-        return rows.index_put((layout.response, layout.ordinal), values).sum(dim=1)
+        return _in_rows(values, layout).sum(dim=1)
 
     lengths = per_response(torch.ones_like(layout.response))
     terms = logps[layout.entry]
@@ -80,6 +77,24 @@ def response_logps(model: torch.nn.Module, layout: Layout, ld_alpha: float | Non
     return ResponseLogps(*per_response(terms).chunk(2), *lengths.chunk(2), *mean_logits.chunk(2))
 
 
+def token_logps(model: torch.nn.Module, layout: Layout) -> Tensor:
+    """The log-probability of each token of each response, in nats, float32 or wider; 0 beyond a response's end.
+
+    Args:
+        model: a causal language model, possibly wrapped for distributed training.
+        layout: the batch.
+
+    Returns:
+        Shape `(2 * pairs, longest)`, the chosen responses first.
+    """
+    return _in_rows(_scored(model, layout)[0][layout.entry], layout)
+
+
+def _in_rows(values: Tensor, layout: Layout) -> Tensor:
+    """A value per entry of a layout, a row per response."""
+    return values.new_zeros(2 * layout.pairs, layout.longest).index_put((layout.response, layout.ordinal), values)
+
+
 def _scored(model: torch.nn.Module, layout: Layout) -> tuple[Tensor, Tensor]:
     """Log-probability of each scored token, and the mean of its logits over the vocabulary (detached).
 
@@ -87,10 +102,12 @@ def _scored(model: torch.nn.Module, layout: Layout) -> tuple[Tensor, Tensor]:
     """
     # Copies: some multimodal models change their inputs in place, and a second model reads the same batch.
     inputs = nested_detach(layout.inputs, clone=True)
-    with _head_on(model, layout, chunked=scores_in_chunks(model)) as head:
+    final = head_output(model, layout.target.device)
+    with _head_on(model, layout, final) as head:
         output = model(**inputs, return_dict=True, use_cache=False).logits
     if head.gives_logps:
-        logps, logit_means = output[0].unbind(dim=-1)
+        assert final is not None
+        logps, logit_means = final.received(output[0]).unbind(dim=-1)
         return logps, logit_means.detach()
     return _logps_of(output[0] if head.is_narrowed else output[layout.row, layout.column], layout.target)
 
@@ -111,15 +128,15 @@ class _Head:
 
 
 @contextmanager
-def _head_on(model: torch.nn.Module, layout: Layout, chunked: bool) -> Iterator[_Head]:
+def _head_on(model: torch.nn.Module, layout: Layout, final: HeadOutput | None) -> Iterator[_Head]:
     """Restrict the language-model head to the hidden states that predict a scored token, as one row.
 
     Done inside the head's call, so that weight gathering (ZeRO-3, FSDP), LoRA and tied weights keep working. A model
     that does not call its head returns all logits.
 
     Args:
-        chunked: whether the model returns the head's output unchanged. The head then returns `_logps_of` its logits,
-            shape `(1, scored, 2)`; otherwise it returns logits, which the model may scale or cap.
+        final: what the model does to its head's logits. The head then returns `_logps_of` these, shape
+            `(1, scored, 2)`; None: the head returns logits, to which the model may do anything.
     """
     head = inner_model(model).get_output_embeddings()
     state = _Head()
@@ -130,21 +147,24 @@ def _head_on(model: torch.nn.Module, layout: Layout, chunked: bool) -> Iterator[
         return (hidden[layout.row, layout.column][None], *others)
 
     def give_logps(hidden: Tensor) -> Tensor:
+        assert final is not None
         state.gives_logps = True
-        return _in_chunks(forward, hidden[0], layout.target, inner_model(model).config.get_text_config().vocab_size)
+        vocabulary = inner_model(model).config.get_text_config().vocab_size
+        logps = _in_chunks(lambda part: final(forward(part)), hidden[0], layout.target, vocabulary)
+        return final.sent(logps)
 
     if head is None:
         yield state
         return
     forward, own_forward = head.forward, vars(head).get("forward")
     hook = head.register_forward_pre_hook(narrow, prepend=True)
-    if chunked:
+    if final is not None:
         head.forward = give_logps
     try:
         yield state
     finally:
         hook.remove()
-        if chunked:
+        if final is not None:
             del head.forward
         if own_forward is not None:
             head.forward = own_forward
@@ -161,13 +181,3 @@ def _in_chunks(head: Callable[[Tensor], Tensor], hidden: Tensor, target: Tensor,
         return score(hidden, target)[None]
     parts = zip(hidden.chunk(chunks), target.chunk(chunks), strict=True)
     return torch.cat([checkpoint(score, *part, use_reentrant=False) for part in parts])[None]
-
-
-def scores_in_chunks(model: torch.nn.Module) -> bool:
-    """Whether the model returns its head's output unchanged, in float32 too, and the head can be computed again."""
-    inner = inner_model(model)
-    # FSDP2 rounds the model's output; ZeRO-3 cannot recompute a head that consists of submodules (LoRA).
-    head = inner.get_output_embeddings()
-    in_parts = is_deepspeed_zero3_enabled() and head is not None and any(head.children())
-    is_tested = is_stock(model) and inner.config.model_type in FAMILIES
-    return is_tested and not isinstance(inner, FSDPModule) and not in_parts

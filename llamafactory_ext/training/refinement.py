@@ -9,8 +9,7 @@ as the prompt does, so it exceeds `cutoff_len` by at most the length of p.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -201,19 +200,3 @@ def refinement(augmented: PairLogps, hyperparameters: Mapping[str, Any], beta: f
         beta: `pref_beta`.
     """
     return beta * (augmented.per_token() if hyperparameters.get("length_normalize", False) else augmented).margin
-
-
-@contextmanager
-def without_dropout(model: torch.nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode inside the with block, except for its linear layers.
-
-    Those have no dropout, and on a CPU those of bitsandbytes would repack their weights permanently.
-    """
-    switched = [module for module in model.modules() if module.training and not isinstance(module, torch.nn.Linear)]
-    for module in switched:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in switched:
-            module.training = True

@@ -18,17 +18,19 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.utils import RunningMoments
 
-from ..errors import NOT_OUR_TRAINER, not_possible
+from ..errors import NOT_OUR_TRAINER
 from ..losses.pairs import PairLogps
 from ..losses.unpaired import bco
-from .attention import accept_prefix_trees
-from .layout import SHARED_NOISE, Batch, Layout, depends_on_batch, inner_model, is_text, obstacle, padded, shared_prefix
-from .logps import MICRO_BATCHES_AT_ONCE, ResponseLogps, response_logps, scores_in_chunks
+from .head import head_output
+from .layout import SHARED_NOISE, Batch, Layout, depends_on_batch, inner_model
+from .logps import MICRO_BATCHES_AT_ONCE, ResponseLogps, response_logps, token_logps
 from .metrics import MetricSums, refinement_metrics, response_metrics, reward_metrics
+from .modes import without_dropout
 from .monitors import DEGENERATING, STOPPED, DegenerationMonitor, RewardPlot, problem
 from .reference.logps import COLUMN, Pair, ReferenceCollator, ReferenceLogps, from_column, precomputed
 from .reference.model import PendingReference, autocast_dtype, match_precision
-from .refinement import AUGMENTED, is_joinable, joined, refinement, split_batch, without_dropout
+from .refinement import AUGMENTED, is_joinable, joined, refinement, split_batch
+from .sharing import consider, ordinary_tokens
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -96,7 +98,8 @@ class PreferenceTrainer(CustomDPOTrainer):
         models = (model, ref_model) if ref_model is not None else (model,)
         self.batch_dependence = next(filter(None, (depends_on_batch(m.config, collator) for m in models)), None)
         super().__init__(model=model, ref_model=ref_model, finetuning_args=finetuning_args, **kwargs)
-        self.shares_prefix = self._shares_prefix()
+        noise = SHARED_NOISE if args.neftune_noise_alpha is not None else None
+        self.sharing = consider(finetuning_args.share_prefix, models, noise or self.batch_dependence)
         if self.references is not None:
             self.add_callback(BeforeTraining(self.compute_reference_logps))
         self.add_callback(DegenerationMonitor())
@@ -136,37 +139,26 @@ class PreferenceTrainer(CustomDPOTrainer):
         return losses.mean(), {f"{prefix}{name}": values.detach() for name, values in metrics.items()}
 
     def _lay_out(self, batch: Batch) -> Layout:
-        """The batch with shared prefixes, unless prefix sharing is off or the batch holds more than text."""
-        if not self.shares_prefix:
-            return padded(batch)
-        if is_text(batch):
-            return shared_prefix(batch, self.model.config._attn_implementation)
-        if self.finetuning_args.share_prefix:
-            raise not_possible("share_prefix", "a batch holds more than text")
-        logger.warning_rank0_once("Prefix sharing is off for batches that hold more than text.")
-        return padded(batch)
+        if self.sharing.is_on is None:
+            self._try_sharing()
+        return self.sharing.lay_out(batch)
 
-    def _shares_prefix(self) -> bool:
-        """Whether prefixes are shared: prepares the models if so, logs or raises the reason if not."""
-        wanted = self.finetuning_args.share_prefix
-        if wanted is False:
-            return False
-        models = [self.model, self.ref_model] if self.ref_model is not None else [self.model]
-        configs = [self.accelerator.unwrap_model(model).config for model in models]
-        reasons = (obstacle(model, config) for model, config in zip(models, configs, strict=True))
-        reason = next((reason for reason in reasons if reason is not None), self.batch_dependence)
-        if len({config._attn_implementation for config in configs}) > 1:
-            reason = "policy and reference use different attention implementations"
-        if self.args.neftune_noise_alpha is not None:
-            reason = SHARED_NOISE
-        if reason is not None and wanted:
-            raise not_possible("share_prefix", reason)
-        if reason is not None:
-            logger.info_rank0(f"Prefix sharing is off: {reason}.")
-            return False
-        for model in models:
-            accept_prefix_trees(inner_model(self.accelerator.unwrap_model(model)))
-        return True
+    def _try_sharing(self) -> None:
+        """Before the first batch, with the models as they are trained."""
+        config = inner_model(self.model).config
+
+        def score(model: Any, layout: Layout) -> Tensor:
+            with self.compute_loss_context_manager(), without_dropout(model):
+                return token_logps(model, layout)
+
+        self.sharing.try_on(
+            [self.model_wrapped] if self.ref_model is None else [self.model_wrapped, self.ref_model],
+            score,
+            ordinary_tokens(self.processing_class, config.get_text_config().vocab_size),
+            self.args.device,
+            autocast_dtype(self.args) or inner_model(self.model).dtype,
+            self.accelerator.gather,
+        )
 
     def _pair_logps(self, model: Any, batch: Batch, ld_alpha: float | None = None) -> tuple[ResponseLogps, PairLogps]:
         known = batch.get(COLUMN)
@@ -228,7 +220,7 @@ class PreferenceTrainer(CustomDPOTrainer):
 
     def _micro_batches_at_once(self) -> int:
         """Micro-batches in one pass without gradient; 1 if that pass holds all logits."""
-        return MICRO_BATCHES_AT_ONCE if scores_in_chunks(self.model_wrapped) else 1
+        return MICRO_BATCHES_AT_ONCE if head_output(self.model_wrapped, self.args.device) is not None else 1
 
     def _augmented_logps(self, model: Any, batch: Batch) -> PairLogps:
         """The same responses under the augmented prompts: no gradient, no dropout; the policy keeps its adapter."""

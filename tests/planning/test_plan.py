@@ -627,7 +627,6 @@ RUNS = {
     "bfloat16, named reference": BF16,
     "reference in every step": BF16 | IN_EVERY_STEP,
     "reference in every step, chunks": BF16 | IN_EVERY_STEP,
-    "another family": BF16,
     "no reference, eager attention": BF16
     | KEEP_ALL
     | {"pref_loss": "orpo", "flash_attn": "disabled", "precompute_ref_log_probs": None},
@@ -665,8 +664,6 @@ def test_the_parts_are_what_a_training_holds(name, larger_model, untied_model, l
         pytest.importorskip("bitsandbytes")
     if "chunks" in name:
         monkeypatch.setattr("llamafactory_ext.training.logps.CHUNK", 64 * SHAPE["vocab_size"])
-    if "another family" in name:
-        monkeypatch.setattr("llamafactory_ext.training.logps.FAMILIES", ())
     model = untied_model if "untied" in name else larger_model
     keys = {
         "max_steps": 2,

@@ -1,0 +1,109 @@
+"""What a model does to its language-model head's logits before it returns them: nothing, a scale, a cap.
+
+The head runs in chunks only where this is known: it then returns log-probabilities (`logps.py`), to which the model
+does the same as to logits, and which are read back from the result.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.distributed.fsdp import FSDPModule
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+from .layout import inner_model
+from .modes import without_dropout
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+TOKENS = 8  # of the row that is tried
+SMALL = 1e-3  # what is sent through a cap is multiplied by this, so that float32 can undo the cap
+
+
+@dataclass(frozen=True)
+class HeadOutput:
+    """The logits that a model returns, from those of its head: `cap * tanh(scale * logits / cap)`.
+
+    Args:
+        scale: a factor.
+        cap: the bound of the logits, as Gemma 2 has it (arXiv 2408.00118, section 2); None: there is none.
+    """
+
+    scale: float = 1.0
+    cap: float | None = None
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        logits = logits if self.scale == 1 else logits * self.scale
+        return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
+
+    def sent(self, values: Tensor) -> Tensor:
+        """What the head returns for `received` to give these values, float32 or wider, from what the model returns."""
+        return values * ((1 if self.cap is None else SMALL) / self.scale)
+
+    def received(self, output: Tensor) -> Tensor:
+        """The values that `sent` has put in place of logits."""
+        return output if self.cap is None else torch.atanh(output / self.cap) * (self.cap / SMALL)
+
+
+_KNOWN: weakref.WeakKeyDictionary[torch.nn.Module, HeadOutput | None] = weakref.WeakKeyDictionary()
+
+
+def head_output(model: torch.nn.Module, device: torch.device) -> HeadOutput | None:
+    """What a model does to its head's logits, found by trying once; None if the head cannot run in chunks.
+
+    All processes of a sharded model call this together.
+
+    Args:
+        model: a causal language model, wrapped or not.
+        device: of its inputs.
+    """
+    inner = inner_model(model)
+    # FSDP2 rounds the model's output; ZeRO-3 cannot recompute a head that consists of submodules (LoRA).
+    head = inner.get_output_embeddings()
+    if head is None or isinstance(inner, FSDPModule) or (is_deepspeed_zero3_enabled() and any(head.children())):
+        return None
+    if inner not in _KNOWN:
+        _KNOWN[inner] = _try(model, head, device)
+    return _KNOWN[inner]
+
+
+def _try(model: torch.nn.Module, head: torch.nn.Module, device: torch.device) -> HeadOutput | None:
+    seen: list[Tensor] = []
+    hook = head.register_forward_hook(lambda module, args, output: seen.append(output))
+    ids = torch.arange(1, TOKENS + 1, device=device)[None]
+    try:
+        with torch.no_grad(), without_dropout(model):
+            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), return_dict=True, use_cache=False).logits
+    except Exception:  # a model that wants more than text
+        return None
+    finally:
+        hook.remove()
+    if len(seen) != 1 or seen[0].shape != logits.shape or logits.dtype != seen[0].dtype:
+        return None
+    close = 4 * torch.finfo(logits.dtype).eps
+    return next((each for each in _candidates(inner_model(model).config) if _agree(each(seen[0]), logits, close)), None)
+
+
+def _agree(ours: Tensor, theirs: Tensor, close: float) -> bool:
+    return torch.allclose(ours.float(), theirs.float(), rtol=close, atol=close)
+
+
+def _candidates(config: Any) -> Iterator[HeadOutput]:
+    """What the keys of a config may mean: a factor (Cohere), a divisor (Granite), a cap (Gemma 2)."""
+    text = config.get_text_config()
+
+    def positive(key: str) -> float | None:
+        value = getattr(text, key, None)
+        return float(value) if isinstance(value, int | float) and value > 0 else None
+
+    divisor = positive("logits_scaling")
+    scales = [1.0, positive("logit_scale"), 1 / divisor if divisor else None]
+    caps = [None, positive("final_logit_softcapping")]
+    seen = dict.fromkeys(product((scale for scale in scales if scale), caps))
+    yield from (HeadOutput(scale, cap) for scale, cap in seen)

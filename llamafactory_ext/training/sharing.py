@@ -1,0 +1,166 @@
+"""Whether a training shares prefixes: what rules it out at once, and the trial before its first batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from llamafactory.extras import logging
+
+from ..errors import in_a_line, not_possible
+from .attention import PREFIX_TREES, accept_prefix_trees
+from .layout import Batch, Layout, inner_model, is_text, longest_exact, obstacle, padded, shared_prefix
+from .proof import SHORTEST, Proof, prove
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+logger = logging.get_logger()  # LLaMA-Factory's own, whose lines reach the console and the web UI
+
+Score = Callable[[Any, Layout], "Tensor"]
+
+
+@dataclass
+class PrefixSharing:
+    """The layout of a training's batches.
+
+    Args:
+        wanted: the recipe's `share_prefix`.
+        is_on: whether prefixes are shared; None until it has been tried.
+        attention: the models' implementation, as for `shared_prefix`.
+        window: the longest sequence for which sharing is exact; None: any.
+    """
+
+    wanted: bool | None
+    is_on: bool | None
+    attention: str = "sdpa"
+    window: int | None = None
+
+    def lay_out(self, batch: Batch) -> Layout:
+        """The batch with shared prefixes, unless sharing is off or the batch holds more than text."""
+        if not self.is_on:
+            return padded(batch)
+        if is_text(batch):
+            return shared_prefix(batch, self.attention, self.window)
+        if self.wanted:
+            raise not_possible("share_prefix", "a batch holds more than text")
+        logger.warning_rank0_once("Prefix sharing is off for batches that hold more than text.")
+        return padded(batch)
+
+    def switch_off(self, reason: str) -> None:
+        """Log the reason.
+
+        Raises:
+            ValueError: with it, if the recipe says `share_prefix: true`.
+        """
+        if self.wanted:
+            raise not_possible("share_prefix", reason)
+        logger.info_rank0(f"Prefix sharing is off: {reason}.")
+        self.is_on = False
+
+    def try_on(
+        self,
+        models: Sequence[Any],
+        score: Score,
+        tokens: Sequence[int],
+        device: torch.device,
+        dtype: torch.dtype,
+        gather: Callable[[torch.Tensor], torch.Tensor],
+    ) -> None:
+        """Let the models score made-up pairs in both layouts; all processes do this together.
+
+        Args:
+            models: policy and reference, wrapped as they are trained.
+            score: the log-probabilities that a model gives a layout's tokens, as `logps.token_logps`.
+            tokens: ids of ordinary tokens.
+            device: of the models' inputs.
+            dtype: in which they compute.
+            gather: the values of all processes, shape `(processes * values,)`.
+
+        Raises:
+            ValueError: as `switch_off`.
+        """
+        inner = [inner_model(model) for model in models]
+        try:
+            for model in inner:
+                accept_prefix_trees(model)
+            self.attention = inner[0].config._attn_implementation
+            proofs = [
+                prove(
+                    partial(score, model),
+                    tokens,
+                    attention=self.attention,
+                    device=device,
+                    dtype=dtype,
+                    window=self.window,
+                )
+                for model in models
+            ]
+            reason = None
+        except Exception as error:  # whatever a model does with a mask that it does not expect
+            proofs, reason = [], f"the model does not take packed rows ({in_a_line(error)})"
+        if reason is None:
+            proof = _worst(proofs, device, gather)
+            if proof.holds:
+                self.is_on = True
+                logger.info_rank0(self._success(proof))
+                return
+            reason = (
+                f"it would change log-probabilities of made-up pairs by {proof.deviation:.2g} nats, where other "
+                f"batches change them by {proof.noise:.2g}"
+            )
+        for model in inner:
+            if model.config._attn_implementation == PREFIX_TREES:
+                model.set_attn_implementation("sdpa")
+        self.switch_off(reason)
+
+    def _success(self, proof: Proof) -> str:
+        limit = "" if self.window is None else f" Batches with a sequence of over {self.window} tokens do without."
+        return (
+            f"Prefix sharing is on: log-probabilities of made-up pairs change by at most {proof.deviation:.1e} nats, "
+            f"where other batches change them by {proof.noise:.1e}.{limit}"
+        )
+
+
+def consider(wanted: bool | None, models: Sequence[Any], reason: str | None) -> PrefixSharing:
+    """Prefix sharing for these models: off if something rules it out, else to be tried.
+
+    Args:
+        wanted: the recipe's `share_prefix`.
+        models: policy and reference, wrapped or not.
+        reason: why the recipe or the data rule it out, or None.
+
+    Raises:
+        ValueError: as `PrefixSharing.switch_off`.
+    """
+    if wanted is False:
+        return PrefixSharing(wanted, is_on=False)
+    configs = [inner_model(model).config for model in models]
+    reasons = [obstacle(model, config) for model, config in zip(models, configs, strict=True)]
+    windows = list(filter(None, map(longest_exact, configs)))
+    if len({config._attn_implementation for config in configs}) > 1:
+        reasons.append("policy and reference use different attention implementations")
+    if windows and min(windows) < SHORTEST:
+        reasons.append(f"the model attends to {min(windows)} tokens at a time")
+    sharing = PrefixSharing(wanted, is_on=None, window=min(windows, default=None))
+    reason = reason or next(filter(None, reasons), None)
+    if reason is not None:
+        sharing.switch_off(reason)
+    return sharing
+
+
+def ordinary_tokens(tokenizer: Any, vocabulary: int) -> list[int]:
+    """The ids of tokens that mean nothing but text."""
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    return [each for each in range(min(len(tokenizer), vocabulary)) if each not in special]
+
+
+def _worst(proofs: Sequence[Proof], device: torch.device, gather: Callable[[torch.Tensor], torch.Tensor]) -> Proof:
+    """The proof that is furthest from holding, of all models and processes; a NaN comes first."""
+    values = [[each.deviation, each.noise, each.scale, each.epsilon] for each in proofs]
+    found = gather(torch.tensor(values, dtype=torch.float64, device=device).flatten()).reshape(-1, 4).tolist()
+    everywhere = [Proof(*each) for each in found]
+    return min(everywhere, key=lambda each: (each.holds, each.allowance - each.deviation))
