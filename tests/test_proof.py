@@ -88,6 +88,33 @@ def test_a_batch_beyond_the_window_has_a_row_per_response():
         torch.testing.assert_close(ours, theirs[:, : ours.shape[1]], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["gemma2", "cohere", "granite", "llama"])
+def test_what_is_done_to_logits_is_found_however_small_they_are(family, dtype):
+    """Logits near 0 are hardly changed by a cap, and half precision hides more."""
+    model = families.make(family, "sdpa", dtype)
+    model.get_output_embeddings().weight.data *= 0.05
+    assert head_output(model, CPU) == HEADS.get(family, HeadOutput())
+
+
+def test_an_output_that_is_rounded_holds_no_log_probabilities():
+    model = families.make("llama", "sdpa", torch.bfloat16)
+    forward = model.forward
+    model.forward = lambda *args, **kwargs: _rounded(forward(*args, **kwargs))
+    assert head_output(model, CPU) is None
+
+
+def _rounded(output):
+    output.logits = output.logits.bfloat16()
+    return output
+
+
+def test_under_autocast_the_head_runs_in_chunks():
+    model = families.make("llama", "sdpa")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert head_output(model, CPU) == HeadOutput()
+
+
 def test_what_a_head_sends_comes_back():
     values = torch.tensor([-700.0, -30.0, -1.0, -1e-6, 0.0, 25.0])
     for head in (HeadOutput(), HeadOutput(0.0625), HeadOutput(cap=30.0), HeadOutput(4.0, 20.0)):

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 TOKENS = 8  # of the row that is tried
+CLOSE = 8  # units of rounding
 SMALL = 1e-3  # what is sent through a cap is multiplied by this, so that float32 can undo the cap
 
 
@@ -75,7 +76,13 @@ def head_output(model: torch.nn.Module, device: torch.device) -> HeadOutput | No
 
 def _try(model: torch.nn.Module, head: torch.nn.Module, device: torch.device) -> HeadOutput | None:
     seen: list[Tensor] = []
-    hook = head.register_forward_hook(lambda module, args, output: seen.append(output))
+
+    def widen(module: torch.nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        """Log-probabilities are float32 or wider: what the model does to such values is what counts."""
+        seen.append(output.to(torch.promote_types(output.dtype, torch.float32)))
+        return seen[-1]
+
+    hook = head.register_forward_hook(widen)
     ids = torch.arange(1, TOKENS + 1, device=device)[None]
     try:
         with torch.no_grad(), without_dropout(model):
@@ -86,16 +93,14 @@ def _try(model: torch.nn.Module, head: torch.nn.Module, device: torch.device) ->
         hook.remove()
     if len(seen) != 1 or seen[0].shape != logits.shape or logits.dtype != seen[0].dtype:
         return None
-    close = 4 * torch.finfo(logits.dtype).eps
-    return next((each for each in _candidates(inner_model(model).config) if _agree(each(seen[0]), logits, close)), None)
-
-
-def _agree(ours: Tensor, theirs: Tensor, close: float) -> bool:
-    return torch.allclose(ours.float(), theirs.float(), rtol=close, atol=close)
+    # The nearest, since a cap hardly changes logits that are far below it.
+    errors = {each: (each(seen[0]) - logits).abs().max().item() for each in _candidates(inner_model(model).config)}
+    best = min(errors, key=lambda each: errors[each])
+    return best if errors[best] <= CLOSE * torch.finfo(logits.dtype).eps * logits.abs().max().item() else None
 
 
 def _candidates(config: Any) -> Iterator[HeadOutput]:
-    """What the keys of a config may mean: a factor (Cohere), a divisor (Granite), a cap (Gemma 2)."""
+    """What the keys of a config may mean, nothing last: a factor (Cohere), a divisor (Granite), a cap (Gemma 2)."""
     text = config.get_text_config()
 
     def positive(key: str) -> float | None:
@@ -103,7 +108,7 @@ def _candidates(config: Any) -> Iterator[HeadOutput]:
         return float(value) if isinstance(value, int | float) and value > 0 else None
 
     divisor = positive("logits_scaling")
-    scales = [1.0, positive("logit_scale"), 1 / divisor if divisor else None]
-    caps = [None, positive("final_logit_softcapping")]
-    seen = dict.fromkeys(product((scale for scale in scales if scale), caps))
-    yield from (HeadOutput(scale, cap) for scale, cap in seen)
+    scales = [positive("logit_scale"), 1 / divisor if divisor else None, 1.0]
+    caps = [positive("final_logit_softcapping"), None]
+    for scale, cap in dict.fromkeys(product(filter(None, scales), caps)):
+        yield HeadOutput(scale, cap)
