@@ -27,6 +27,8 @@ def write_examples(folder: Path) -> Iterator[tuple[Path, bool]]:
     Raises:
         UserError: if a folder is where a file must be written.
     """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{str(folder)!r} is a file: choose a folder.")
     for source in _sources():
         target = folder / source.relative_to(home())
         if target.is_dir():

@@ -73,6 +73,8 @@ def _to_the_end(rows: Iterator[Row], source: str) -> Iterator[Row]:
 
 def _rows_of(source: str, split: str) -> Iterator[Row]:
     path = Path(source)
+    if not source:
+        raise UserError(f"no data is named: write the path of a {KINDS} file, or owner/name on the Hugging Face Hub.")
     if not os.path.exists(path):  # unlike Path.exists, also for a name that is too long for a file
         if HUB_NAME.fullmatch(source) and path.suffix not in SUFFIXES:
             return _hub_rows(source, split)
@@ -153,7 +155,7 @@ def _line_rows(path: Path) -> Iterator[Row]:
                 bar.update(file.tell() - read)
                 read = file.tell()
             if line.strip():
-                yield Row(number, parse(line))
+                yield Row(number, parse(line.removeprefix(codecs.BOM_UTF8) if number == 1 else line))
         bar.update(file.tell() - read)
 
 
@@ -169,7 +171,7 @@ def parse(line: bytes) -> Fields | BadRow:
 
 
 def _list_rows(path: Path) -> Iterator[Row]:
-    content = path.read_bytes()
+    content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
     try:
         rows = json.loads(content)
     except (ValueError, RecursionError) as error:

@@ -19,7 +19,7 @@ import transformers
 from llamafactory_ext.errors import in_a_line
 from llamafactory_ext.training.attention import accept_prefix_trees
 from llamafactory_ext.training.head import HeadOutput, head_output
-from llamafactory_ext.training.layout import Layout, longest_exact, padded, shared_prefix
+from llamafactory_ext.training.layout import Layout, limits_of, padded, shared_prefix
 from llamafactory_ext.training.logps import response_logps, token_logps
 from llamafactory_ext.training.proof import made_up_pairs, prove
 
@@ -174,10 +174,10 @@ def try_out(family: str, attention: str) -> Row:
         model = make(family, attention)
     except ValueError as error:
         return Row(reason=in_a_line(error))
-    head, window, name = head_output(model, CPU), longest_exact(model.config), model.config._attn_implementation
+    head, window, name = head_output(model, CPU), limits_of(model.config).sequence, model.config._attn_implementation
     score = functools.partial(token_logps, model)
     try:
-        proof = prove(score, TOKENS, attention=name, device=CPU, dtype=torch.float32, window=window)
+        proof = prove(score, score, TOKENS, attention=name, device=CPU, dtype=torch.float32, window=window)
     except Exception as error:  # whatever a model does with a mask that it does not expect
         return Row(reason=in_a_line(error), head=head)
     return Row("", proof.holds, proof.deviation, deviation_of_gradients(model, name, window), head)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from unittest import mock
 
 import families
 import pytest
@@ -15,8 +16,9 @@ from transformers import MistralConfig, MistralForCausalLM
 
 from llamafactory_ext.training.attention import accept_prefix_trees
 from llamafactory_ext.training.head import HeadOutput, head_output
-from llamafactory_ext.training.layout import longest_exact, padded, shared_prefix
-from llamafactory_ext.training.logps import token_logps
+from llamafactory_ext.training.layout import Limits, limits_of, obstacle, padded, shared_prefix
+from llamafactory_ext.training.logps import response_logps, token_logps
+from llamafactory_ext.training.modes import without_dropout
 from llamafactory_ext.training.proof import Proof, made_up_pairs, prove
 
 CPU = torch.device("cpu")
@@ -46,32 +48,77 @@ def test_a_family_shares_prefixes_if_its_gradients_stay_the_same(family, attenti
 def test_the_verdict_is_the_same_in_half_precision(family):
     model = families.make(family, "sdpa", torch.bfloat16)
     score, attention = functools.partial(token_logps, model), model.config._attn_implementation
-    about = {"attention": attention, "device": CPU, "dtype": torch.bfloat16, "window": longest_exact(model.config)}
-    proof = prove(score, families.TOKENS, **about)
+    about = {"attention": attention, "device": CPU, "dtype": torch.bfloat16, "window": limits_of(model.config).sequence}
+    proof = prove(score, score, families.TOKENS, **about)
     assert proof.holds is (family not in NEVER), proof
 
 
-def test_a_model_that_draws_numbers_proves_nothing():
-    assert not Proof(deviation=3.0, noise=2.0, scale=5.0, epsilon=1e-7).holds
-    assert not Proof(deviation=math.nan, noise=0.0, scale=5.0, epsilon=1e-7).holds
-    assert not Proof(deviation=1e-5, noise=math.nan, scale=math.nan, epsilon=1e-7).holds
-    assert Proof(deviation=2e-4, noise=1e-4, scale=5.0, epsilon=1e-7).holds
+def proof_of(**values):
+    return Proof(**{"deviation": 0.0, "noise": 0.0, "drawn": 0.0, "scale": 5.0, "epsilon": 1e-7} | values)
+
+
+def test_what_proves_nothing():
+    assert not proof_of(deviation=3.0, noise=2.0).holds  # as noisy as this, anything passes
+    assert not proof_of(deviation=math.nan).holds
+    assert not proof_of(noise=math.nan, scale=math.nan).holds
+    assert not proof_of(drawn=0.1).holds
+    assert proof_of(deviation=2e-4, noise=1e-4).holds
+
+
+@pytest.mark.parametrize("family", ["opt", "phimoe"])
+def test_a_model_that_draws_numbers_in_training_does_not_share_them(family):
+    """Dropout that is no module, and a router's jitter."""
+    changes = {
+        "opt": {"dropout": 0.2, "ffn_dim": 48, "word_embed_proj_dim": 32},
+        "phimoe": {"router_jitter_noise": 0.3},
+    }
+    shape = {**families.EXPERTS, "num_local_experts": 4} if family == "phimoe" else {}
+    with mock.patch.dict(families.FAMILIES, {family: shape | changes[family]}):
+        model = families.make(family, "sdpa").train()
+    score, attention = functools.partial(token_logps, model), model.config._attn_implementation
+
+    def without(layout):
+        with without_dropout(model):
+            return score(layout)
+
+    state = torch.random.get_rng_state()
+    proof = prove(without, score, families.TOKENS, attention=attention, device=CPU, dtype=torch.float32)
+    assert proof.is_random
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_what_neighbors_mix_is_refused_however_little_it_is():
+    """New weights of a convolution hardly show, and grow."""
+    model = families.make("lfm2", "sdpa")
+    assert obstacle(model, model.config) == "some layers mix neighboring tokens by a convolution"
 
 
 @pytest.mark.parametrize(
-    ("changes", "longest"),
+    ("changes", "limits"),
     [
-        ({"sliding_window": None}, None),
-        ({"sliding_window": 4096}, 4096),
-        ({"sliding_window": 4096, "layer_types": ["full_attention"] * 2}, None),
-        ({"sliding_window": 4096, "layer_types": ["full_attention", "sliding_attention"]}, 4096),
-        ({"sliding_window": 4096, "use_sliding_window": False}, None),
-        ({"attention_chunk_size": 8192, "sliding_window": None}, 8192),
-        ({"attention_chunk_size": 8, "sliding_window": 4, "layer_types": ["chunked_attention"] * 2}, 8),
+        ({"sliding_window": None}, Limits()),
+        ({"sliding_window": 4096}, Limits(4096)),
+        # Not every model reads the keys that switch a window off.
+        ({"sliding_window": 4096, "layer_types": ["full_attention"] * 2}, Limits(4096)),
+        ({"sliding_window": 4096, "use_sliding_window": False}, Limits(4096)),
+        ({"attention_chunk_size": 8192, "sliding_window": None}, Limits(8192)),
+        ({"attention_chunk_size": 8, "sliding_window": 4}, Limits(4)),
+        ({"floor_scale": 8192.0, "window_size": [1, 2]}, Limits(4096, 8192)),
     ],
 )
-def test_the_longest_sequence_that_local_layers_see_as_a_whole(changes, longest):
-    assert longest_exact(MistralConfig(num_hidden_layers=2, **changes)) == longest
+def test_limits(changes, limits):
+    assert limits_of(MistralConfig(num_hidden_layers=2, **changes)) == limits
+
+
+def test_the_least_limits_of_policy_and_reference_count():
+    policy, reference = MistralConfig(sliding_window=None), MistralConfig(sliding_window=64)
+    assert limits_of(policy, reference) == Limits(64)
+
+
+@pytest.mark.parametrize(("row", "rows"), [(None, 1), (10_000, 1), (150, 8)])
+def test_a_batch_beyond_the_limit_of_a_row_has_a_row_per_response(row, rows):
+    batch = made_up_pairs(families.TOKENS, CPU)
+    assert len(shared_prefix(batch, limits=Limits(row=row)).inputs["input_ids"]) == rows
 
 
 def test_a_batch_beyond_the_window_has_a_row_per_response():
@@ -82,7 +129,7 @@ def test_a_batch_beyond_the_window_has_a_row_per_response():
     accept_prefix_trees(model)
     for window, rows in ((None, 8), (40, 1)):
         batch = made_up_pairs(families.TOKENS, CPU, window)
-        layout = shared_prefix(batch, window=40)
+        layout = shared_prefix(batch, limits=Limits(40))
         assert len(layout.inputs["input_ids"]) == rows
         ours, theirs = token_logps(model, layout), token_logps(model, padded(batch))
         torch.testing.assert_close(ours, theirs[:, : ours.shape[1]], rtol=0, atol=1e-5)
@@ -119,6 +166,28 @@ def test_what_a_head_sends_comes_back():
     values = torch.tensor([-700.0, -30.0, -1.0, -1e-6, 0.0, 25.0])
     for head in (HeadOutput(), HeadOutput(0.0625), HeadOutput(cap=30.0), HeadOutput(4.0, 20.0)):
         torch.testing.assert_close(head.received(head(head.sent(values))), values, rtol=2e-6, atol=1e-9)
+
+
+def test_a_head_of_zeros_is_known_all_the_same():
+    model = families.make("granite", "sdpa")
+    model.get_output_embeddings().weight.data.zero_()
+    assert head_output(model, CPU) == HEADS["granite"]
+
+
+def test_logits_that_are_changed_in_place():
+    """As Chameleon's, which may write no pictures: the logits are whole, and right."""
+    model, batch = families.make("llama", "sdpa"), made_up_pairs(families.TOKENS, CPU)
+    expected = response_logps(model, padded(batch))
+    other, forward = families.make("llama", "sdpa"), model.forward
+    other.forward = lambda *args, **kwargs: _without_one(forward(*args, **kwargs))
+    other.get_output_embeddings = model.get_output_embeddings
+    assert head_output(other, CPU) is None
+    assert response_logps(other, padded(batch)).chosen.shape == expected.chosen.shape
+
+
+def _without_one(output):
+    output.logits[:, :, 5] = -1e4
+    return output
 
 
 def test_a_head_that_does_more_is_left_alone():
@@ -171,6 +240,10 @@ def test_a_training_says_that_it_shares_prefixes(family, shape, limit, train):
 
 def test_a_training_says_why_it_does_not(train):
     (line,) = train("lfm2", {})
-    assert line.startswith("Prefix sharing is off: it would change log-probabilities of made-up pairs by 0.")
-    with pytest.raises(ValueError, match="`share_prefix: true` is not possible here: it would change"):
-        train("lfm2", {}, share_prefix=True)
+    assert line == "Prefix sharing is off: some layers mix neighboring tokens by a convolution."
+    (_, line) = train("opt", {"dropout": 0.1})
+    assert (
+        line == "Prefix sharing is off: the model draws random numbers in training, which both responses would share."
+    )
+    with pytest.raises(ValueError, match="`share_prefix: true` is not possible here: the model draws random numbers"):
+        train("opt", {"dropout": 0.1}, share_prefix=True)

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from llamafactory_ext.errors import UserError
-from llamafactory_ext.recipe.reading import data_sets
+from llamafactory_ext.recipe.reading import data_sets, read_recipe
 
 
 @pytest.mark.parametrize("entry", [None, 3, [], {}, "pairs.jsonl", {"file_name": "a", "columns": 3}])
@@ -28,3 +28,10 @@ def test_a_good_entry_is_read_beside_an_odd_one(tmp_path):
     (tmp_path / "dataset_info.json").write_text(json.dumps({"odd": None, "pairs": {"file_name": "pairs.jsonl"}}))
     (found,) = data_sets(["pairs"], str(tmp_path))
     assert (found.load_from, found.dataset_name) == ("file", "pairs.jsonl")
+
+
+@pytest.mark.parametrize("words", [["a=["], ["a={b:"], ["a=\ud800"], ["LIST"]])
+def test_what_is_no_recipe_ends_in_a_sentence(words, tmp_path):
+    (tmp_path / "list.yaml").write_text("[1, 2]")
+    with pytest.raises(UserError):
+        read_recipe([word.replace("LIST", str(tmp_path / "list.yaml")) for word in words])

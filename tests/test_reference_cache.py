@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -22,7 +23,8 @@ from llamafactory_ext.training.reference import cache, folders
 # The values are log-probabilities in float32, -0.0 and the smallest of them included.
 logp = st.floats(max_value=0, allow_nan=False, width=32)
 rows = st.dictionaries(st.binary(min_size=cache.KEY_BYTES, max_size=cache.KEY_BYTES), st.tuples(logp, logp), max_size=9)
-ABOUT = {"files": "of a test"}
+ABOUT = {"files": "of a test", "llamafactory_ext": "0"}
+NEW, OLD = "aa11" * 8, "ab22" * 8
 KEYS = [bytes([n]) * cache.KEY_BYTES for n in range(9)]
 
 
@@ -206,7 +208,7 @@ def run_cache(*words: object):
 @pytest.fixture
 def references(tmp_path):
     """Two references, one of them of forty days ago: three pairs in two files, and one pair."""
-    new, old = tmp_path / "aa11", tmp_path / "ab22"
+    new, old = tmp_path / NEW, tmp_path / OLD
     cache.append(new, {KEYS[0]: (-1.0, -2.0), KEYS[1]: (-3.0, -4.0)}, {"model": "org/new", **ABOUT})
     cache.append(new, {KEYS[2]: (-1.0, -2.0)}, {"model": "org/new", **ABOUT})
     cache.append(old, {KEYS[0]: (-1.0, -2.0)}, {"model": "org/old", **ABOUT})
@@ -220,22 +222,25 @@ def test_cache_lists_models_pairs_and_sizes(references):
     result = run_cache("--folder", references)
     assert result.exit_code == 0
     rows = [line.replace("│", " ").split()[:3] for line in result.output.splitlines()]
-    assert ["aa11", "org/new", "3"] in rows
-    assert ["ab22", "org/old", "1"] in rows
-    assert [each.folder.name for each in folders.list_references(references)] == ["aa11", "ab22"]
+    assert [NEW[:12], "org/new", "3"] in rows
+    assert [OLD[:12], "org/old", "1"] in rows
+    assert [each.folder.name for each in folders.list_references(references)] == [NEW, OLD]
     assert sum(each.size for each in folders.list_references(references)) == sum(
         path.stat().st_size for path in references.glob("*/*")
     )
 
 
 def test_cache_of_a_folder_that_is_empty_or_not_there(tmp_path):
-    for folder in (tmp_path, tmp_path / "nowhere"):
-        assert "holds no reference log-probabilities" in run_cache("--folder", folder).output
+    assert "holds no reference log-probabilities" in run_cache("--folder", tmp_path).output
+    for words in ((), ("clear", "--all")):
+        refused = run_cache(*words, "--folder", tmp_path / "nowhere")
+        assert refused.exit_code == 2
+        assert "is not a folder" in refused.output
 
 
 @pytest.mark.parametrize(
     ("words", "left"),
-    [(["aa"], {"ab22"}), (["ab22"], {"aa11"}), (["--older-than", "30"], {"aa11"}), (["--all"], set())],
+    [(["aa"], {OLD}), ([OLD, OLD], {NEW}), (["--older-than", "30"], {NEW}), (["--all"], set())],
 )
 def test_cache_clear(references, words, left):
     result = run_cache("clear", "--folder", references, *words)
@@ -261,19 +266,44 @@ def test_cache_clear_that_says_too_little_removes_nothing(references, words, mes
 
 
 def test_cache_clear_leaves_what_a_training_writes_and_what_is_not_its_own(references):
-    mine = references / "ab22" / "notes.txt"
+    mine = references / OLD / "notes.txt"
     mine.write_text("mine")
-    with cache.lock(references / "aa11", 0):
-        refused = run_cache("clear", "--folder", references, "aa")
+    with cache.lock(references / NEW, 0):
+        refused = run_cache("clear", "--folder", references, "--all")
         assert refused.exit_code == 2
-        assert "a training is computing aa11" in refused.output
-    assert len(cache.read(references / "aa11")) == 3
+        assert "1 of 2 references removed" in refused.output
+        assert f"a training is computing {NEW[:12]}" in refused.output
+    assert len(cache.read(references / NEW)) == 3
     assert run_cache("clear", "--folder", references, "--all").exit_code == 0
     assert mine.read_text() == "mine"
 
 
-def test_a_damaged_file_counts_no_pairs(references):
-    (references / "aa11" / "half.safetensors").write_bytes(b"half")
-    (references / "ab22" / "about.json").write_text("[")
-    pairs = {each.folder.name: (each.model, each.pairs) for each in folders.list_references(references)}
-    assert pairs == {"aa11": ("org/new", 3), "ab22": ("", 1)}
+def test_folders_of_others_and_links_are_no_references(references, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    for place, about in ((references / "model", {"who": "me"}), (references / ("cc33" * 8), {"who": "me"})):
+        place.mkdir()
+        (place / "about.json").write_text(json.dumps(about))
+        (place / "model.safetensors").write_bytes(b"weights")
+    cache.append(elsewhere / ("dd44" * 8), {KEYS[0]: (-1.0, -2.0)}, ABOUT)
+    (references / ("dd44" * 8)).symlink_to(elsewhere / ("dd44" * 8))
+    (references / NEW / "9.safetensors").symlink_to(references / "nowhere")
+    (references / NEW / "folder.safetensors").mkdir()
+    assert run_cache("clear", "--folder", references, "--all").exit_code == 0
+    assert (references / "model" / "model.safetensors").read_bytes() == b"weights"
+    assert (references / ("cc33" * 8) / "model.safetensors").read_bytes() == b"weights"
+    assert len(cache.read(elsewhere / ("dd44" * 8))) == 1
+    assert not list((references / NEW).glob("about.json"))
+
+
+def test_odd_descriptions(references):
+    (references / NEW / "half.safetensors").write_bytes(b"half")
+    (references / NEW / "about.json").write_text('{"llamafactory_ext": "0", "model": "\\ud800[red]"}')
+    (references / OLD / "about.json").write_text("[")
+    ((found,),) = [folders.list_references(references)]
+    assert (found.folder.name, found.model, found.pairs) == (NEW, "?[red]", 3)
+    assert "?[red]" in run_cache("--folder", references).output
+
+
+def test_an_exact_name_counts():
+    there = [folders.Reference(Path(name), "", 0, 0, 0.0) for name in ("ooo", "oooo")]
+    assert folders.choose(there, ["ooo"], everything=False, older_than=None) == there[:1]

@@ -23,6 +23,7 @@ FIRST_ROWS = 5  # shown of each problem and note
 # What is measured for each pair.
 FLAGS = ("empty", "identical", "identical_cut", "truncated", "same_question", "similar_question")
 COUNTS = ("prompt", "chosen", "rejected", "longer", "augmented", "stock", "common")
+SAME = "the question is in the test set"
 SIMILAR = f"{NGRAM} words or {CHARACTERS} characters in common with a test question"
 SKIPPED, STOPS = NO_PAIRS = ("rows that LLaMA-Factory skips", "rows at which the training stops")
 NOT_MEASURED = {**dict.fromkeys(FLAGS, False), **dict.fromkeys(COUNTS, 0), "pair": "", "question": ""}
@@ -100,7 +101,7 @@ def check_pairs(settings: Settings, test_set: TestSet | None = None, key: str = 
         load_from_cache_file=False,
         desc="checking",
     )
-    return _report(measures, data_args.cutoff_len, difference)
+    return _report(measures, data_args.cutoff_len, difference, has_test_set=test_set is not None)
 
 
 def _context(model_args: Any) -> int | None:
@@ -247,7 +248,7 @@ def _digest(*texts: str) -> str:
     return hashlib.blake2b("\0".join(texts).encode(), digest_size=12).hexdigest()
 
 
-def _report(measures: Any, cutoff_len: int, template: str) -> Report:
+def _report(measures: Any, cutoff_len: int, template: str, has_test_set: bool) -> Report:
     import numpy as np
 
     kinds = np.array(measures["kind"])
@@ -262,7 +263,7 @@ def _report(measures: Any, cutoff_len: int, template: str) -> Report:
         "an empty side": flags["empty"],
         "identical sides": flags["identical"],
         f"identical after truncation at cutoff_len {cutoff_len}": flags["identical_cut"],
-        "the question is in the test set": flags["same_question"],
+        SAME: flags["same_question"],
     }
     notes = {
         "copies of another pair": copies,
@@ -270,6 +271,8 @@ def _report(measures: Any, cutoff_len: int, template: str) -> Report:
         f"truncated at cutoff_len {cutoff_len}": flags["truncated"],
         SIMILAR: flags["similar_question"],
     }
+    if not has_test_set:  # 0 would say that there is none in common
+        del problems[SAME], notes[SIMILAR]
     return Report(
         pairs=int(valid.sum()),
         problems={name: int(rows.sum()) for name, rows in problems.items()},

@@ -198,6 +198,10 @@ def load_pairs(a: Path, b: Path, limit: int | None = None) -> tuple[list[Pair], 
 def _answers(path: Path) -> list[Fields]:
     if path.is_dir():
         folder = path if (path / ANSWERS).is_file() else run_folder(path, ANSWERS)
+        if not (folder / ANSWERS).is_file():
+            raise UserError(
+                f"{path} holds no answers to compare: make them with `llamafactory-ext eval answers --output {path}`."
+            )
         path = folder / ANSWERS
     located = _read(path)
     for where, row in located:

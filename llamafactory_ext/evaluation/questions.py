@@ -85,7 +85,9 @@ def _question(index: int, located: tuple[str, Fields]) -> Question:
         gold = Decimal("NaN")
     if not marker or not gold.is_finite():
         raise UserError(f"{where}: the answer must end in a line `#### N` with a number N, as in GSM8K.")
-    return Question(index, str(row["question"]), gold)
+    if not isinstance(row["question"], str):
+        raise UserError(f"{where}: `question` is not text: correct it.")
+    return Question(index, row["question"], gold)
 
 
 def load_prompt(name: str) -> str:
@@ -99,7 +101,10 @@ def load_prompt(name: str) -> str:
     path = Path(name)
     if not path.is_file():
         raise UserError(f"--prompt {name} is neither {' nor '.join(PROMPTS)} nor a file: write one of these.")
-    template = path.read_text(encoding="utf-8").rstrip("\n")
+    try:
+        template = path.read_text(encoding="utf-8").rstrip("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"The prompt file {name} is not UTF-8: save it as UTF-8.") from error
     if "{question}" not in template:
         raise UserError(f"The prompt file {name} does not contain {{question}}: write it where the question belongs.")
     return template

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
-from ..errors import UserError
+from ..errors import UserError, in_a_line
 
 Settings = dict[str, Any]
 
@@ -39,7 +39,10 @@ def read_recipe(words: list[str]) -> Settings:
     for word in words:
         if "=" not in word:
             raise UserError(f"{word!r} is neither a YAML file nor key=value: write a recipe, then key=value words.")
-    settings = OmegaConf.to_container(OmegaConf.merge(config, OmegaConf.from_cli(words)))
+    try:
+        settings = OmegaConf.to_container(OmegaConf.merge(config, OmegaConf.from_cli(words)))
+    except Exception as error:  # whatever the YAML parser and omegaconf raise: a list, an open bracket
+        raise UserError(f"the recipe cannot be read ({in_a_line(error)}): correct it.") from error
     if not isinstance(settings, dict):
         raise UserError("the recipe is not a mapping of keys to values.")
     return {str(key): value for key, value in settings.items()}

@@ -11,7 +11,7 @@ from enum import Enum
 from pathlib import Path
 
 from ..errors import UserError
-from .check import check
+from .check import check, notes
 from .display import Display, console, show_plan, show_results
 from .records import check_locks
 from .spec import Cell, read_sweep
@@ -50,6 +50,8 @@ def conduct(
     with console.status("reading the recipes"):
         steps = check(asked, cells)
     show_plan(agenda, cells, steps)
+    for note in notes(asked, cells):
+        console.print(f"[yellow]Note: {note}", soft_wrap=True)
     if dry_run:
         return True
     write_recipes(agenda, cells)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 TOKENS = 8  # of the row that is tried
+RANGE = 40.0  # of the values that are sent through it
 CLOSE = 8  # units of rounding
 SMALL = 1e-3  # what is sent through a cap is multiplied by this, so that float32 can undo the cap
 
@@ -75,14 +76,16 @@ def head_output(model: torch.nn.Module, device: torch.device) -> HeadOutput | No
 
 
 def _try(model: torch.nn.Module, head: torch.nn.Module, device: torch.device) -> HeadOutput | None:
-    seen: list[Tensor] = []
+    sent: list[Tensor] = []
 
-    def widen(module: torch.nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        """Log-probabilities are float32 or wider: what the model does to such values is what counts."""
-        seen.append(output.to(torch.promote_types(output.dtype, torch.float32)))
-        return seen[-1]
+    def replace(module: torch.nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        """Values of a wide range in place of logits, which may all be near 0: float32, as log-probabilities are."""
+        dtype = torch.promote_types(output.dtype, torch.float32)
+        values = torch.linspace(-RANGE, RANGE, output.numel(), dtype=dtype, device=output.device)
+        sent.append(values.reshape(output.shape))
+        return sent[-1].clone()  # some models write into their logits
 
-    hook = head.register_forward_hook(widen)
+    hook = head.register_forward_hook(replace)
     ids = torch.arange(1, TOKENS + 1, device=device)[None]
     try:
         with torch.no_grad(), without_dropout(model):
@@ -91,10 +94,9 @@ def _try(model: torch.nn.Module, head: torch.nn.Module, device: torch.device) ->
         return None
     finally:
         hook.remove()
-    if len(seen) != 1 or seen[0].shape != logits.shape or logits.dtype != seen[0].dtype:
+    if len(sent) != 1 or sent[0].shape != logits.shape or sent[0].dtype != logits.dtype:
         return None
-    # The nearest, since a cap hardly changes logits that are far below it.
-    errors = {each: (each(seen[0]) - logits).abs().max().item() for each in _candidates(inner_model(model).config)}
+    errors = {each: (each(sent[0]) - logits).abs().max().item() for each in _candidates(inner_model(model).config)}
     best = min(errors, key=lambda each: errors[each])
     return best if errors[best] <= CLOSE * torch.finfo(logits.dtype).eps * logits.abs().max().item() else None
 

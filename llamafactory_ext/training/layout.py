@@ -77,7 +77,7 @@ def padded(batch: Batch) -> Layout:
     )
 
 
-def shared_prefix(batch: Batch, attention: str = "sdpa", window: int | None = None) -> Layout:
+def shared_prefix(batch: Batch, attention: str = "sdpa", limits: Limits | None = None) -> Layout:
     """The batch as one row of prefix trees.
 
     The shared prefix ends before the first differing token, and at least one token before the end of the shorter
@@ -91,16 +91,16 @@ def shared_prefix(batch: Batch, attention: str = "sdpa", window: int | None = No
         batch: as for `padded`; text only.
         attention: the model's implementation. `eager` gets an additive mask of shape `(1, 1, length, length)`; others
             get `attention.tree_lengths` and need `attention.accept_prefix_trees` first.
-        window: the longest sequence for which this is exact (`longest_exact`); a batch with a longer one is `padded`.
+        limits: beyond them the batch is `padded`.
     """
     device = batch["input_ids"].device
     # One transfer from the device: the lengths of the trees decide the shapes below.
     ids, mask, labels = torch.stack([batch[name] for name in ("input_ids", "attention_mask", "labels")]).cpu()
     sequences = [(ids[row][mask[row] != 0], labels[row][mask[row] != 0]) for row in range(len(ids))]
-    if window is not None and max(len(tokens) for tokens, _ in sequences) > window:
-        return padded(batch)
     pairs = len(sequences) // 2
     trees = [_prefix_tree(*sequences[pair], *sequences[pairs + pair]) for pair in range(pairs)]
+    if limits and not limits.allow([len(each) for each, _ in sequences], sum(len(tree.ids) for tree in trees)):
+        return padded(batch)
 
     in_row = [0, *itertools.accumulate(len(tree.ids) for tree in trees)]
     in_scored = [0, *itertools.accumulate(len(tree.target) for tree in trees)]
@@ -189,24 +189,44 @@ def obstacle(model: torch.nn.Module, config: Any) -> str | None:
         return f"{config._attn_implementation!r} attention takes no custom mask, unlike `flash_attn: sdpa`"
     if getattr(config, "group_size_ratio", None) is not None:
         return "`shift_attn` changes the attention pattern"
+    if any(isinstance(module, torch.nn.Conv1d) and module.kernel_size[0] > 1 for module in model.modules()):
+        return "some layers mix neighboring tokens by a convolution"
+    adapters = getattr(inner_model(model, with_adapters=True), "peft_config", None) or {}
+    if any(getattr(each, "alora_invocation_tokens", None) for each in adapters.values()):
+        return "activated LoRA counts tokens from an invocation in the row"
     if _drops_out(model, config):
         return "with dropout, both responses would share one dropout mask"
     return None
 
 
-def longest_exact(config: Any) -> int | None:
-    """The longest sequence whose tokens all attend to all before them; None if a sequence of any length does.
+# Keys of a config with the number of tokens that some layers attend to: of a sequence that is not longer, to all.
+# Not every model reads the keys that switch them off (`use_sliding_window`, `layer_types`).
+WINDOWS = ("sliding_window", "attention_chunk_size", "index_topk", "keep_window_size")
+# The same for models that count positions in the row and not in the sequence (GPT-Neo, Llama 4).
+ROWS = ("window_size", "floor_scale")
 
-    Local layers attend to a sliding window, or within chunks: to all of a sequence that is no longer.
-    """
-    text = config.get_text_config()
-    kinds = getattr(text, "layer_types", None)
-    windows = []
-    if getattr(text, "use_sliding_window", True) and (kinds is None or "sliding_attention" in kinds):
-        windows.append(getattr(text, "sliding_window", None))
-    if kinds is None or "chunked_attention" in kinds:
-        windows.append(getattr(text, "attention_chunk_size", None))
-    return min(filter(None, windows), default=None)
+
+@dataclass(frozen=True)
+class Limits:
+    """The tokens for which a shared prefix is exact, in a sequence and in the whole row; None: any number."""
+
+    sequence: int | None = None
+    row: int | None = None
+
+    def allow(self, sequences: list[int], row: int) -> bool:
+        """Whether a batch with sequences of these lengths, packed into a row of this length, stays within them."""
+        return (self.sequence is None or max(sequences) <= self.sequence) and (self.row is None or row <= self.row)
+
+
+def limits_of(*configs: Any) -> Limits:
+    """The least limits of some models."""
+    texts = [config.get_text_config() for config in configs]
+
+    def least(keys: tuple[str, ...]) -> int | None:
+        values = [getattr(text, key, None) for text in texts for key in keys]
+        return min((int(value) for value in values if isinstance(value, int | float) and value > 0), default=None)
+
+    return Limits(least(WINDOWS), least(ROWS))
 
 
 def depends_on_batch(config: Any, collator: Any) -> str | None:
@@ -224,11 +244,11 @@ def depends_on_batch(config: Any, collator: Any) -> str | None:
     return None
 
 
-def inner_model(model: Any) -> Any:
-    """The model inside the wrappers of DDP, DeepSpeed and PEFT."""
+def inner_model(model: Any, with_adapters: bool = False) -> Any:
+    """The model inside the wrappers of DDP and DeepSpeed, and of PEFT unless it is wanted `with_adapters`."""
     if hasattr(model, "module"):
-        return inner_model(model.module)
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+        return inner_model(model.module, with_adapters)
+    return model.get_base_model() if hasattr(model, "get_base_model") and not with_adapters else model
 
 
 def is_text(batch: Batch) -> bool:

@@ -12,9 +12,10 @@ import torch
 def without_dropout(model: torch.nn.Module) -> Iterator[None]:
     """Put a model into evaluation mode inside the with block, except for its linear layers.
 
-    Those have no dropout, and on a CPU those of bitsandbytes would repack their weights permanently.
+    Those have no dropout, and on a CPU those of bitsandbytes would repack their weights permanently. Routers of
+    transformers' models may be linear layers, too, but draw jitter.
     """
-    switched = [module for module in model.modules() if module.training and not isinstance(module, torch.nn.Linear)]
+    switched = [module for module in model.modules() if module.training and not _is_plain_linear(module)]
     for module in switched:
         module.training = False
     try:
@@ -22,3 +23,7 @@ def without_dropout(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for module in switched:
             module.training = True
+
+
+def _is_plain_linear(module: torch.nn.Module) -> bool:
+    return isinstance(module, torch.nn.Linear) and not type(module).__module__.startswith("transformers.models.")

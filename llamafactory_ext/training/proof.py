@@ -37,12 +37,14 @@ class Proof:
     Args:
         deviation: the largest difference between a row per response and prefix trees, of any token.
         noise: the largest difference between two ways to batch a row per response.
+        drawn: the largest difference between the same rows twice, in the mode of training.
         scale: the largest log-probability, without its sign.
         epsilon: the unit of rounding of the model's precision.
     """
 
     deviation: float
     noise: float
+    drawn: float
     scale: float
     epsilon: float
 
@@ -51,12 +53,18 @@ class Proof:
         return min(3 * self.noise, MOST * self.scale) + max(ROUNDING * self.epsilon * self.scale, LEAST)
 
     @property
+    def is_random(self) -> bool:
+        """Whether training draws numbers (dropout, jitter), of which both responses would share those of the prefix."""
+        return not self.drawn <= self.allowance  # also if one of them is NaN
+
+    @property
     def holds(self) -> bool:
-        return self.deviation <= self.allowance  # False if one of them is NaN
+        return self.deviation <= self.allowance and not self.is_random
 
 
 def prove(
     score: Callable[[Layout], Tensor],
+    score_in_training: Callable[[Layout], Tensor],
     tokens: Sequence[int],
     *,
     attention: str,
@@ -67,7 +75,8 @@ def prove(
     """Score made-up pairs in both layouts, and once more in other batches.
 
     Args:
-        score: the log-probabilities that the model gives a layout's tokens, as `logps.token_logps`.
+        score: the log-probabilities that the model gives a layout's tokens, as `logps.token_logps`, without dropout.
+        score_in_training: the same in the mode of training.
         tokens: ids of ordinary tokens, which the model treats as text.
         attention: the model's implementation, as for `shared_prefix`.
         device: of the model's inputs.
@@ -84,8 +93,16 @@ def prove(
             _of_length(score(layout).double().cpu(), length)
             for layout in (shared_prefix(batch, attention), padded(_reordered(batch, turned)), padded(_pair(batch, 0)))
         )
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            once, twice = (score_in_training(padded(_pair(batch, 0))).double().cpu() for _ in range(2))
     noise = torch.cat([(rows[turned] - reordered).flatten(), (rows[[0, pairs]] - alone).flatten()]).abs().max()
-    return Proof((rows - trees).abs().max().item(), noise.item(), rows.abs().max().item(), torch.finfo(dtype).eps)
+    return Proof(
+        deviation=(rows - trees).abs().max().item(),
+        noise=noise.item(),
+        drawn=(once - twice).abs().max().item(),
+        scale=rows.abs().max().item(),
+        epsilon=torch.finfo(dtype).eps,
+    )
 
 
 def _of_length(rows: Tensor, length: int) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ from llamafactory.extras import logging
 
 from ..errors import in_a_line, not_possible
 from .attention import PREFIX_TREES, accept_prefix_trees
-from .layout import Batch, Layout, inner_model, is_text, longest_exact, obstacle, padded, shared_prefix
+from .layout import Batch, Layout, Limits, inner_model, is_text, limits_of, obstacle, padded, shared_prefix
 from .proof import SHORTEST, Proof, prove
 
 if TYPE_CHECKING:
@@ -31,20 +31,20 @@ class PrefixSharing:
         wanted: the recipe's `share_prefix`.
         is_on: whether prefixes are shared; None until it has been tried.
         attention: the models' implementation, as for `shared_prefix`.
-        window: the longest sequence for which sharing is exact; None: any.
+        limits: batches beyond them have a row per response.
     """
 
     wanted: bool | None
     is_on: bool | None
     attention: str = "sdpa"
-    window: int | None = None
+    limits: Limits = field(default_factory=Limits)
 
     def lay_out(self, batch: Batch) -> Layout:
         """The batch with shared prefixes, unless sharing is off or the batch holds more than text."""
         if not self.is_on:
             return padded(batch)
         if is_text(batch):
-            return shared_prefix(batch, self.attention, self.window)
+            return shared_prefix(batch, self.attention, self.limits)
         if self.wanted:
             raise not_possible("share_prefix", "a batch holds more than text")
         logger.warning_rank0_once("Prefix sharing is off for batches that hold more than text.")
@@ -65,6 +65,7 @@ class PrefixSharing:
         self,
         models: Sequence[Any],
         score: Score,
+        score_in_training: Score,
         tokens: Sequence[int],
         device: torch.device,
         dtype: torch.dtype,
@@ -74,7 +75,8 @@ class PrefixSharing:
 
         Args:
             models: policy and reference, wrapped as they are trained.
-            score: the log-probabilities that a model gives a layout's tokens, as `logps.token_logps`.
+            score, score_in_training: the log-probabilities that a model gives a layout's tokens, as
+                `logps.token_logps`, without dropout and in the mode of training.
             tokens: ids of ordinary tokens.
             device: of the models' inputs.
             dtype: in which they compute.
@@ -91,11 +93,12 @@ class PrefixSharing:
             proofs = [
                 prove(
                     partial(score, model),
+                    partial(score_in_training, model),
                     tokens,
                     attention=self.attention,
                     device=device,
                     dtype=dtype,
-                    window=self.window,
+                    window=self.limits.sequence,
                 )
                 for model in models
             ]
@@ -108,17 +111,16 @@ class PrefixSharing:
                 self.is_on = True
                 logger.info_rank0(self._success(proof))
                 return
-            reason = (
-                f"it would change log-probabilities of made-up pairs by {proof.deviation:.2g} nats, where other "
-                f"batches change them by {proof.noise:.2g}"
-            )
+            reason = _reason(proof)
         for model in inner:
             if model.config._attn_implementation == PREFIX_TREES:
                 model.set_attn_implementation("sdpa")
         self.switch_off(reason)
 
     def _success(self, proof: Proof) -> str:
-        limit = "" if self.window is None else f" Batches with a sequence of over {self.window} tokens do without."
+        sequence, row = self.limits.sequence, self.limits.row
+        limit = "" if sequence is None else f" Batches with a sequence of over {sequence} tokens do without."
+        limit += "" if row is None else f" Batches of over {row} tokens do without."
         return (
             f"Prefix sharing is on: log-probabilities of made-up pairs change by at most {proof.deviation:.1e} nats, "
             f"where other batches change them by {proof.noise:.1e}.{limit}"
@@ -140,16 +142,25 @@ def consider(wanted: bool | None, models: Sequence[Any], reason: str | None) -> 
         return PrefixSharing(wanted, is_on=False)
     configs = [inner_model(model).config for model in models]
     reasons = [obstacle(model, config) for model, config in zip(models, configs, strict=True)]
-    windows = list(filter(None, map(longest_exact, configs)))
+    limits = limits_of(*configs)
     if len({config._attn_implementation for config in configs}) > 1:
         reasons.append("policy and reference use different attention implementations")
-    if windows and min(windows) < SHORTEST:
-        reasons.append(f"the model attends to {min(windows)} tokens at a time")
-    sharing = PrefixSharing(wanted, is_on=None, window=min(windows, default=None))
+    if limits.sequence is not None and limits.sequence < SHORTEST:
+        reasons.append(f"the model attends to {limits.sequence} tokens at a time")
+    sharing = PrefixSharing(wanted, is_on=None, limits=limits)
     reason = reason or next(filter(None, reasons), None)
     if reason is not None:
         sharing.switch_off(reason)
     return sharing
+
+
+def _reason(proof: Proof) -> str:
+    if proof.is_random:
+        return "the model draws random numbers in training, which both responses would share"
+    return (
+        f"it would change log-probabilities of made-up pairs by {proof.deviation:.2g} nats, where other batches change "
+        f"them by {proof.noise:.2g}"
+    )
 
 
 def ordinary_tokens(tokenizer: Any, vocabulary: int) -> list[int]:
@@ -160,7 +171,7 @@ def ordinary_tokens(tokenizer: Any, vocabulary: int) -> list[int]:
 
 def _worst(proofs: Sequence[Proof], device: torch.device, gather: Callable[[torch.Tensor], torch.Tensor]) -> Proof:
     """The proof that is furthest from holding, of all models and processes; a NaN comes first."""
-    values = [[each.deviation, each.noise, each.scale, each.epsilon] for each in proofs]
-    found = gather(torch.tensor(values, dtype=torch.float64, device=device).flatten()).reshape(-1, 4).tolist()
-    everywhere = [Proof(*each) for each in found]
+    values = [list(astuple(each)) for each in proofs]
+    found = gather(torch.tensor(values, dtype=torch.float64, device=device).flatten()).reshape(-1, len(values[0]))
+    everywhere = [Proof(*each) for each in found.tolist()]
     return min(everywhere, key=lambda each: (each.holds, each.allowance - each.deviation))

@@ -148,12 +148,17 @@ class PreferenceTrainer(CustomDPOTrainer):
         config = inner_model(self.model).config
 
         def score(model: Any, layout: Layout) -> Tensor:
-            with self.compute_loss_context_manager(), without_dropout(model):
+            with without_dropout(model):
+                return score_in_training(model, layout)
+
+        def score_in_training(model: Any, layout: Layout) -> Tensor:
+            with self.compute_loss_context_manager():
                 return token_logps(model, layout)
 
         self.sharing.try_on(
             [self.model_wrapped] if self.ref_model is None else [self.model_wrapped, self.ref_model],
             score,
+            score_in_training,
             ordinary_tokens(self.processing_class, config.get_text_config().vocab_size),
             self.args.device,
             autocast_dtype(self.args) or inner_model(self.model).dtype,
@@ -239,6 +244,8 @@ class PreferenceTrainer(CustomDPOTrainer):
         if hasattr(reference, "destroy"):  # DeepSpeed's engine
             reference.destroy()
         del reference
+        if hasattr(self.model_wrapped, "empty_partition_cache"):  # ZeRO-3 has fetched for other passes than the next
+            self.model_wrapped.empty_partition_cache()
         release_memory()  # also collects reference cycles, such as a prepared model
 
     def _score(self, pairs: list[Pair]) -> Tensor:

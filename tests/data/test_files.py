@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import json
 
@@ -409,3 +410,11 @@ def test_another_encoding_is_named(encoding, tmp_path):
 
 def test_a_null_character_is_no_matter_of_encoding():
     assert str(parse(b'{"a": "b"}\0\0')) == "not valid JSON"
+
+
+def test_the_mark_of_utf_8_is_no_part_of_the_data(tmp_path):
+    for name, content in (("rows.jsonl", '{"a": "b"}\n'), ("rows.json", '[{"a": "b"}]')):
+        (tmp_path / name).write_bytes(codecs.BOM_UTF8 + content.encode())
+        assert [row.fields for row in read_rows(str(tmp_path / name))] == [{"a": "b"}]
+    with pytest.raises(UserError, match="no data is named"):
+        list(read_rows(""))

@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ...commandline import Group
+from ...errors import UserError
 from ...paths import output_path
 from .folders import choose, default_folder, list_references, remove
 
@@ -37,7 +38,7 @@ def show(context: typer.Context, folder: Folder = None) -> None:
     """
     if context.invoked_subcommand is not None:
         return
-    place = folder or default_folder()
+    place = _place(folder)
     references = list_references(place)
     if not references:
         console.print(f"{place} holds no reference log-probabilities.", soft_wrap=True, markup=False, highlight=False)
@@ -66,9 +67,17 @@ def clear(
 
     llamafactory-ext cache clear --older-than 30
     """
-    there = list_references(folder or default_folder())
+    there = list_references(_place(folder))
     chosen = choose(there, references or [], everything=everything, older_than=older_than)
-    for each in chosen:
-        remove(each)
-    freed = decimal(sum(each.size for each in chosen))
-    console.print(f"{len(chosen)} of {len(there)} references removed, {freed} freed", highlight=False)
+    kept = [each for each in chosen if not remove(each)]
+    freed = decimal(sum(each.size for each in chosen if each not in kept))
+    console.print(f"{len(chosen) - len(kept)} of {len(there)} references removed, {freed} freed", highlight=False)
+    if kept:
+        names = ", ".join(each.folder.name[:SHOWN] for each in kept)
+        raise UserError(f"a training is computing {names}: run the same command again when it is done.")
+
+
+def _place(folder: Path | None) -> Path:
+    if folder is not None and not folder.is_dir():
+        raise UserError(f"{str(folder)!r} is not a folder: write the one that the recipe names.")
+    return folder or default_folder()

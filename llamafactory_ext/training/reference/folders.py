@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Iterable
 from contextlib import suppress
@@ -19,6 +20,7 @@ from filelock import FileLock, Timeout
 from ...errors import UserError
 
 ABOUT, LOCK, ROWS = "about.json", ".lock", "*.safetensors"
+FINGERPRINT = re.compile("[0-9a-f]{32}")
 
 
 def default_folder() -> Path:
@@ -50,20 +52,33 @@ class Reference:
 
 
 def list_references(folder: Path) -> list[Reference]:
-    """The references in a folder, the newest first; none if there is no such folder."""
-    found = [_reference(path.parent) for path in folder.glob(f"*/{ABOUT}")]
+    """The references in a folder, the newest first; none if there is no such folder.
+
+    Folders that this package has not written, and links, are none.
+    """
+    found = [_reference(path) for path in folder.glob("*") if _is_ours(path)]
     return sorted(found, key=lambda reference: -reference.written)
 
 
+def _is_ours(folder: Path) -> bool:
+    """A fingerprint as its name, and a description that says which release of this package wrote it."""
+    has_name = FINGERPRINT.fullmatch(folder.name) and not folder.is_symlink()
+    return bool(has_name) and "llamafactory_ext" in _about(folder / ABOUT)
+
+
+def _files(folder: Path) -> list[Path]:
+    return [path for path in (folder / ABOUT, *folder.glob(ROWS)) if path.is_file() and not path.is_symlink()]
+
+
 def _reference(folder: Path) -> Reference:
-    files = [(path, path.stat()) for path in (folder / ABOUT, *folder.glob(ROWS))]
-    return Reference(
-        folder=folder,
-        model=str(_about(folder / ABOUT).get("model") or ""),
-        pairs=sum(_pairs(path) for path, _ in files[1:]),
-        size=sum(status.st_size for _, status in files),
-        written=max(status.st_mtime for _, status in files),
-    )
+    size, written, pairs = 0, 0.0, 0
+    for path in _files(folder):
+        with suppress(FileNotFoundError):  # a training has merged it in the meantime
+            status = path.stat()
+            size, written = size + status.st_size, max(written, status.st_mtime)
+            pairs += 0 if path.name == ABOUT else _pairs(path)
+    model = str(_about(folder / ABOUT).get("model") or "").encode(errors="replace").decode()
+    return Reference(folder, model, pairs, size, written)
 
 
 def _about(path: Path) -> dict[str, Any]:
@@ -103,34 +118,38 @@ def choose(
         raise UserError("nothing says what to remove: name references, or write --older-than DAYS or --all.")
     chosen = there
     if names:
-        chosen = [_named(there, name) for name in names]
+        chosen = list({(each := _named(there, name)).folder: each for name in names}.values())
     if older_than is not None:
         chosen = [each for each in chosen if time.time() - each.written > older_than * 24 * 60 * 60]
     return chosen
 
 
 def _named(references: list[Reference], name: str) -> Reference:
-    fitting = [each for each in references if each.folder.name.startswith(name)]
+    fitting = [each for each in references if each.folder.name == name]
+    fitting = fitting or [each for each in references if each.folder.name.startswith(name)]
     if len(fitting) != 1 or not name:
         found = "none begins like that" if not fitting else f"{len(fitting)} begin like that"
         raise UserError(f"{name!r} is no reference ({found}): write one as `llamafactory-ext cache` lists it.")
     return fitting[0]
 
 
-def remove(reference: Reference) -> None:
+def remove(reference: Reference) -> bool:
     """Remove a reference's files, and its folder unless somebody else keeps files there.
 
+    Returns:
+        False if a training is computing it; nothing is removed then.
+
     Raises:
-        UserError: if a training writes to it.
         OSError: if the files may not be removed.
     """
     lock = FileLock(reference.folder / LOCK)
     try:
         with lock.acquire(timeout=0):
-            for path in (*reference.folder.glob(ROWS), reference.folder / ABOUT):
+            for path in _files(reference.folder):
                 path.unlink(missing_ok=True)
     except Timeout:
-        raise UserError(f"a training is computing {reference.folder.name}: wait for it, or name others.") from None
+        return False
     (reference.folder / LOCK).unlink(missing_ok=True)
     with suppress(OSError):  # other files are there
         reference.folder.rmdir()
+    return True
