@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bars
 from rich.table import Table
 
+from ..commandline import LINE_SECONDS
 from .progress import Progress, Watcher
 from .records import Record
 from .results import read_results
@@ -20,7 +21,6 @@ from .tasks import Agenda
 from .work import Task
 
 console = Console()
-LINE_SECONDS = 30  # between two lines about a running command, where no bar can be drawn
 COLOURS = {"done": "green", "failed": "red", "interrupted": "yellow", "running": "cyan"}
 
 
