@@ -80,16 +80,16 @@ def shared_folder(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def independent_runs():
     """Trainings in this process leave their precision behind, in the environment and in accelerate's state; recipes
-    leave the losses of their files."""
+    leave the losses of their files, those of a fixture that many tests share, too."""
     before = dict(os.environ)
-    registry = sys.modules.get("llamafactory_ext.losses.registry")
-    losses = dict(registry.LOSSES) if registry else None
     yield
     os.environ.clear()
     os.environ.update(before)
-    if losses is not None:
-        registry.LOSSES.clear()
-        registry.LOSSES.update(losses)
+    if "llamafactory_ext.losses.registry" in sys.modules:
+        losses = sys.modules["llamafactory_ext.losses.registry"].LOSSES
+        for name, loss in list(losses.items()):
+            if not loss.function.__module__.startswith("llamafactory_ext.losses."):
+                del losses[name]
     if "accelerate" in sys.modules:
         from accelerate.state import AcceleratorState
 
