@@ -53,6 +53,9 @@ def beside_stock(record: Any, train: Trainings, half: Trainings) -> None:
     if DEVICE == "cuda":
         cases["full, bf16 weights and gradients"] = (bf16 | {"pure_bf16": True}, HALF)
         cases["LoRA, fp16"] = (LORA | {"fp16": True}, HALF)
+        if importlib.util.find_spec("flash_attn"):
+            cases["full, bf16, FlashAttention 2"] = (bf16 | {"flash_attn": "fa2"}, HALF)
+            cases["LoRA, bf16, FlashAttention 2"] = (LORA | bf16 | {"flash_attn": "fa2"}, HALF)
     if importlib.util.find_spec("bitsandbytes"):
         cases["QLoRA, bf16 weights"] = (LORA | bf16 | {"quantization_bit": 4}, HALF)
     for name, (changes, bound) in cases.items():

@@ -209,6 +209,9 @@ def _optional() -> Iterator[Finding]:
             if error is not None:
                 fix = f"reinstall it, or remove it: pip uninstall -y {package}"
                 yield Finding(package, f"cannot be imported ({_told(error)})", fix)
+    if version("flash-attn") is not None and version("transformers") == "5.6.0":
+        fix = 'pip install "transformers<5.6.0"'
+        yield Finding("flash-attn", "`flash_attn: fa2` fails with transformers 5.6.0", fix)
 
 
 def _training() -> Iterator[Finding]:

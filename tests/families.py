@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import plain_flash
 import torch
 import transformers
 
@@ -113,7 +114,8 @@ FAMILIES = {
     "stablelm": {},
     "starcoder2": {"sliding_window": None, **NO_DROPOUT},
 }
-ATTENTIONS = ("sdpa", "eager")
+FLASH = "flash_attention_2"  # with a kernel in plain torch
+ATTENTIONS = ("sdpa", "eager", FLASH)
 
 
 @dataclass(frozen=True)
@@ -146,11 +148,14 @@ def make(family: str, attention: str, dtype: torch.dtype = torch.float32, **chan
     }
     config = transformers.AutoConfig.for_model(family.partition(",")[0], **shape)
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
+    loaded_with = "eager" if attention == FLASH else attention
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=loaded_with, dtype=torch.float32)
     for parameter in model.parameters():
         if parameter.ndim > 1:
             parameter.data *= 4
     model = model.to(dtype).eval()
+    if attention == FLASH:
+        plain_flash.switch_on(model)
     accept_prefix_trees(model)
     return model
 
@@ -184,10 +189,11 @@ def try_out(family: str, attention: str) -> Row:
 
 
 def table(families: list[str]) -> Iterator[str]:
-    yield "| Family | SDPA | eager | Head in chunks |"
-    yield "|---|---|---|---|"
+    yield "| Family | SDPA | eager | FlashAttention | Head in chunks |"
+    yield "|---|---|---|---|---|"
     for family in families:
-        rows = [try_out(family, attention) for attention in ATTENTIONS]
+        with plain_flash.installed():
+            rows = [try_out(family, attention) for attention in ATTENTIONS]
         cells = [_cell(row) for row in rows]
         yield f"| {family} | {' | '.join(cells)} | {_head(rows[0].head or rows[1].head)} |"
 

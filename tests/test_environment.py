@@ -237,6 +237,13 @@ def test_an_optional_package_that_does_not_import_is_a_finding(versions, module,
     assert broken.fix.endswith(": pip uninstall -y bitsandbytes")
 
 
+@pytest.mark.parametrize(("transformers", "fix"), [("5.6.0", 'pip install "transformers<5.6.0"'), ("5.5.4", None)])
+def test_a_release_of_transformers_that_breaks_flash_attention_is_a_finding(versions, module, transformers, fix):
+    versions(**{"flash-attn": "2.8.3", "transformers": transformers})
+    module("flash_attn", "")
+    assert conflicts().get("flash-attn") == fix
+
+
 @pytest.mark.slow
 def test_without_docstrings_transformers_does_not_start(tmp_path):
     assert "| unset PYTHONOPTIMIZE (or run without -OO)" in seen_with(tmp_path, "-OO")

@@ -8,27 +8,50 @@ first without a mask. So no cost is quadratic in the row's length, and the trees
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
+from . import flash
+
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedModel
 
 PREFIX_TREES = "llamafactory_ext_prefix_trees"  # the name under which transformers finds `attend`
 
 
-def accept_prefix_trees(model: PreTrainedModel) -> None:
-    """Replace a model's SDPA attention by `attend`; other models in the process are not affected."""
-    if model.config._attn_implementation == "sdpa":
-        model.set_attn_implementation(PREFIX_TREES)
+def accept_prefix_trees(model: PreTrainedModel) -> Callable[[], None]:
+    """Replace a model's SDPA or FlashAttention by ours; other models in the process are not affected.
+
+    Returns:
+        A function that undoes it.
+    """
+    stock = model.config._attn_implementation
+    own = stock
+    if stock == "sdpa":
+        own = PREFIX_TREES
+    elif flash.is_flash(stock) and not stock.startswith(PREFIX_TREES):
+        own = f"{PREFIX_TREES}_{stock.replace('/', '_')}"  # transformers looks names with a slash up on a hub
+        flash.register(own, stock)
+    _rename(model, stock, own)
+    return partial(_rename, model, own, stock)
+
+
+def _rename(model: PreTrainedModel, old: str, new: str) -> None:
+    """Name another implementation in a model and its parts.
+
+    Not by `set_attn_implementation`, which lets some models have certain names only.
+    """
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and module.config._attn_implementation == old:
+            module.config._attn_implementation = {"": new}  # in this config alone, not in those of its parts
 
 
 def tree_lengths(lengths: list[tuple[int, int, int]]) -> Tensor:

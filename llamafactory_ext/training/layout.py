@@ -16,6 +16,7 @@ import torch
 from llamafactory.extras.constants import IGNORE_INDEX
 
 from .attention import PREFIX_TREES, tree_lengths
+from .flash import is_flash
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -185,8 +186,9 @@ def obstacle(model: torch.nn.Module, config: Any) -> str | None:
         model: the model in training, wrapped or not.
         config: its config.
     """
-    if config._attn_implementation not in ("sdpa", "eager", PREFIX_TREES):
-        return f"{config._attn_implementation!r} attention takes no custom mask, unlike `flash_attn: sdpa`"
+    attention = config._attn_implementation
+    if attention not in ("sdpa", "eager", PREFIX_TREES) and not is_flash(attention):
+        return f"{attention!r} attention takes no custom mask, unlike `flash_attn: sdpa`"
     if getattr(config, "group_size_ratio", None) is not None:
         return "`shift_attn` changes the attention pattern"
     if any(isinstance(module, torch.nn.Conv1d) and module.kernel_size[0] > 1 for module in model.modules()):
@@ -201,7 +203,8 @@ def obstacle(model: torch.nn.Module, config: Any) -> str | None:
 
 # Keys of a config with the number of tokens that some layers attend to: of a sequence that is not longer, to all.
 # Not every model reads the keys that switch them off (`use_sliding_window`, `layer_types`).
-WINDOWS = ("sliding_window", "attention_chunk_size", "index_topk", "keep_window_size")
+SLIDING = "sliding_window"  # which FlashAttention applies to each sequence, however long
+WINDOWS = (SLIDING, "attention_chunk_size", "index_topk", "keep_window_size")
 # The same for models that count positions in the row and not in the sequence (GPT-Neo, Llama 4).
 ROWS = ("window_size", "floor_scale")
 
@@ -223,7 +226,12 @@ def limits_of(*configs: Any) -> Limits:
     texts = [config.get_text_config() for config in configs]
 
     def least(keys: tuple[str, ...]) -> int | None:
-        values = [getattr(text, key, None) for text in texts for key in keys]
+        values = [
+            getattr(text, key, None)
+            for text in texts
+            for key in keys
+            if not (key == SLIDING and is_flash(text._attn_implementation or ""))
+        ]
         return min((int(value) for value in values if isinstance(value, int | float) and value > 0), default=None)
 
     return Limits(least(WINDOWS), least(ROWS))

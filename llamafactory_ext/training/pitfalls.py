@@ -31,6 +31,7 @@ def check_recipe(model_args: Any, data_args: Any, training_args: Any, finetuning
     _check_streaming(data_args, training_args)
     _check_random_weights(model_args, data_args, training_args, finetuning_args)
     _check_rope_scaling(model_args)
+    _check_flash_attention(model_args)
 
 
 @contextmanager
@@ -141,3 +142,17 @@ def _check_rope_scaling(model_args: Any) -> None:
 def _rope_base(config: Any) -> float | None:
     """The base of the rotary angles, if it is in the settings that `rope_scaling` replaces (transformers 5)."""
     return (getattr(config, "rope_parameters", None) or {}).get("rope_theta")
+
+
+def _check_flash_attention(model_args: Any) -> None:
+    """transformers 5.6.0 runs FlashAttention only with attention sinks (huggingface/transformers, issue 45588)."""
+    import transformers
+    from llamafactory.model import load_config
+    from transformers.utils.import_utils import is_flash_attn_2_available
+
+    is_asked_for = model_args.flash_attn == "fa2" and is_flash_attn_2_available()
+    if is_asked_for and transformers.__version__ == "5.6.0" and load_config(model_args).model_type != "gpt_oss":
+        raise ValueError(
+            "`flash_attn: fa2` fails with transformers 5.6.0, which expects attention sinks of every model: install "
+            'another release (`pip install "transformers<5.6.0"`), or write `flash_attn: sdpa`.'
+        )

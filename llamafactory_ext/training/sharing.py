@@ -11,7 +11,7 @@ import torch
 from llamafactory.extras import logging
 
 from ..errors import in_a_line, not_possible
-from .attention import PREFIX_TREES, accept_prefix_trees
+from .attention import accept_prefix_trees
 from .layout import Batch, Layout, Limits, inner_model, is_text, limits_of, obstacle, padded, shared_prefix
 from .proof import SHORTEST, Proof, prove
 
@@ -86,10 +86,9 @@ class PrefixSharing:
             ValueError: as `switch_off`.
         """
         inner = [inner_model(model) for model in models]
+        undo = [accept_prefix_trees(model) for model in inner]
+        self.attention = inner[0].config._attn_implementation
         try:
-            for model in inner:
-                accept_prefix_trees(model)
-            self.attention = inner[0].config._attn_implementation
             proofs = [
                 prove(
                     partial(score, model),
@@ -102,19 +101,17 @@ class PrefixSharing:
                 )
                 for model in models
             ]
-            reason = None
         except Exception as error:  # whatever a model does with a mask that it does not expect
-            proofs, reason = [], f"the model does not take packed rows ({in_a_line(error)})"
-        if reason is None:
+            reason = f"the model does not take packed rows ({in_a_line(error)})"
+        else:
             proof = _worst(proofs, device, gather)
             if proof.holds:
                 self.is_on = True
                 logger.info_rank0(self._success(proof))
                 return
             reason = _reason(proof)
-        for model in inner:
-            if model.config._attn_implementation == PREFIX_TREES:
-                model.set_attn_implementation("sdpa")
+        for each in undo:
+            each()
         self.switch_off(reason)
 
     def _success(self, proof: Proof) -> str:

@@ -1,0 +1,128 @@
+"""FlashAttention over prefix trees, packed into one row: one variable-length call for all trees.
+
+The queries are two sequences per tree, as they stand in the row: `shared prefix | chosen tail` and `rejected tail`. The
+keys of the second are the shared prefix, once more, and the rejected tail. FlashAttention 2.1 and later align a causal
+mask to the lower right, so the rejected tail attends as if it came right after the shared prefix, also in a sliding
+window.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AttentionInterface
+from transformers.integrations.flash_attention import get_target_dtype
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_flash_attention_utils import _flash_attention_forward, flash_attn_supports_top_left_mask
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def is_flash(attention: str) -> bool:
+    """Whether an attention implementation, by transformers' name, is FlashAttention: a hub's kernels are, too."""
+    return "flash" in attention
+
+
+def register(name: str, kernel: str) -> None:
+    """Let transformers find `attend` with a kernel under a name, which has to contain `flash`.
+
+    Args:
+        kernel: transformers' name of it, such as `flash_attention_2`.
+    """
+    AttentionInterface.register(name, partial(attend, kernel=kernel))
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS["flash_attention_2"])
+
+
+def attend(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    kernel: str,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    s_aux: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' FlashAttention, which also accepts `attention.tree_lengths` as the mask.
+
+    Not its `flash_attention_forward`, which takes the kernel's name from the config, where this function's name is.
+
+    Args:
+        query, key, value: shape `(batch, heads, length, head size)`, rotary embedding applied; one row of prefix trees.
+        s_aux: attention sinks, shape `(heads,)`.
+
+    Returns:
+        The output, shape `(batch, length, heads, head size)`, and None for the weights.
+    """
+    if attention_mask is not None and attention_mask.ndim == 4:
+        sequences = _sequences(attention_mask, query.device)
+        key, value, attention_mask = key[:, :, sequences.keys], value[:, :, sequences.keys], None
+        position_ids = None  # which transformers would look for sequences in
+        kwargs |= sequences.in_words
+    if s_aux is not None:
+        kwargs["s_aux"] = s_aux.to(query.dtype)
+    output: Tensor = _flash_attention_forward(
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        attention_mask,
+        query_length=query.shape[2],
+        is_causal=getattr(module, "is_causal", True) if is_causal is None else is_causal,
+        dropout=dropout,
+        softmax_scale=scaling,
+        position_ids=position_ids,
+        use_top_left_mask=flash_attn_supports_top_left_mask(),
+        target_dtype=get_target_dtype(query, module),
+        attn_implementation=kernel,
+        **kwargs,
+    )
+    return output, None
+
+
+@dataclass(frozen=True)
+class _Sequences:
+    """Prefix trees as sequences of queries and of keys.
+
+    Args:
+        keys: where in the row each key stands, int64, shape `(keys,)`.
+        in_words: the ends of the sequences and the longest of them, as transformers names them.
+    """
+
+    keys: Tensor
+    in_words: dict[str, Any]
+
+
+def _sequences(lengths: Tensor, device: torch.device) -> _Sequences:
+    """Made once per forward pass and kept on the tensor, for all layers."""
+    if not hasattr(lengths, "sequences"):
+        lengths.sequences = _as_sequences(lengths[0, 0].tolist(), device)  # type: ignore[attr-defined]
+    sequences: _Sequences = lengths.sequences  # type: ignore[attr-defined]
+    return sequences
+
+
+def _as_sequences(trees: list[list[int]], device: torch.device) -> _Sequences:
+    keys: list[Tensor] = []
+    query_lengths, key_lengths, start = [], [], 0
+    for shared, chosen, rejected in trees:
+        tail, end = start + shared + chosen, start + shared + chosen + rejected
+        keys += [torch.arange(start, tail), torch.arange(start, start + shared), torch.arange(tail, end)]
+        query_lengths += [shared + chosen, rejected]
+        key_lengths += [shared + chosen, shared + rejected]
+        start = end
+    ends = [
+        torch.tensor([0, *accumulate(each)], dtype=torch.int32).to(device, non_blocking=True)
+        for each in (query_lengths, key_lengths)
+    ]
+    in_words = {"cu_seq_lens_q": ends[0], "cu_seq_lens_k": ends[1]}
+    longest = {"max_length_q": max(query_lengths), "max_length_k": max(key_lengths)}
+    return _Sequences(torch.cat(keys).to(device, non_blocking=True), in_words | longest)
