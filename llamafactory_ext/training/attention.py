@@ -108,7 +108,14 @@ def attend(
     if attention_mask is None or attention_mask.dtype != torch.int64:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
-    trees, outputs, start = _trees(attention_mask), [], 0
+    return _attend_in_trees(module, query, key, value, attention_mask, **kwargs), None
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # the lengths never repeat
+def _attend_in_trees(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, **kwargs: Any
+) -> Tensor:
+    trees, outputs, start = _trees(lengths), [], 0
     with _without_cudnn():
         for (shared, chosen, rejected), mask in zip(trees.lengths, trees.tail_masks(query), strict=True):
             tail, end = start + shared + chosen, start + shared + chosen + rejected
@@ -118,7 +125,7 @@ def attend(
             k, v = (torch.cat([x[:, :, start : start + shared], x[:, :, tail:end]], dim=2) for x in (key, value))
             outputs.append(sdpa_attention_forward(module, query[:, :, tail:end], k, v, mask, **kwargs)[0])
             start = end
-    return torch.cat(outputs, dim=1), None
+    return torch.cat(outputs, dim=1)
 
 
 @contextmanager

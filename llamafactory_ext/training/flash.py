@@ -46,30 +46,47 @@ def attend(
     attention_mask: Tensor | None,
     *,
     kernel: str,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    is_causal: bool | None = None,
-    s_aux: Tensor | None = None,
-    position_ids: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' FlashAttention, which also accepts `attention.tree_lengths` as the mask.
 
-    Not its `flash_attention_forward`, which takes the kernel's name from the config, where this function's name is.
-
     Args:
         query, key, value: shape `(batch, heads, length, head size)`, rotary embedding applied; one row of prefix trees.
-        s_aux: attention sinks, shape `(heads,)`.
+        kernel: transformers' name of it.
 
     Returns:
         The output, shape `(batch, length, heads, head size)`, and None for the weights.
     """
-    if attention_mask is not None and attention_mask.ndim == 4:
-        sequences = _sequences(attention_mask, query.device)
-        key, value, attention_mask = key[:, :, sequences.keys], value[:, :, sequences.keys], None
-        position_ids = None  # which transformers would look for sequences in
-        kwargs |= sequences.in_words
-    if s_aux is not None:
+    attend_to = _attend_in_trees if attention_mask is not None and attention_mask.ndim == 4 else _attend
+    return attend_to(module, query, key, value, attention_mask, kernel=kernel, **kwargs), None
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # the lengths never repeat
+def _attend_in_trees(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, **kwargs: Any
+) -> Tensor:
+    sequences = _sequences(lengths, query.device)
+    key, value = key[:, :, sequences.keys], value[:, :, sequences.keys]
+    # Without position_ids, which transformers would look for sequences in.
+    return _attend(module, query, key, value, None, **kwargs | sequences.in_words | {"position_ids": None})
+
+
+def _attend(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    kernel: str,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """transformers' `flash_attention_forward`, but that takes the kernel's name from the config, where ours is."""
+    if s_aux is not None:  # attention sinks, a logit per head
         kwargs["s_aux"] = s_aux.to(query.dtype)
     output: Tensor = _flash_attention_forward(
         query.transpose(1, 2),
@@ -80,13 +97,12 @@ def attend(
         is_causal=getattr(module, "is_causal", True) if is_causal is None else is_causal,
         dropout=dropout,
         softmax_scale=scaling,
-        position_ids=position_ids,
         use_top_left_mask=flash_attn_supports_top_left_mask(),
         target_dtype=get_target_dtype(query, module),
         attn_implementation=kernel,
         **kwargs,
     )
-    return output, None
+    return output
 
 
 @dataclass(frozen=True)

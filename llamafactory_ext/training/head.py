@@ -88,7 +88,8 @@ def _try(model: torch.nn.Module, head: torch.nn.Module, device: torch.device) ->
     hook = head.register_forward_hook(replace)
     ids = torch.arange(1, TOKENS + 1, device=device)[None]
     try:
-        with torch.no_grad(), without_dropout(model):
+        # Not compiled, if it is a compiled model: that would take a minute.
+        with torch.no_grad(), without_dropout(model), torch.compiler.set_stance("force_eager"):
             logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), return_dict=True, use_cache=False).logits
     except Exception:  # a model that wants more than text
         return None

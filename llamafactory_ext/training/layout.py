@@ -253,9 +253,10 @@ def depends_on_batch(config: Any, collator: Any) -> str | None:
 
 
 def inner_model(model: Any, with_adapters: bool = False) -> Any:
-    """The model inside the wrappers of DDP and DeepSpeed, and of PEFT unless it is wanted `with_adapters`."""
-    if hasattr(model, "module"):
-        return inner_model(model.module, with_adapters)
+    """The model inside the wrappers of DDP, DeepSpeed and torch.compile, and of PEFT unless wanted `with_adapters`."""
+    for wrapped in ("module", "_orig_mod"):
+        if hasattr(model, wrapped):
+            return inner_model(getattr(model, wrapped), with_adapters)
     return model.get_base_model() if hasattr(model, "get_base_model") and not with_adapters else model
 
 

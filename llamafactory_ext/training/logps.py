@@ -8,6 +8,7 @@ So the logits take the memory of one chunk, however large the batch.
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -121,53 +122,73 @@ def _logps_of(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass
 class _Head:
-    """What the head did in a forward pass: whether it saw scored tokens only, and whether it returned logps."""
+    """What takes the place of a language-model head's forward, and what it did in a forward pass.
 
+    Of the hidden states it passes on those that predict a scored token, as one row. It is done inside the head's call,
+    so that weight gathering (ZeRO-3, FSDP), LoRA and tied weights keep working.
+
+    Args:
+        layout: the batch.
+        final: what the model does to its head's logits. The head then returns `_logps_of` these, shape
+            `(1, scored, 2)`; None: it returns logits, to which the model may do anything.
+        vocabulary: how many logits it returns.
+        forward: the head's own; None: the model has no head.
+        is_narrowed: whether it saw scored tokens only; not if the model does not call it.
+        gives_logps: whether it returned log-probabilities.
+    """
+
+    layout: Layout
+    final: HeadOutput | None
+    vocabulary: int
+    forward: Callable[..., Tensor] | None = None
     is_narrowed: bool = False
     gives_logps: bool = False
+
+    def __call__(self, hidden: Tensor, *others: Any) -> Tensor:
+        final, forward = self.final, self.forward
+        assert forward is not None
+        self.is_narrowed, self.gives_logps = True, final is not None
+        scored = hidden[self.layout.row, self.layout.column]
+        if final is None:
+            return forward(scored[None], *others)
+        logps = _in_chunks(lambda part: final(forward(part)), scored, self.layout.target, self.vocabulary)
+        return final.sent(logps)
+
+
+# Per head one function: a compiled model would be compiled again for another.
+_CALLS: weakref.WeakKeyDictionary[torch.nn.Module, _Call] = weakref.WeakKeyDictionary()
+
+
+class _Call:
+    """Calls the `_Head` of the forward pass, which a compiled model leaves uncompiled: its lengths never repeat."""
+
+    def __init__(self) -> None:
+        self.head: _Head | None = None
+        self.forward = torch.compiler.disable(self._forward)
+
+    def _forward(self, *args: Any) -> Tensor:
+        assert self.head is not None
+        return self.head(*args)
 
 
 @contextmanager
 def _head_on(model: torch.nn.Module, layout: Layout, final: HeadOutput | None) -> Iterator[_Head]:
-    """Restrict the language-model head to the hidden states that predict a scored token, as one row.
-
-    Done inside the head's call, so that weight gathering (ZeRO-3, FSDP), LoRA and tied weights keep working. A model
-    that does not call its head returns all logits.
-
-    Args:
-        final: what the model does to its head's logits. The head then returns `_logps_of` these, shape
-            `(1, scored, 2)`; None: the head returns logits, to which the model may do anything.
-    """
-    head = inner_model(model).get_output_embeddings()
-    state = _Head()
-
-    def narrow(module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        hidden, *others = args
-        state.is_narrowed = True
-        return (hidden[layout.row, layout.column][None], *others)
-
-    def give_logps(hidden: Tensor) -> Tensor:
-        assert final is not None
-        state.gives_logps = True
-        vocabulary = inner_model(model).config.get_text_config().vocab_size
-        logps = _in_chunks(lambda part: final(forward(part)), hidden[0], layout.target, vocabulary)
-        return final.sent(logps)
-
-    if head is None:
-        yield state
+    """Put a `_Head` in the place of a model's head, if it has one, inside the with block."""
+    inner = inner_model(model)
+    head, module = _Head(layout, final, inner.config.get_text_config().vocab_size), inner.get_output_embeddings()
+    if module is None:
+        yield head
         return
-    forward, own_forward = head.forward, vars(head).get("forward")
-    hook = head.register_forward_pre_hook(narrow, prepend=True)
-    if final is not None:
-        head.forward = give_logps
+    call, own = _CALLS.setdefault(module, _Call()), vars(module).get("forward")
+    call.head, head.forward = head, module.forward
+    module.forward = call.forward
     try:
-        yield state
+        yield head
     finally:
-        hook.remove()
-        if final is not None:
-            del head.forward
-        if own_forward is not None:
-            head.forward = own_forward
+        call.head = None
+        del module.forward
+        if own is not None:
+            module.forward = own
 
 
 def _in_chunks(head: Callable[[Tensor], Tensor], hidden: Tensor, target: Tensor, vocabulary: int) -> Tensor:
