@@ -13,12 +13,13 @@ import tiny
 import torch
 from llamafactory.extras import logging
 from llamafactory.train import tuner
-from transformers import MistralConfig, MistralForCausalLM
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration, MistralConfig, MistralForCausalLM
 
 from llamafactory_ext.training.attention import accept_prefix_trees
 from llamafactory_ext.training.head import HeadOutput, head_output
 from llamafactory_ext.training.layout import Limits, limits_of, obstacle, padded, shared_prefix
 from llamafactory_ext.training.logps import response_logps, token_logps
+from llamafactory_ext.training.media import placeholders, trains_language_only
 from llamafactory_ext.training.modes import without_dropout
 from llamafactory_ext.training.proof import Proof, made_up_pairs, prove
 
@@ -89,6 +90,25 @@ def test_a_model_that_draws_numbers_in_training_does_not_share_them(family):
     proof = prove(without, score, families.TOKENS, attention=attention, device=CPU, dtype=torch.float32)
     assert proof.is_random
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_pairs_of_text_share_their_prefix_in_a_vision_model():
+    text = {**families.SHAPE, **families.TWO_KINDS, "query_pre_attn_scalar": 8}
+    tower = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    tower |= {"image_size": 28, "patch_size": 14}
+    config = Gemma3Config(text_config=text, vision_config=tower, mm_tokens_per_image=4)
+    config.image_token_id = config.boi_token_index = config.eoi_token_index = 95
+    torch.manual_seed(0)
+    model = Gemma3ForConditionalGeneration(config).train()
+    accept_prefix_trees(model)
+    score, about = functools.partial(token_logps, model), {"device": CPU, "dtype": torch.float32, "window": 64}
+    about["attention"] = model.config._attn_implementation
+    assert prove(score, score, families.TOKENS[:-1], **about).holds
+    assert placeholders(model) == {95}
+    assert trains_language_only(model) is False
+    model.model.vision_tower.requires_grad_(False)
+    model.model.multi_modal_projector.requires_grad_(False)
+    assert trains_language_only(model) is True
 
 
 def test_what_neighbors_mix_is_refused_however_little_it_is():

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import functools
 import json
+import re
+import shutil
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from llamafactory.extras import logging
 from llamafactory.train import tuner
 from PIL import Image
 from plain import plain_loss
@@ -23,6 +26,8 @@ from llamafactory_ext.scoring.file import read_scores
 from llamafactory_ext.scoring.scorer import score_pairs
 from llamafactory_ext.training.refinement import is_joinable
 
+# transformers 4 logs a training loss with four digits.
+AS_LOGGED = 1e-5 if transformers.__version__ >= "5" else 1e-4
 SR_PROMPT = "Rate 9 of 9: "
 # As the templates of LLaMA-Factory write a system message and one turn.
 PROMPTS = {
@@ -77,7 +82,7 @@ LORA = {"finetuning_type": "lora", "lora_rank": 4, "ref_model": None, "learning_
 def test_dpo_trains_as_in_stock(changes, train, monkeypatch):
     settings = {"pref_loss": "sigmoid", "gradient_accumulation_steps": 2, "eval_dataset": "pictures_eval", **changes}
     settings |= {"eval_strategy": "steps", "eval_steps": 3}
-    ours = train(**settings)
+    ours = train(**settings, precompute_ref_log_probs=False)  # beforehand, it would be rounded beside other pairs
     monkeypatch.setattr(tuner, "run_dpo", tuner.run_dpo.__wrapped__)  # LLaMA-Factory's workflow with its own trainer
     theirs = train(**settings)
     assert not [name for log in theirs for name in log if "normalized_rewards" in name]
@@ -89,10 +94,77 @@ def test_dpo_trains_as_in_stock(changes, train, monkeypatch):
     assert max(losses) - min(losses) > 1e-2
 
 
-# --- the refinement term ----------------------------------------------------------------------------------------------
+FROZEN = {"freeze_vision_tower": True, "freeze_multi_modal_projector": True}
 
-# transformers 4 logs a training loss with four digits.
-AS_LOGGED = 1e-5 if transformers.__version__ >= "5" else 1e-4
+
+@pytest.fixture
+def said(monkeypatch):
+    """What LLaMA-Factory's log is told."""
+    lines = []
+    for level in ("info_rank0", "warning_rank0_once"):
+        monkeypatch.setattr(logging.get_logger(), level, lambda message: lines.append(str(message)))
+    return lines
+
+
+def losses(logs):
+    return [log["loss"] for log in logs if "loss" in log]
+
+
+@pytest.mark.parametrize("changes", [{}, LORA], ids=["full", "lora"])
+def test_pairs_of_text_share_their_prefix(changes, train, said):
+    """A blank picture, of which they see nothing, is left out."""
+    settings = {"dataset": "texts", **FROZEN, **changes}
+    apart = train(**settings, share_prefix=False)
+    shared = train(**settings, share_prefix=True)  # or it fails
+    assert losses(shared) == pytest.approx(losses(apart), abs=AS_LOGGED)
+    assert max(losses(apart)) - min(losses(apart)) > 1e-2
+    assert [line for line in said if line.startswith("Prefix sharing is on")]
+
+
+def test_pairs_with_pictures_have_a_row_per_response(train, said):
+    settings = {"dataset": "pictures", **FROZEN, "max_steps": 4, "disable_shuffling": True}
+    assert losses(train(**settings)) == pytest.approx(losses(train(**settings, share_prefix=False)), abs=AS_LOGGED)
+    assert "Prefix sharing is off for batches that hold more than text." in said
+    with pytest.raises(ValueError, match="a batch holds more than text"):
+        train(**settings, share_prefix=True)
+
+
+def test_while_the_tower_is_trained_a_blank_picture_stays(train, said):
+    train(dataset="texts")
+    assert "Prefix sharing is off for batches that hold more than text." in said
+
+
+# --- the cache --------------------------------------------------------------------------------------------------------
+
+
+def test_the_reference_of_pictures_is_computed_once(train, data, said, tmp_path):
+    """And again where a picture, or how pictures are read, has changed."""
+    own = tmp_path / "data"
+    shutil.copytree(data, own)
+    rows = (own / "pictures.jsonl").read_text(encoding="utf-8")
+    (own / "pictures.jsonl").write_text(rows.replace(str(data), str(own)), encoding="utf-8")
+    settings = {"dataset_dir": str(own), "max_steps": 4, "disable_shuffling": True}
+    settings |= {"ref_log_probs_cache_dir": str(tmp_path / "cache")}
+
+    def cached():
+        return re.search("Reference log-probabilities: ([0-9]+) of ([0-9]+)", "\n".join(said[::-1])).groups()
+
+    every_step = train(**settings, precompute_ref_log_probs=False)
+    beforehand = train(**settings, precompute_ref_log_probs=True)
+    assert cached() == ("0", "8")
+    assert losses(beforehand) == pytest.approx(losses(every_step), abs=AS_LOGGED)
+    assert losses(train(**settings)) == losses(beforehand)
+    assert cached() == ("8", "8")
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+    Image.new("RGB", (56, 56), "yellow").save(own / "red.png")
+    train(**settings)
+    assert cached() == ("7", "8")
+    train(**settings, image_max_pixels=64 * 64)
+    assert cached() == ("0", "8")
+
+
+# --- the refinement term ----------------------------------------------------------------------------------------------
 
 
 def logp(model: Any, processor: Any, prompt: str, response: str, images: list[Any]) -> tuple[float, int]:

@@ -89,7 +89,7 @@ def shared_prefix(batch: Batch, attention: str = "sdpa", limits: Limits | None =
     long as a row per tree at four and eight pairs, because the mask is quadratic in the row's length.
 
     Args:
-        batch: as for `padded`; text only.
+        batch: as for `padded`; text only, as of `media.text_of`.
         attention: the model's implementation. `eager` gets an additive mask of shape `(1, 1, length, length)`; others
             get `attention.tree_lengths` and need `attention.accept_prefix_trees` first.
         limits: beyond them the batch is `padded`.
@@ -258,11 +258,6 @@ def inner_model(model: Any, with_adapters: bool = False) -> Any:
         if hasattr(model, wrapped):
             return inner_model(getattr(model, wrapped), with_adapters)
     return model.get_base_model() if hasattr(model, "get_base_model") and not with_adapters else model
-
-
-def is_text(batch: Batch) -> bool:
-    """Whether a batch holds text only, no images, video or audio."""
-    return set(batch) == {"input_ids", "attention_mask", "labels"}
 
 
 def _drops_out(model: torch.nn.Module, config: Any) -> bool:

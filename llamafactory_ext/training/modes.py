@@ -1,4 +1,4 @@
-"""A model's mode for passes that must not draw random numbers."""
+"""A model's mode for passes that must not draw random numbers, and whether ranks pass through it together."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 
 @contextmanager
@@ -27,3 +30,9 @@ def without_dropout(model: torch.nn.Module) -> Iterator[None]:
 
 def _is_plain_linear(module: torch.nn.Module) -> bool:
     return isinstance(module, torch.nn.Linear) and not type(module).__module__.startswith("transformers.models.")
+
+
+def ranks_wait_for_each_other() -> bool:
+    """Whether ranks gather weights within a forward pass, so that no rank can abort it alone and try again."""
+    sharded: bool = is_deepspeed_zero3_enabled() or parse_flag_from_env("ACCELERATE_USE_FSDP")
+    return sharded and PartialState().num_processes > 1

@@ -12,7 +12,8 @@ from llamafactory.extras import logging
 
 from ..errors import in_a_line, not_possible
 from .attention import accept_prefix_trees
-from .layout import Batch, Layout, Limits, inner_model, is_text, limits_of, obstacle, padded, shared_prefix
+from .layout import Batch, Layout, Limits, inner_model, limits_of, obstacle, padded, shared_prefix
+from .media import placeholders, text_of, trains_language_only
 from .proof import SHORTEST, Proof, prove
 
 if TYPE_CHECKING:
@@ -32,19 +33,22 @@ class PrefixSharing:
         is_on: whether prefixes are shared; None until it has been tried.
         attention: the models' implementation, as for `shared_prefix`.
         limits: batches beyond them have a row per response.
+        placeholders: as for `media.text_of`.
     """
 
     wanted: bool | None
     is_on: bool | None
     attention: str = "sdpa"
     limits: Limits = field(default_factory=Limits)
+    placeholders: frozenset[int] = frozenset()
 
     def lay_out(self, batch: Batch) -> Layout:
         """The batch with shared prefixes, unless sharing is off or the batch holds more than text."""
         if not self.is_on:
             return padded(batch)
-        if is_text(batch):
-            return shared_prefix(batch, self.attention, self.limits)
+        text = text_of(batch, self.placeholders)
+        if text is not None:
+            return shared_prefix(text, self.attention, self.limits)
         if self.wanted:
             raise not_possible("share_prefix", "a batch holds more than text")
         logger.warning_rank0_once("Prefix sharing is off for batches that hold more than text.")
@@ -124,13 +128,16 @@ class PrefixSharing:
         )
 
 
-def consider(wanted: bool | None, models: Sequence[Any], reason: str | None) -> PrefixSharing:
+def consider(
+    wanted: bool | None, models: Sequence[Any], reason: str | None, ranks_wait_for_each_other: bool
+) -> PrefixSharing:
     """Prefix sharing for these models: off if something rules it out, else to be tried.
 
     Args:
         wanted: the recipe's `share_prefix`.
-        models: policy and reference, wrapped or not.
+        models: policy and reference, wrapped or not; the policy first.
         reason: why the recipe or the data rule it out, or None.
+        ranks_wait_for_each_other: whether all ranks must run the same layers.
 
     Raises:
         ValueError: as `PrefixSharing.switch_off`.
@@ -144,7 +151,10 @@ def consider(wanted: bool | None, models: Sequence[Any], reason: str | None) -> 
         reasons.append("policy and reference use different attention implementations")
     if limits.sequence is not None and limits.sequence < SHORTEST:
         reasons.append(f"the model attends to {limits.sequence} tokens at a time")
-    sharing = PrefixSharing(wanted, is_on=None, limits=limits)
+    media = placeholders(models[0])
+    if ranks_wait_for_each_other or (media and not trains_language_only(models[0])):
+        media = frozenset()
+    sharing = PrefixSharing(wanted, is_on=None, limits=limits, placeholders=media)
     reason = reason or next(filter(None, reasons), None)
     if reason is not None:
         sharing.switch_off(reason)

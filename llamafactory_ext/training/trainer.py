@@ -25,7 +25,7 @@ from .head import head_output
 from .layout import SHARED_NOISE, Batch, Layout, depends_on_batch, inner_model
 from .logps import MICRO_BATCHES_AT_ONCE, ResponseLogps, response_logps, token_logps
 from .metrics import MetricSums, refinement_metrics, response_metrics, reward_metrics
-from .modes import without_dropout
+from .modes import ranks_wait_for_each_other, without_dropout
 from .monitors import DEGENERATING, STOPPED, DegenerationMonitor, RewardPlot, problem
 from .reference.logps import COLUMN, Pair, ReferenceCollator, ReferenceLogps, from_column, precomputed
 from .reference.model import PendingReference, autocast_dtype, match_precision
@@ -99,7 +99,9 @@ class PreferenceTrainer(CustomDPOTrainer):
         self.batch_dependence = next(filter(None, (depends_on_batch(m.config, collator) for m in models)), None)
         super().__init__(model=model, ref_model=ref_model, finetuning_args=finetuning_args, **kwargs)
         noise = SHARED_NOISE if args.neftune_noise_alpha is not None else None
-        self.sharing = consider(finetuning_args.share_prefix, models, noise or self.batch_dependence)
+        self.sharing = consider(
+            finetuning_args.share_prefix, models, noise or self.batch_dependence, ranks_wait_for_each_other()
+        )
         if self.references is not None:
             self.add_callback(BeforeTraining(self.compute_reference_logps))
         self.add_callback(DegenerationMonitor())

@@ -1,4 +1,4 @@
-"""The cache of reference log-probabilities on disk, keyed by the token ids of a pair.
+"""The cache of reference log-probabilities on disk, keyed by what the model reads of a pair.
 
 Each reference has a folder with files of rows (key, chosen, rejected). A file's name is a hash of the folder's name and
 the file's content, so truncated or altered files and files of another reference are detected and ignored. Files are
@@ -20,6 +20,7 @@ from filelock import FileLock, Timeout
 from llamafactory.extras import logging
 
 from ...whole_files import write_whole
+from .content import digest_of_media
 from .folders import ABOUT, LOCK, ROWS
 
 logger = logging.get_logger()  # LLaMA-Factory's own, whose lines reach the console and the web UI
@@ -32,11 +33,12 @@ TOKENS = tuple(f"{side}_{column}" for side in ("chosen", "rejected") for column 
 
 
 def pair_key(pair: Mapping[str, Any]) -> bytes:
-    """The key of a tokenized pair, 16 bytes: a hash of the token ids and labels of both sequences."""
+    """The key of a tokenized pair, 16 bytes: a hash of token ids and labels of both sequences, and of its pictures."""
     digest = hashlib.blake2b(digest_size=KEY_BYTES)
     for name in TOKENS:
         values = np.asarray(pair[name], dtype="<i8")
         digest.update(len(values).to_bytes(8, "little") + values.tobytes())
+    digest.update(digest_of_media(pair))
     return digest.digest()
 
 

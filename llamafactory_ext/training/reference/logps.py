@@ -17,18 +17,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
+from accelerate.utils import broadcast_object_list, gather_object
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from llamafactory.extras import logging
 from tqdm import tqdm
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from ...errors import not_possible
 from ...paths import named_path
 from ..layout import depends_on_batch
+from ..modes import ranks_wait_for_each_other
 from ..refinement import BATCH_PREFIX, PROMPT_IDS, augmented_pair
 from . import cache as cache
 from .cache import Logps
+from .content import columns_with_media, describe_processing
 from .folders import default_folder
 from .model import (
     NOT_PRECOMPUTED,
@@ -82,6 +83,8 @@ def precomputed(
     about = describe(pending, policy, args) if reason is None else None
     references = None
     if about is not None:
+        if any(columns_with_media(dataset) for dataset in datasets):
+            about["media"] = describe_processing(about_run["data_collator"], pending.model_args)
         directory = pending.finetuning_args.ref_log_probs_cache_dir
         parent = named_path("ref_log_probs_cache_dir", directory) if directory else default_folder()
         folder = parent / folder_name(about)
@@ -186,7 +189,10 @@ class ReferenceLogps:
         """Every pair, and where it is."""
         for number, dataset in enumerate(self.datasets):
             names = [name for name in (*cache.TOKENS, PROMPT_IDS) if name in dataset.column_names]
-            for row, pair in enumerate(_rows(dataset.select_columns(names))):
+            media = columns_with_media(dataset)
+            shown = dataset.select_columns(media) if media else itertools.repeat({})
+            for row, (tokens, seen) in enumerate(zip(_rows(dataset.select_columns(names)), shown, strict=False)):
+                pair = {**tokens, **seen}
                 yield (number, row, False), pair
                 if PROMPT_IDS in names:
                     yield (number, row, True), augmented_pair(pair)
@@ -260,7 +266,7 @@ class ReferenceLogps:
         try:
             logps = score(pairs).float().cpu()
         except RuntimeError as error:
-            if not should_reduce_batch_size(error) or _ranks_wait_for_each_other():
+            if not should_reduce_batch_size(error) or ranks_wait_for_each_other():
                 raise
             logps = None
         if logps is None:  # outside of the except block, which keeps the tensors of the error's frames alive
@@ -338,12 +344,6 @@ def _fewer(batches: list[Batch]) -> int:
         f"Memory ran out while the reference scored pairs: trying again with {tokens} tokens per batch."
     )
     return tokens
-
-
-def _ranks_wait_for_each_other() -> bool:
-    """Whether ranks gather weights within a forward pass, so that no rank can abort it alone and try again."""
-    sharded: bool = is_deepspeed_zero3_enabled() or parse_flag_from_env("ACCELERATE_USE_FSDP")
-    return sharded and PartialState().num_processes > 1
 
 
 def from_column(column: Tensor) -> Tensor:

@@ -126,18 +126,9 @@ def obstacle(pending: PendingReference, args: Any, datasets: Sequence[Any]) -> s
         return "without training, each pair is scored only once"
     if any(not hasattr(dataset, "column_names") or not hasattr(dataset, "__len__") for dataset in datasets):
         return STREAMED
-    if any(_holds_media(dataset) for dataset in datasets):
-        return "the pairs hold more than text"
     if random_weight_keys(pending.model_args) and not pending.is_first_policy:
         return "the model gets random weights when it is loaded"
     return None
-
-
-def _holds_media(dataset: Any) -> bool:
-    names = [name for name in ("images", "videos", "audios") if name in dataset.column_names]
-    # Only these columns: rows in another order than on disk are copied.
-    columns = dataset.select_columns(names).with_format("arrow")[:]
-    return any(columns[name].null_count < len(dataset) for name in names)
 
 
 # --- its fingerprint -------------------------------------------------------------------------------------------------
