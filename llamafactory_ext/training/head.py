@@ -13,7 +13,6 @@ from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.distributed.fsdp import FSDPModule
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from .layout import inner_model
@@ -66,9 +65,9 @@ def head_output(model: torch.nn.Module, device: torch.device) -> HeadOutput | No
         device: of its inputs.
     """
     inner = inner_model(model)
-    # FSDP2 rounds the model's output; ZeRO-3 cannot recompute a head that consists of submodules (LoRA).
+    # ZeRO-3 cannot recompute a head that consists of submodules (LoRA).
     head = inner.get_output_embeddings()
-    if head is None or isinstance(inner, FSDPModule) or (is_deepspeed_zero3_enabled() and any(head.children())):
+    if head is None or (is_deepspeed_zero3_enabled() and any(head.children())):
         return None
     if inner not in _KNOWN:
         _KNOWN[inner] = _try(model, head, device)

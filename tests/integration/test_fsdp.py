@@ -15,6 +15,7 @@ import torch.distributed as dist
 from two_ranks import end_rank, torchrun
 
 from llamafactory_ext.training import logps
+from llamafactory_ext.training.head import HeadOutput, head_output
 from llamafactory_ext.training.layout import padded
 from llamafactory_ext.training.logps import ResponseLogps, response_logps
 
@@ -28,7 +29,7 @@ def test_response_logps_of_a_sharded_model(model):
 def compare(folder: str) -> None:
     """On each rank: the shards against a model of its own; the gradients are means over the ranks' batches."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     from transformers import AutoModelForCausalLM
 
     dist.init_process_group("gloo")
@@ -42,7 +43,8 @@ def compare(folder: str) -> None:
         assert parameter.to_local().numel() * ranks == parameter.numel()
 
     expected = [response_logps(whole, padded(random_batch(seed))) for seed in range(ranks)]
-    logps.CHUNK = 2000  # which is for models that are not sharded so, as FSDP2 rounds what they give
+    logps.CHUNK = 2000  # a few tokens at a time
+    assert head_output(sharded, torch.device("cpu")) == HeadOutput()
     actual = response_logps(sharded, padded(random_batch(rank)))
     for side in ("chosen", "rejected"):
         torch.testing.assert_close(getattr(actual, side), getattr(expected[rank], side))
@@ -53,6 +55,10 @@ def compare(folder: str) -> None:
     for name, parameter in sharded.named_parameters():
         assert gradients[name].abs().max() > 0
         torch.testing.assert_close(parameter.grad.full_tensor(), gradients[name], rtol=1e-4, atol=1e-5)
+
+    rounded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    fully_shard(rounded, mesh=mesh, mp_policy=MixedPrecisionPolicy(torch.bfloat16, output_dtype=torch.bfloat16))
+    assert head_output(rounded, torch.device("cpu")) is None  # log-probabilities would not come through
     dist.destroy_process_group()
 
 
