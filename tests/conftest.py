@@ -88,7 +88,7 @@ def independent_runs():
     if "llamafactory_ext.losses.registry" in sys.modules:
         losses = sys.modules["llamafactory_ext.losses.registry"].LOSSES
         for name, loss in list(losses.items()):
-            if not loss.function.__module__.startswith("llamafactory_ext.losses."):
+            if loss.is_users:
                 del losses[name]
     if "accelerate" in sys.modules:
         from accelerate.state import AcceleratorState

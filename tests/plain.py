@@ -22,13 +22,16 @@ def plain_loss(name: str, pairs: PairLogps, **hyper: Any) -> Tensor:
     """The loss `name` of pairs in float64, shape `(batch,)`; every hyper-parameter must be given."""
     w, l = pairs.policy_chosen, pairs.policy_rejected  # noqa: E741
     n_w, n_l = pairs.chosen_length, pairs.rejected_length
-    beta = hyper["beta"]
+    beta = hyper.get("beta")
     if name == "orpo":
         p_w, p_l = torch.exp(w / n_w), torch.exp(l / n_l)
         ratio = (p_w / (1 - p_w)) / (p_l / (1 - p_l))
         return -w / n_w - beta * log_sigma(torch.log(ratio))
     if name == "simpo":
         return -log_sigma(beta * w / n_w - beta * l / n_l - hyper["simpo_gamma"])
+
+    if name == "sft":
+        return -w / n_w.double().mean()
 
     d_w, d_l = w - pairs.reference_chosen, l - pairs.reference_rejected
     if name == "sigmoid":
@@ -42,6 +45,19 @@ def plain_loss(name: str, pairs: PairLogps, **hyper: Any) -> Tensor:
     if name == "kto_pair":
         kl_w, kl_l = relu(d_w.mean()), relu(d_l.mean())
         return ((1 - 1 / (1 + torch.exp(-beta * (d_w - kl_l)))) + (1 - 1 / (1 + torch.exp(-beta * (kl_w - d_l))))) / 2
+    if name in ("robust", "exo_pair", "aot", "aot_unpaired"):
+        return _plain_with_smoothing(name, pairs, beta, hyper["label_smoothing"])
+    sigma_w, sigma_l = (1 / (1 + torch.exp(-beta * d)) for d in (d_w, d_l))
+    others = {
+        "sigmoid_norm": lambda: -log_sigma(beta * (d_w / n_w - d_l / n_l)),
+        "nca_pair": lambda: -torch.log(sigma_w) - (torch.log(1 - sigma_w) + torch.log(1 - sigma_l)) / 2,
+        "bco_pair": lambda: -torch.log(sigma_w) - torch.log(1 - sigma_l),
+        "sppo_hard": lambda: (d_w - 0.5 / beta) ** 2 + (d_l + 0.5 / beta) ** 2,
+        "apo_zero": lambda: 1 - sigma_w + sigma_l,
+        "apo_down": lambda: sigma_w + 1 - 1 / (1 + torch.exp(-beta * (d_w - d_l))),
+    }
+    if name in others:
+        return others[name]()
     # A constant: a number without a history, whatever was given.
     refined = hyper["sr_lambda"] * torch.tensor(pairs.refinement.tolist(), dtype=torch.float64)
     if name == "minor_dpo":
@@ -54,6 +70,24 @@ def plain_loss(name: str, pairs: PairLogps, **hyper: Any) -> Tensor:
         scale_w, scale_l = (n_w, n_l) if hyper["length_normalize"] else (1, 1)
         return (d_w / scale_w - d_l / scale_l - refined - 1 / (2 * beta)) ** 2
     raise KeyError(name)
+
+
+def _plain_with_smoothing(name: str, pairs: PairLogps, beta: float, e: float) -> Tensor:
+    policy = pairs.policy_chosen - pairs.policy_rejected
+    reference = pairs.reference_chosen - pairs.reference_rejected
+    margin = policy - reference
+    if name == "robust":
+        return ((1 - e) * -log_sigma(beta * margin) - e * -log_sigma(-beta * margin)) / (1 - 2 * e)
+    if name == "exo_pair":
+        q = 1 / (1 + torch.exp(-beta * margin))
+        return q * torch.log(q / (1 - e)) + (1 - q) * torch.log((1 - q) / e)
+    above, below = policy, reference
+    if name == "aot_unpaired":
+        above, below = pairs.policy_chosen - pairs.reference_chosen, pairs.policy_rejected - pairs.reference_rejected
+    in_order = sorted(range(len(above)), key=lambda at: above[at].item())
+    opposite = dict(zip(in_order, sorted(range(len(below)), key=lambda at: below[at].item()), strict=True))
+    margins = torch.stack([above[at] - below[opposite[at]] for at in range(len(above))])
+    return -(1 - e) * log_sigma(beta * margins) - e * log_sigma(-beta * margins)
 
 
 def plain_logps(model: torch.nn.Module, tokenizer: Any, prompt: str, response: str) -> tuple[float, int]:

@@ -205,7 +205,8 @@ def losses_of(cell: str) -> set[str]:
         "with a reference": {name for name in OURS if get_loss(name).needs_reference},
         "your own": set(),
     }
-    return groups[cell] if cell in groups else set(re.findall(r"`(\w+)`", cell))
+    named = set(re.findall(r"`(\w+)`", cell))
+    return groups[cell] if cell in groups else set(OURS) - named if cell.startswith("all but ") else named
 
 
 def default_of(cell: str, loss: str) -> object:

@@ -24,10 +24,21 @@ HYPER = {
     "dpop": {"beta": 0.5, "dpop_lambda": 5.0, "sr_lambda": 0.4},
     "sr_dpo": {"beta": 0.5, "sr_lambda": 0.4},
     "sr_ipo": {"beta": 0.5, "sr_lambda": 0.4, "length_normalize": False},
+    "robust": {"beta": 0.5, "label_smoothing": 0.2},
+    "sigmoid_norm": {"beta": 0.5},
+    "exo_pair": {"beta": 0.5, "label_smoothing": 0.01},
+    "aot": {"beta": 0.5, "label_smoothing": 0.2},
+    "aot_unpaired": {"beta": 0.5, "label_smoothing": 0.2},
+    "nca_pair": {"beta": 0.5},
+    "bco_pair": {"beta": 0.5},
+    "sppo_hard": {"beta": 0.5},
+    "apo_zero": {"beta": 0.5},
+    "apo_down": {"beta": 0.5},
     "orpo": {"beta": 0.5},
+    "sft": {},
     "simpo": {"beta": 0.5, "simpo_gamma": 0.3},
 }
-WITH_REFERENCE = ["sigmoid", "hinge", "ipo", "kto_pair", "minor_dpo", "dpop", "sr_dpo", "sr_ipo"]
+WITH_REFERENCE = [name for name in HYPER if name not in ("orpo", "sft", "simpo")]
 REFINED = ["minor_dpo", "dpop", "sr_dpo", "sr_ipo"]
 
 
@@ -46,6 +57,12 @@ def pairs_of(
         torch.full((len(d_l),), n_l),
         torch.tensor(d_w, dtype=dtype) / 2 + 1,
     )
+
+
+def gradients_of(loss: torch.Tensor, pairs: PairLogps) -> tuple[torch.Tensor, ...]:
+    """Of the sum, with respect to the chosen and the rejected log-probabilities; 0 where a loss does not read them."""
+    sides = (pairs.policy_chosen, pairs.policy_rejected)
+    return torch.autograd.grad(loss.sum(), sides, allow_unused=True, materialize_grads=True)
 
 
 def softplus(x: float) -> float:
@@ -77,6 +94,27 @@ GOLDEN = [
     ("sr_ipo", {"beta": 0.5, "sr_lambda": 0.5, "length_normalize": True}, 2.0, -1.0, 1.0),  # means: (1 - 1 - 1)^2
     ("minor_dpo", {"beta": 0.5, "sr_lambda": 0.5}, 2.0, -1.0, softplus(0.0)),  # 1 - 0.5 * 2
     ("dpop", {"beta": 0.5, "dpop_lambda": 5.0, "sr_lambda": 0.5}, 2.0, -1.0, softplus(-0.5)),  # 1.5 - 1
+    ("robust", {"beta": 0.5, "label_smoothing": 0.1}, 2.0, -1.0, (0.9 * softplus(-1.5) - 0.1 * softplus(1.5)) / 0.8),
+    ("robust", {"beta": 0.5}, 2.0, -1.0, softplus(-1.5)),  # labels that are certain: DPO
+    ("sigmoid_norm", {"beta": 0.5}, 2.0, -1.0, softplus(-0.5)),  # means 2/4 and -1/2: 0.5 * 1
+    # q_w = sigma(0.5 * 3) against p_w = 0.9; without a margin, both are 1/2 against 0.9 and 0.1
+    ("exo_pair", {"beta": 0.5, "label_smoothing": 0.1}, 0.0, 0.0, -math.log(2) - (math.log(0.9) + math.log(0.1)) / 2),
+    (
+        "exo_pair",
+        {"beta": 0.5, "label_smoothing": 0.1},
+        2.0,
+        -1.0,
+        (-softplus(-1.5) - math.log(0.9)) / (1 + math.exp(-1.5))
+        + (-softplus(1.5) - math.log(0.1)) / (1 + math.exp(1.5)),
+    ),
+    ("aot", {"beta": 0.5}, 2.0, -1.0, softplus(-1.5)),  # of one pair: DPO
+    ("aot_unpaired", {"beta": 0.5}, 2.0, -1.0, softplus(-1.5)),
+    ("nca_pair", {"beta": 0.5}, 2.0, -1.0, softplus(-1.0) + (softplus(1.0) + softplus(-0.5)) / 2),
+    ("bco_pair", {"beta": 0.5}, 2.0, -1.0, softplus(-1.0) + softplus(-0.5)),
+    ("sppo_hard", {"beta": 0.5}, 2.0, -1.0, 1.0),  # the targets are 1 and -1
+    ("apo_zero", {"beta": 0.5}, 2.0, -1.0, 1 / (1 + math.e) + 1 / (1 + math.exp(0.5))),
+    ("apo_down", {"beta": 0.5}, 2.0, -1.0, 1 / (1 + math.exp(-1.0)) + 1 / (1 + math.exp(1.5))),
+    ("sft", {}, 2.0, -1.0, 4.5),  # 18 nats over four tokens
     # means of the policy: (-20 + 2) / 4 = -4.5 and (-30 - 1) / 2 = -15.5; 0.5 * 11 - 0.3
     ("simpo", {"beta": 0.5, "simpo_gamma": 0.3}, 2.0, -1.0, softplus(-5.2)),
     # log odds(l) = l - log(1 - e^l)
@@ -101,6 +139,14 @@ def test_golden_bco():
     # -log sigma(0.5 * 2 - 0.25) - log sigma(-(0.5 * -1 - 0.25))
     loss = bco(pairs_of([2.0], [-1.0]), beta=0.5, baseline=0.25)
     assert loss.item() == pytest.approx(2 * softplus(-0.75), abs=1e-12)
+
+
+def test_golden_orders():
+    """Of two pairs: policy's margins 13 and 9, reference's 10 and 10, the log-ratios 2, 0 and -1, 1."""
+    pairs = pairs_of([2.0, 0.0], [-1.0, 1.0])
+    assert get_loss("aot")(pairs, beta=0.5).tolist() == pytest.approx([softplus(-1.5), softplus(0.5)])
+    # 2 beside 1, and 0 beside -1
+    assert get_loss("aot_unpaired")(pairs, beta=0.5).tolist() == pytest.approx([softplus(-0.5), softplus(-0.5)])
 
 
 def test_golden_coefficients():
@@ -173,8 +219,8 @@ def test_parity_with_plain_formula(name, dtype, tolerance, batch, lengths):
     assert actual.dtype == dtype
     torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=tolerance)
 
-    gradients = torch.autograd.grad(actual.sum(), [ours.policy_chosen, ours.policy_rejected])
-    exact_gradients = torch.autograd.grad(expected.sum(), [exact.policy_chosen, exact.policy_rejected])
+    gradients = gradients_of(actual, ours)
+    exact_gradients = gradients_of(expected, exact)
     for gradient, exact_gradient in zip(gradients, exact_gradients, strict=True):
         torch.testing.assert_close(gradient.double(), exact_gradient, rtol=tolerance, atol=tolerance)
 
@@ -293,8 +339,7 @@ def test_extremes_stay_finite(name, dtype):
     d_w, d_l = [list(column) for column in zip(*[(w, l) for w in ends for l in ends], strict=True)]  # noqa: E741
     pairs = pairs_of(d_w, d_l, dtype=dtype)
     loss = get_loss(name)(pairs, **HYPER[name])
-    gradients = torch.autograd.grad(loss.sum(), [pairs.policy_chosen, pairs.policy_rejected])
-    assert all(torch.isfinite(values).all() for values in (loss, *gradients))
+    assert all(torch.isfinite(values).all() for values in (loss, *gradients_of(loss, pairs)))
 
 
 # --- what the callables promise --------------------------------------------------------------------------------------

@@ -41,15 +41,17 @@ def test_public_names():
 
 def test_own_losses():
     expected = {"sigmoid", "hinge", "ipo", "kto_pair", "orpo", "simpo", "minor_dpo", "dpop", "sr_dpo", "sr_ipo"}
+    expected |= {"robust", "sigmoid_norm", "exo_pair", "aot", "aot_unpaired", "nca_pair", "bco_pair", "sppo_hard"}
+    expected |= {"apo_zero", "apo_down", "sft"}
     modules = {name: lookup.get_loss(name).function.__module__ for name in lookup.loss_names()}
     own = {name for name, module in modules.items() if module.startswith("llamafactory_ext.losses.")}
     assert own == expected
-    assert {name for name in expected if not lookup.get_loss(name).needs_reference} == {"orpo", "simpo"}
+    assert {name for name in expected if not lookup.get_loss(name).needs_reference} == {"orpo", "simpo", "sft"}
 
 
 @pytest.mark.parametrize(("wrong", "nearest"), [("minordpo", "minor_dpo"), ("dpo_p", "dpop"), ("sigmod", "sigmoid")])
 def test_unknown_loss_names_the_known_ones_and_the_nearest(wrong, nearest):
-    with pytest.raises(ValueError, match=f"one of dpop, hinge.*Did you mean '{nearest}'"):
+    with pytest.raises(ValueError, match=f"one of aot, aot_unpaired, .*Did you mean '{nearest}'"):
         lookup.get_loss(wrong)
 
 

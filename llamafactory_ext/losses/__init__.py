@@ -1,7 +1,7 @@
 """Preference losses: functions from `PairLogps` to one value per pair, shape `(batch,)`.
 
 pairs holds their input, registry registers them, lookup finds them by name; the losses themselves are in one module per
-family: logistic, margin, unpaired, reference_free.
+family: logistic, margin, distributional, unpaired, reference_free.
 """
 
 STOCK_LOSSES = ("sigmoid", "hinge", "ipo", "kto_pair", "orpo", "simpo")  # LLaMA-Factory's own

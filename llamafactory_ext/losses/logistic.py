@@ -80,6 +80,28 @@ def sigmoid(pairs: PairLogps, *, beta: float, label_smoothing: float = 0.0) -> T
     return -(1 - label_smoothing) * F.logsigmoid(argument) - label_smoothing * F.logsigmoid(-argument)
 
 
+@register_loss("robust")
+def robust(pairs: PairLogps, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
+    """Robust DPO: ((1-e) (-log sigma(beta(D_w-D_l))) - e (-log sigma(-beta(D_w-D_l)))) / (1 - 2e), e = label_smoothing.
+
+    DPO's loss without the bias of labels that are swapped with probability e. Usual beta: as DPO's.
+    Source: arXiv 2403.00409, Eq. 12 (rDPO). Unlike DPO's label smoothing, it can be negative.
+    """
+    argument = dpo_argument(pairs, beta=beta)
+    clean, swapped = -F.logsigmoid(argument), -F.logsigmoid(-argument)
+    return ((1 - label_smoothing) * clean - label_smoothing * swapped) / (1 - 2 * label_smoothing)
+
+
+@register_argument("sigmoid_norm")
+def sigmoid_norm(pairs: PairLogps, *, beta: float) -> Tensor:
+    """Length-normalized DPO: -log sigma(beta(D_w - D_l)), on means per token.
+
+    DPO in which a long response counts as much as a short one. Usual beta: 5 (Tulu 3), far above DPO's on sums.
+    Source: arXiv 2411.15124, section 5.1.2.
+    """
+    return dpo_argument(pairs.per_token(), beta=beta)
+
+
 # --- MinorDPO ---------------------------------------------------------------------------------------------------------
 
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..paths import named_path
-from . import logistic, margin, reference_free, unpaired  # noqa: F401  (registers the package's own)
+from . import distributional, logistic, margin, reference_free, unpaired  # noqa: F401  (registers the package's own)
 from .registry import LOSSES, Loss
 
 _lock = threading.Lock()

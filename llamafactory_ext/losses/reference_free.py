@@ -46,3 +46,14 @@ def simpo(pairs: PairLogps, *, beta: float, simpo_gamma: float = 0.5) -> Tensor:
     """
     means = pairs.per_token()
     return -F.logsigmoid(beta * ((means.policy_chosen - means.policy_rejected) - simpo_gamma / beta))
+
+
+@register_loss("sft", needs_reference=False)
+def sft(pairs: PairLogps) -> Tensor:
+    """SFT: -log pi(y_w) / n, n the mean length of the chosen responses in the micro-batch.
+
+    Supervised fine-tuning on the chosen responses: the mean over pairs is the mean over tokens.
+    Source: TRL.
+    """
+    tokens = pairs.chosen_length.sum().clamp(min=1)
+    return -pairs.policy_chosen * len(pairs.chosen_length) / tokens

@@ -60,6 +60,11 @@ class Loss:
         tensor: Tensor = values
         return tensor
 
+    @property
+    def is_users(self) -> bool:
+        """Whether a user has registered it, and not this package."""
+        return not str(getattr(self.function, "__module__", "")).startswith(f"{__package__}.")
+
     @functools.cached_property
     def parameters(self) -> Mapping[str, inspect.Parameter]:
         """The hyper-parameters by name: all parameters of the function except the first."""

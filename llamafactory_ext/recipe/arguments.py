@@ -7,7 +7,8 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
@@ -59,10 +60,6 @@ SR_PROMPT = (
     "the minimum. Query: "
 )
 
-# Losses that compare a logratio with 0, or that take two differences of the same responses: `ld_alpha` weights the
-# policy only, so it would move that 0 and make the difference one of unlike things.
-WITHOUT_LD_ALPHA = ("minor_dpo", "dpop", "sr_dpo", "sr_ipo")
-
 
 @dataclass
 class PreferenceArguments(FinetuningArguments):
@@ -72,8 +69,8 @@ class PreferenceArguments(FinetuningArguments):
         default="sigmoid",
         metadata={
             "help": (
-                "The preference loss: sigmoid (DPO), hinge, ipo, kto_pair, orpo, simpo, minor_dpo, dpop, sr_dpo, "
-                "sr_ipo, or a name that the file given with `pref_loss_file` registers."
+                "The preference loss: sigmoid (DPO), minor_dpo, dpop, sr_dpo, any other that `llamafactory-ext losses` "
+                "lists, or a name that the file given with `pref_loss_file` registers."
             )
         },
     )
@@ -157,7 +154,8 @@ class PreferenceArguments(FinetuningArguments):
     def __post_init__(self) -> None:
         if self.stage == "dpo":
             _check_keys(self)  # first, because LLaMA-Factory's own checks compare these values
-        super().__post_init__()
+        with _hidden(self, "dpo_label_smoothing" if self.stage == "dpo" else None):
+            super().__post_init__()
         if self.stage == "dpo":
             self.loss, self.loss_hyperparameters = _resolve(self)
             self.use_ref_model = self.loss.needs_reference
@@ -177,6 +175,18 @@ class PreferenceArguments(FinetuningArguments):
         """The loss with every hyper-parameter that it is trained with, like `dpop(beta=0.1, dpop_lambda=50.0)`."""
         values = ", ".join(f"{name}={value}" for name, value in self.loss_hyperparameters.items())
         return f"{self.loss.name}({values})"
+
+
+@contextmanager
+def _hidden(args: PreferenceArguments, key: str | None) -> Iterator[None]:
+    """Give a key its default inside the with block: LLaMA-Factory lets `sigmoid` have `dpo_label_smoothing` alone."""
+    if key is None:
+        yield
+        return
+    given = getattr(args, key)
+    setattr(args, key, STOCK_KEYS[key][1])
+    yield
+    setattr(args, key, given)
 
 
 def extend(base: type) -> type:
@@ -216,7 +226,7 @@ def keys_not_taken(settings: Mapping[str, Any]) -> list[str]:
     refined = taken["sr_lambda"] and bool(loss.defaults().get("sr_lambda") if weight is None else weight)
     taken |= {
         "sr_prompt": refined,
-        "ld_alpha": not refined and name not in WITHOUT_LD_ALPHA,
+        "ld_alpha": not refined and takes_ld_alpha(loss),
         "pref_loss_file": is_own,
         "pref_loss_args": is_own,
         "precompute_ref_log_probs": loss.needs_reference,
@@ -238,7 +248,7 @@ def _resolve(args: PreferenceArguments) -> tuple[Loss, dict[str, Any]]:
     given = {**loss.defaults(), **_from_keys(args, loss), **_from_loss_args(args, loss), "beta": args.pref_beta}
     _check_complete(loss, given)
     _check_refinement(args, loss, given)
-    _check_ld_alpha(args, given)
+    _check_ld_alpha(args, loss, given)
     if args.precompute_ref_log_probs and not loss.needs_reference:
         raise ValueError(f"pref_loss {loss.name!r} has no reference: remove `precompute_ref_log_probs: true`.")
     return loss, {name: given[name] for name in loss.parameters}
@@ -343,9 +353,18 @@ def _check_refinement(args: PreferenceArguments, loss: Loss, hyperparameters: di
         )
 
 
-def _check_ld_alpha(args: PreferenceArguments, hyperparameters: dict[str, Any]) -> None:
+def takes_ld_alpha(loss: Loss) -> bool:
+    """Whether `ld_alpha` may be combined with a loss: one of LLaMA-Factory's or of the user's.
+
+    It weights the policy only. So it would move the 0 with which the package's own compare log-ratios, and make the
+    difference of two of them one of unlike things.
+    """
+    return loss.name in STOCK_LOSSES or loss.is_users
+
+
+def _check_ld_alpha(args: PreferenceArguments, loss: Loss, hyperparameters: dict[str, Any]) -> None:
     refined = bool(hyperparameters.get("sr_lambda"))
-    if args.ld_alpha is not None and (args.pref_loss in WITHOUT_LD_ALPHA or refined):
+    if args.ld_alpha is not None and (refined or not takes_ld_alpha(loss)):
         raise ValueError(
             "`ld_alpha` weights the policy but not the reference, so that logratios neither start at 0 nor compare, "
             f"which pref_loss {args.pref_loss!r} relies on: remove `ld_alpha`."

@@ -22,8 +22,8 @@ from llamafactory.webui.locales import LOCALES
 from ..losses import STOCK_LOSSES
 from ..losses.lookup import forgotten_afterwards, get_loss, load_loss_file, loss_names
 from ..losses.registry import Loss
-from ..recipe.arguments import NUMBERS, SR_PROMPT, WITHOUT_LD_ALPHA
-from . import errors, texts
+from ..recipe.arguments import NUMBERS, SR_PROMPT, takes_ld_alpha
+from . import errors
 
 TRI_STATE = {"auto": None, "true": True, "false": False}
 
@@ -82,7 +82,7 @@ def _takes(keyword: str) -> Callable[[Loss], bool]:
 
 
 def _is_users(loss: Loss) -> bool:
-    return texts.about_loss(loss.name, "en") is None
+    return loss.is_users
 
 
 def _has_reference(loss: Loss) -> bool:
@@ -90,7 +90,7 @@ def _has_reference(loss: Loss) -> bool:
 
 
 def _takes_ld_alpha(loss: Loss) -> bool:
-    return loss.name not in WITHOUT_LD_ALPHA and not loss.defaults().get("sr_lambda")
+    return takes_ld_alpha(loss) and not loss.defaults().get("sr_lambda")
 
 
 def _any(loss: Loss) -> bool:

@@ -220,7 +220,7 @@ LOSSES: dict[str, dict[str, str]] = {
 
 
 def about_loss(name: str, lang: str) -> str | None:
-    """What one of the package's losses does; None for a user's."""
+    """What a loss does, for those of the papers that this package is about and LLaMA-Factory's; None for others."""
     return in_language(lang, LOSSES).get(name)
 
 

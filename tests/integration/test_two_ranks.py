@@ -9,7 +9,7 @@ import subprocess
 import pytest
 import yaml
 from tiny import recipe
-from two_ranks import LOSSES, PATH, assert_same_training, logs, models, train_on_two_ranks
+from two_ranks import ALL_LOSSES, PATH, assert_same_training, logs, models, train_on_two_ranks
 
 pytestmark = [pytest.mark.slow, pytest.mark.leg]
 
@@ -18,7 +18,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.leg]
 def trained(model, data, recipe_for, tmp_path_factory):
     """Every loss, full and LoRA, on two ranks of one pair each; one run interrupted and resumed."""
     folder = tmp_path_factory.mktemp("two_ranks")
-    recipes = [recipe_for(name, tuning, folder / f"{name}-{tuning}") for name in LOSSES for tuning in ("full", "lora")]
+    recipes = [
+        recipe_for(name, tuning, folder / f"{name}-{tuning}") for name in ALL_LOSSES for tuning in ("full", "lora")
+    ]
     # SGD, because transformers 5.6 cannot load an optimizer's tensors on several CPU ranks (device "cpu:0").
     resume = {"pref_loss": "minor_dpo", "pref_bco_weight": 0.5, "per_device_train_batch_size": 1, "optim": "sgd"}
     recipes.append(recipe(model, data, folder / "whole", save_strategy="steps", save_steps=2, **resume))
@@ -33,7 +35,7 @@ def trained(model, data, recipe_for, tmp_path_factory):
 
 
 @pytest.mark.parametrize("tuning", ["full", "lora"])
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", ALL_LOSSES)
 def test_two_ranks_train_and_log_what_one_process_does(name, tuning, trained, one_process):
     output = trained / f"{name}-{tuning}"
     assert all(held["policy"]["class"] == "DistributedDataParallel" for held in models(output))

@@ -16,8 +16,10 @@ from typing import Any
 import pytest
 
 from llamafactory_ext.losses import STOCK_LOSSES
+from llamafactory_ext.losses.lookup import loss_names
 
 LOSSES = [*STOCK_LOSSES, "minor_dpo", "dpop", "sr_dpo", "sr_ipo"]
+ALL_LOSSES = loss_names()
 # Console scripts of this environment (torchrun, ninja), whether it is activated or not.
 PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 

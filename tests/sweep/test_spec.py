@@ -8,12 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamafactory_ext.errors import UserError
+from llamafactory_ext.losses.lookup import loss_names
 from llamafactory_ext.recipe.arguments import keys_not_taken
 from llamafactory_ext.recipe.reading import parse_recipe
 from llamafactory_ext.sweep.spec import Sweep, read_sweep
 
 BASE = {"stage": "dpo", "model_name_or_path": "model", "dataset": "pairs", "finetuning_type": "full"}
-OUR_LOSSES = ("sigmoid", "hinge", "ipo", "kto_pair", "orpo", "simpo", "minor_dpo", "dpop", "sr_dpo", "sr_ipo")
+OUR_LOSSES = tuple(loss_names())
 
 
 def cells(axes, **changes):

@@ -1,0 +1,61 @@
+"""Losses that compare distributions: of the two responses of a pair (EXO), or of the pairs of a micro-batch (AOT)."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch.nn.functional as F
+
+from .pairs import PairLogps
+from .registry import register_loss
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@register_loss("exo_pair")
+def exo_pair(pairs: PairLogps, *, beta: float, label_smoothing: float = 1e-3) -> Tensor:
+    """EXO: KL(q || p) over the two responses, q_w = sigma(beta(D_w - D_l)), p_w = 1 - e, e = label_smoothing > 0.
+
+    The reverse KL divergence, which concentrates on what is preferred, where DPO's is the forward one. Usual beta: as
+    DPO's; e = 1e-3.
+    Source: arXiv 2402.00856, Eq. 16.
+    """
+    argument = beta * pairs.margin
+    log_chosen, log_rejected = F.logsigmoid(argument), F.logsigmoid(-argument)
+    chosen = log_chosen.exp() * (log_chosen - math.log1p(-label_smoothing))
+    return chosen + log_rejected.exp() * (log_rejected - math.log(label_smoothing))
+
+
+@register_loss("aot")
+def aot(pairs: PairLogps, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
+    """AOT: DPO's loss of m_(k) - r_(k), the k-th smallest margin of the policy and of the reference in the micro-batch.
+
+    Orders the margins of a batch as a whole above the reference's, not pair by pair. Usual beta: as DPO's. Needs
+    several pairs in a micro-batch: of one, it is DPO.
+    Source: arXiv 2406.05882, the paired variant; label_smoothing as in TRL.
+    """
+    policy = pairs.policy_chosen - pairs.policy_rejected
+    reference = policy - pairs.margin
+    return _smoothed(beta * (policy - _at_ranks_of(policy, reference)), label_smoothing)
+
+
+@register_loss("aot_unpaired")
+def aot_unpaired(pairs: PairLogps, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
+    """Unpaired AOT: DPO's loss of D_w,(k) - D_l,(k), the k-th smallest log-ratios in the micro-batch.
+
+    Orders all chosen responses of a batch above all rejected ones, whichever belong together. Usual beta: as DPO's.
+    Source: arXiv 2406.05882, the unpaired variant; label_smoothing as in TRL.
+    """
+    chosen = pairs.chosen_logratio
+    return _smoothed(beta * (chosen - _at_ranks_of(chosen, pairs.rejected_logratio)), label_smoothing)
+
+
+def _at_ranks_of(values: Tensor, others: Tensor) -> Tensor:
+    """For each value, the other value of the same rank, shape `(batch,)`."""
+    return others.sort().values[values.argsort().argsort()]
+
+
+def _smoothed(argument: Tensor, label_smoothing: float) -> Tensor:
+    return -(1 - label_smoothing) * F.logsigmoid(argument) - label_smoothing * F.logsigmoid(-argument)
