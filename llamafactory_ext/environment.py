@@ -249,7 +249,14 @@ def _plugin() -> Iterator[Finding]:
     if _import_error("llamafactory.hparams") is not None:
         yield Finding("plugin", "not active: LLaMA-Factory cannot be imported")
         return
-    if hasattr(importlib.import_module("llamafactory.hparams").FinetuningArguments, "dpop_lambda"):
+    error = _import_error("llamafactory_ext.training.trainer")
+    if error is not None:
+        yield Finding(
+            "plugin",
+            f"cannot train ({_told(error)})",
+            'see the traceback: python -c "import llamafactory_ext.training.trainer"',
+        )
+    elif hasattr(importlib.import_module("llamafactory.hparams").FinetuningArguments, "dpop_lambda"):
         yield Finding("plugin", "active: LLaMA-Factory knows its keys")
     else:
         fix = "install llamafactory-ext with pip into the environment of llamafactory; do not run Python with -S"

@@ -18,7 +18,7 @@ NOT_OUR_TRAINER = (
 
 def not_possible(key: str, reason: str) -> ValueError:
     """The error to raise where a recipe sets `key: true` and the result would not be exact."""
-    return ValueError(f"`{key}: true` is not possible here: {reason}. Remove the key.")
+    return ValueError(f"`{key}: true` is not possible here: {reason}. Remove `{key}: true`.")
 
 
 def of_system(error: OSError) -> str:

@@ -92,7 +92,7 @@ def test_trees_are_their_sequences_values_and_gradients(trees, window, cap):
     with plain_flash.installed():
         length = sum(map(sum, trees))
         query, key, value = tensors(length)
-        with mock.patch.object(flash, "get_target_dtype", return_value=None):
+        with mock.patch.object(flash, "_half_precision", return_value=None):
             mask = tree_lengths(trees)
             kwargs = {"kernel": "flash_attention_2", "sliding_window": window, "softcap": cap}
             actual = flash.attend(MODULE, query, key, value, mask, position_ids=torch.zeros(1, length), **kwargs)[0]
@@ -199,8 +199,7 @@ def test_a_training_shares_prefixes_and_has_the_losses_of_sdpa(
         tuner.run_exp(recipe)
         logs = json.loads((folder / "trainer_state.json").read_text())["log_history"]
         losses.append([log["loss"] for log in logs if "loss" in log])
-    (line,) = [line for line in said if "Prefix sharing" in line]
-    assert line.startswith("Prefix sharing is on")
+    assert len([line for line in said if line.startswith("Prefix sharing is on")]) == 1
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
     assert losses[2] == pytest.approx(losses[0], abs=1e-5)
 

@@ -26,9 +26,9 @@ from llamafactory_ext.training.proof import Proof, made_up_pairs, prove
 CPU = torch.device("cpu")
 # What runs through a state, or a convolution over neighbors in the row.
 NEVER = ("bloom", "jamba", "lfm2", "mamba", "mamba2", "qwen3_5_text", "qwen3_next")
-# Attention of their own classes, not of transformers' interface. In FlashAttention, GPT-2 takes half precision only.
+# Attention of their own classes, not of transformers' interface.
 OWN_CLASSES = ("falcon", "gptj", "nemotron")
-NOT_EXACT = {"sdpa": (*OWN_CLASSES, "gpt_oss"), "eager": (), families.FLASH: (*OWN_CLASSES, "gpt2", "llama4_text")}
+NOT_EXACT = {"sdpa": (*OWN_CLASSES, "gpt_oss"), "eager": (), families.FLASH: (*OWN_CLASSES, "llama4_text")}
 HEADS = {"cohere": HeadOutput(0.0625), "cohere2": HeadOutput(0.0625), "granite": HeadOutput(0.25)}
 HEADS |= dict.fromkeys(("gemma2", "gemma3n_text"), HeadOutput(cap=30.0))
 QUICK = ("llama", "gemma2", "qwen3_moe", "mistral, window of 64", "lfm2", "granite", "nemotron")

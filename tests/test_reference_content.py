@@ -61,12 +61,29 @@ def test_what_differs_is_told_apart(picture):
     assert len({digest_of_media(pair) for pair in pairs}) == len(pairs)
 
 
+def test_pictures_that_differ_in_their_palette_only():
+    images = [Image.new("P", (4, 4)) for _ in range(2)]
+    images[0].putpalette([255, 0, 0])
+    images[1].putpalette([0, 0, 255])
+    assert len({digest_of_media({"images": [image]}) for image in images}) == 2
+
+
+def test_samples_in_a_mapping_and_paths_in_an_array(picture):
+    red, samples = picture("red"), np.zeros(8, dtype=np.float32)
+    sound = {"array": samples, "sampling_rate": 16000, "path": None}
+    assert digest_of_media({"audios": [sound]}) == digest_of_media({"audios": [samples]})
+    with pytest.raises(TypeError, match="ndarray is neither"):
+        digest_of_media({"images": [np.array([red])]})
+    with pytest.raises(TypeError, match="NoneType is neither"):
+        digest_of_media({"images": [{"bytes": None, "path": None}]})
+
+
 def test_a_file_that_is_written_again_is_another(picture, tmp_path):
     path = picture("red")
     before = digest_of_media({"images": [path]})
     stamp = os.stat(path)
     Image.new("RGB", (4, 4), "blue").save(path)
-    os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns + 1))
+    os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))  # as a copy with its times has them
     assert digest_of_media({"images": [path]}) != before
 
 

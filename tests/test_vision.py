@@ -24,7 +24,9 @@ from llamafactory_ext.data.check import check_pairs
 from llamafactory_ext.errors import UserError
 from llamafactory_ext.scoring.file import read_scores
 from llamafactory_ext.scoring.scorer import score_pairs
+from llamafactory_ext.training.reference import cache
 from llamafactory_ext.training.refinement import is_joinable
+from llamafactory_ext.training.sharing import PrefixSharing
 
 # transformers 4 logs a training loss with four digits.
 AS_LOGGED = 1e-5 if transformers.__version__ >= "5" else 1e-4
@@ -125,13 +127,25 @@ def test_pairs_with_pictures_have_a_row_per_response(train, said):
     settings = {"dataset": "pictures", **FROZEN, "max_steps": 4, "disable_shuffling": True}
     assert losses(train(**settings)) == pytest.approx(losses(train(**settings, share_prefix=False)), abs=AS_LOGGED)
     assert "Prefix sharing is off for batches that hold more than text." in said
-    with pytest.raises(ValueError, match="a batch holds more than text"):
-        train(**settings, share_prefix=True)
+
+
+@pytest.mark.parametrize(
+    "sets", [{"dataset": "pictures"}, {"dataset": "texts", "eval_dataset": "pictures_eval", "do_eval": True}]
+)
+def test_what_cannot_share_is_known_before_the_first_step(sets, train, monkeypatch):
+    monkeypatch.setattr(PrefixSharing, "lay_out", None)
+    with pytest.raises(ValueError, match=r"some pairs hold more than text\. Remove `share_prefix: true`"):
+        train(**sets, **FROZEN, share_prefix=True)
 
 
 def test_while_the_tower_is_trained_a_blank_picture_stays(train, said):
     train(dataset="texts")
-    assert "Prefix sharing is off for batches that hold more than text." in said
+    assert (
+        "Prefix sharing is off: more than the language model is trained, and every batch of text holds a blank"
+        in str(said)
+    )
+    with pytest.raises(ValueError, match="more than the language model is trained"):
+        train(dataset="texts", share_prefix=True)
 
 
 # --- the cache --------------------------------------------------------------------------------------------------------
@@ -157,11 +171,37 @@ def test_the_reference_of_pictures_is_computed_once(train, data, said, tmp_path)
     assert cached() == ("8", "8")
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
+    assert losses(train(**{**settings, "max_steps": 1})) == losses(beforehand)[:1]
     Image.new("RGB", (56, 56), "yellow").save(own / "red.png")
     train(**settings)
     assert cached() == ("7", "8")
     train(**settings, image_max_pixels=64 * 64)
     assert cached() == ("0", "8")
+
+
+def test_pictures_of_a_short_run_are_not_read_beforehand(train, said, monkeypatch):
+    monkeypatch.setattr(cache, "digest_of_media", None)
+    train(max_steps=1)
+    assert any("the run ends before it has trained on every pair" in line for line in said)
+
+
+def test_a_picture_that_cannot_be_identified_leaves_the_reference_to_every_step(train, said, monkeypatch):
+    def fail(pair):
+        raise TypeError("int is neither a file nor bytes")
+
+    monkeypatch.setattr(cache, "digest_of_media", fail)
+    train(max_steps=4)
+    (line,) = [line for line in said if "computed in every step" in line]
+    assert "a picture, video or sound cannot be read (" in line
+    with pytest.raises(ValueError, match="`precompute_ref_log_probs: true` is not possible here: a picture, video"):
+        train(max_steps=4, precompute_ref_log_probs=True)
+
+
+def test_a_picture_that_changes_during_training_ends_it_with_a_sentence(train, monkeypatch):
+    digests = iter(bytes([number]) for number in range(250))
+    monkeypatch.setattr(cache, "digest_of_media", lambda pair: next(digests))
+    with pytest.raises(ValueError, match="has changed since the reference's log-probabilities were computed"):
+        train(max_steps=4, precompute_ref_log_probs=True)
 
 
 # --- the refinement term ----------------------------------------------------------------------------------------------

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AttentionInterface
-from transformers.integrations.flash_attention import get_target_dtype
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_flash_attention_utils import _flash_attention_forward, flash_attn_supports_top_left_mask
 
@@ -98,11 +97,25 @@ def _attend(
         dropout=dropout,
         softmax_scale=scaling,
         use_top_left_mask=flash_attn_supports_top_left_mask(),
-        target_dtype=get_target_dtype(query, module),
+        target_dtype=_half_precision(query, module),
         attn_implementation=kernel,
         **kwargs,
     )
     return output
+
+
+def _half_precision(query: Tensor, module: torch.nn.Module) -> torch.dtype | None:
+    """The dtype to cast float32 to, which the kernels do not take: autocast's, or the weights'; None: leave it."""
+    if query.dtype != torch.float32:
+        return None
+    if torch.is_autocast_enabled("cuda"):
+        return torch.get_autocast_dtype("cuda")
+    config: Any = module.config
+    linear = next((each for each in module.modules() if isinstance(each, torch.nn.Linear)), None)
+    if linear is not None and not hasattr(config, "quantization_config"):
+        return linear.weight.dtype
+    dtype: torch.dtype = config.dtype if hasattr(config, "dtype") else config.torch_dtype  # transformers before 4.56
+    return dtype
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,13 @@ def trains_language_only(model: Any) -> bool:
     apart.
     """
     inner = inner_model(model)
-    parts = (inner.get_decoder(), inner.get_input_embeddings(), inner.get_output_embeddings())
+    decoder = inner.get_decoder() if hasattr(inner, "get_decoder") else None
+    # Some releases of transformers give the whole model; Llama 3.2's decoder has layers for pictures.
+    if decoder is None or decoder.config.get_text_config() is not decoder.config:
+        return False
+    if hasattr(decoder.config, "cross_attention_layers"):
+        return False
+    parts = (decoder, inner.get_input_embeddings(), inner.get_output_embeddings())
     language = {id(each) for part in parts if part is not None for each in part.parameters()}
     return all(id(each) in language for each in inner.parameters() if each.requires_grad)
 

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger()  # LLaMA-Factory's own, whose lines reach the console and the web UI
 
+MORE_THAN_TEXT = "some pairs hold more than text"
+
 Score = Callable[[Any, Layout], "Tensor"]
 
 
@@ -50,7 +52,7 @@ class PrefixSharing:
         if text is not None:
             return shared_prefix(text, self.attention, self.limits)
         if self.wanted:
-            raise not_possible("share_prefix", "a batch holds more than text")
+            raise not_possible("share_prefix", MORE_THAN_TEXT)
         logger.warning_rank0_once("Prefix sharing is off for batches that hold more than text.")
         return padded(batch)
 
@@ -124,7 +126,7 @@ class PrefixSharing:
         limit += "" if row is None else f" Batches of over {row} tokens do without."
         return (
             f"Prefix sharing is on: log-probabilities of made-up pairs change by at most {proof.deviation:.1e} nats, "
-            f"where other batches change them by {proof.noise:.1e}.{limit}"
+            f"which is rounding (up to {proof.allowance:.1e}).{limit}"
         )
 
 
@@ -143,6 +145,7 @@ def consider(
         ValueError: as `PrefixSharing.switch_off`.
     """
     if wanted is False:
+        logger.info_rank0("Prefix sharing is off: `share_prefix: false`.")
         return PrefixSharing(wanted, is_on=False)
     configs = [inner_model(model).config for model in models]
     reasons = [obstacle(model, config) for model, config in zip(models, configs, strict=True)]
@@ -152,8 +155,10 @@ def consider(
     if limits.sequence is not None and limits.sequence < SHORTEST:
         reasons.append(f"the model attends to {limits.sequence} tokens at a time")
     media = placeholders(models[0])
-    if ranks_wait_for_each_other or (media and not trains_language_only(models[0])):
-        media = frozenset()
+    if media and ranks_wait_for_each_other:
+        reasons.append("all ranks must run the vision tower, for which every batch of text holds a blank picture")
+    elif media and not trains_language_only(models[0]):
+        reasons.append("more than the language model is trained, and every batch of text holds a blank picture")
     sharing = PrefixSharing(wanted, is_on=None, limits=limits, placeholders=media)
     reason = reason or next(filter(None, reasons), None)
     if reason is not None:
@@ -165,8 +170,8 @@ def _reason(proof: Proof) -> str:
     if proof.is_random:
         return "the model draws random numbers in training, which both responses would share"
     return (
-        f"it would change log-probabilities of made-up pairs by {proof.deviation:.2g} nats, where other batches change "
-        f"them by {proof.noise:.2g}"
+        f"it would change log-probabilities of made-up pairs by {proof.deviation:.1e} nats, which is more than "
+        f"rounding ({proof.allowance:.1e})"
     )
 
 

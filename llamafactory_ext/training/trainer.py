@@ -27,10 +27,19 @@ from .logps import MICRO_BATCHES_AT_ONCE, ResponseLogps, response_logps, token_l
 from .metrics import MetricSums, refinement_metrics, response_metrics, reward_metrics
 from .modes import ranks_wait_for_each_other, without_dropout
 from .monitors import DEGENERATING, STOPPED, DegenerationMonitor, RewardPlot, problem
-from .reference.logps import COLUMN, Pair, ReferenceCollator, ReferenceLogps, from_column, precomputed
+from .reference.content import holds_media
+from .reference.logps import (
+    COLUMN,
+    Pair,
+    ReferenceCollator,
+    ReferenceLogps,
+    datasets_of,
+    from_column,
+    precomputed,
+)
 from .reference.model import PendingReference, autocast_dtype, match_precision
 from .refinement import AUGMENTED, is_joinable, joined, refinement, split_batch
-from .sharing import consider, ordinary_tokens
+from .sharing import MORE_THAN_TEXT, consider, ordinary_tokens
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -99,9 +108,10 @@ class PreferenceTrainer(CustomDPOTrainer):
         self.batch_dependence = next(filter(None, (depends_on_batch(m.config, collator) for m in models)), None)
         super().__init__(model=model, ref_model=ref_model, finetuning_args=finetuning_args, **kwargs)
         noise = SHARED_NOISE if args.neftune_noise_alpha is not None else None
-        self.sharing = consider(
-            finetuning_args.share_prefix, models, noise or self.batch_dependence, ranks_wait_for_each_other()
-        )
+        reason = noise or self.batch_dependence
+        if finetuning_args.share_prefix and any(holds_media(each) for each in datasets_of(kwargs)):
+            reason = reason or MORE_THAN_TEXT
+        self.sharing = consider(finetuning_args.share_prefix, models, reason, ranks_wait_for_each_other())
         if self.references is not None:
             self.add_callback(BeforeTraining(self.compute_reference_logps))
         self.add_callback(DegenerationMonitor())

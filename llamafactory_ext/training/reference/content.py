@@ -29,6 +29,11 @@ def columns_with_media(dataset: Any) -> list[str]:
     return [name for name in names if columns[name].null_count < len(dataset)]
 
 
+def holds_media(dataset: Any) -> bool:
+    """Whether a tokenized data set is known to hold pictures, videos or sounds; unknown of a stream."""
+    return hasattr(dataset, "column_names") and hasattr(dataset, "__len__") and bool(columns_with_media(dataset))
+
+
 def digest_of_media(pair: Mapping[str, Any]) -> bytes:
     """A hash of the content of a pair's pictures, videos and sounds, in their order; empty if it has none.
 
@@ -55,22 +60,24 @@ def _parts(value: Any) -> Iterator[bytes]:
         yield _of_file(os.fspath(value))
     elif isinstance(value, bytes):
         yield hashlib.sha256(value).digest()  # as if it were a file
-    elif isinstance(value, Mapping):  # of `datasets`: bytes, or a path
-        yield from _parts(value["path"] if value.get("bytes") is None else value["bytes"])
-    elif hasattr(value, "tobytes"):  # an image of Pillow, an array of samples
-        about = (getattr(value, "mode", None), getattr(value, "size", None), getattr(value, "shape", None))
-        yield repr((*about, str(getattr(value, "dtype", None)))).encode() + value.tobytes()
+    elif isinstance(value, Mapping):  # of `datasets`: bytes, a path, or samples
+        held = [value[name] for name in ("bytes", "path", "array") if value.get(name) is not None]
+        yield from _parts(held[0] if held else None)
+    elif hasattr(value, "getpalette"):  # an image of Pillow
+        yield repr((value.mode, value.size, value.getpalette())).encode() + value.tobytes()
+    elif getattr(getattr(value, "dtype", None), "kind", None) in ("b", "i", "u", "f"):  # samples
+        yield repr((value.shape, str(value.dtype))).encode() + value.tobytes()
     else:
         raise TypeError(f"{type(value).__name__} is neither a file, nor bytes, nor an image, nor numbers")
 
 
 def _of_file(name: str) -> bytes:
     status = os.stat(name)
-    return _of_version(name, status.st_mtime_ns, status.st_size)
+    return _of_version(name, status.st_ino, status.st_ctime_ns, status.st_mtime_ns, status.st_size)
 
 
 @lru_cache(FILES)
-def _of_version(name: str, changed: int, size: int) -> bytes:
+def _of_version(name: str, *version: int) -> bytes:
     return bytes.fromhex(hashes.of_file(Path(name)))
 
 

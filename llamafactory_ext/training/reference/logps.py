@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +22,7 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from llamafactory.extras import logging
 from tqdm import tqdm
 
-from ...errors import not_possible
+from ...errors import in_a_line, not_possible
 from ...paths import named_path
 from ..layout import depends_on_batch
 from ..modes import ranks_wait_for_each_other
@@ -53,11 +53,16 @@ Place = tuple[int, int, bool]  # where a pair is: data set, row, whether it is t
 
 Batch = list[tuple[int, Place]]  # pairs, each with the tokens of its longer sequence
 
+ENDS_EARLY = "the run ends before it has trained on every pair"
 COLUMN = "reference_logps"  # key of a batch; see `from_column`
 LOCK_SECONDS = 60  # how long to wait for another run before the ranks communicate again
 ROWS_AT_ONCE = 1000  # read from a data set
 BATCHES_PER_FILE = 16  # per rank; an interrupted run loses at most these
 FOLDER_OF_RUN = "reference_logps"  # in the output folder, for a reference that only this run has
+
+
+class UnknownContentError(ValueError):
+    """A picture, video or sound cannot be identified, so that its pair's log-probabilities cannot be kept."""
 
 
 def precomputed(
@@ -73,24 +78,31 @@ def precomputed(
     Raises:
         ValueError: if the recipe sets `precompute_ref_log_probs: true` and that is not exact.
     """
-    args, datasets = about_run["args"], _datasets(about_run)
+    args, datasets = about_run["args"], datasets_of(about_run)
     wanted = pending.finetuning_args.precompute_ref_log_probs
     reason = obstacle(pending, args, datasets) or depends_on_batch(policy.config, about_run["data_collator"])
     if pending.only_this_run_has_it:
         return _of_this_run(pending, args, datasets, NOT_PRECOMPUTED if wanted is False else reason)
     if wanted is False:
         return None
+    is_short = reason is None and _epochs(args, datasets[0]) < 1
+    has_media = reason is None and any(columns_with_media(dataset) for dataset in datasets)
+    if has_media and is_short and wanted is None:  # without reading their files
+        reason = ENDS_EARLY
     about = describe(pending, policy, args) if reason is None else None
     references = None
     if about is not None:
-        if any(columns_with_media(dataset) for dataset in datasets):
+        if has_media:
             about["media"] = describe_processing(about_run["data_collator"], pending.model_args)
         directory = pending.finetuning_args.ref_log_probs_cache_dir
         parent = named_path("ref_log_probs_cache_dir", directory) if directory else default_folder()
         folder = parent / folder_name(about)
-        references = ReferenceLogps(folder, {"model": pending.model_args.model_name_or_path, **about}, datasets)
-        if wanted is None and references.missing and _epochs(args, datasets[0]) < 1:
-            references, reason = None, "the run ends before it has trained on every pair"
+        try:
+            references = ReferenceLogps(folder, {"model": pending.model_args.model_name_or_path, **about}, datasets)
+        except UnknownContentError as error:
+            reason = str(error)
+        if references is not None and wanted is None and references.missing and is_short:
+            references, reason = None, ENDS_EARLY
     elif reason is None:
         reason = "the files of the reference model cannot be identified"
 
@@ -136,7 +148,7 @@ def _epochs(args: Any, dataset: Any) -> float:
     return float(pairs / len(dataset))
 
 
-def _datasets(about_run: Mapping[str, Any]) -> list[Any]:
+def datasets_of(about_run: Mapping[str, Any]) -> list[Any]:
     """The data sets of the run: the training set first, then those for evaluation."""
     args = about_run["args"]
     evaluation = about_run.get("eval_dataset") if args.do_eval or args.eval_strategy != "no" else None
@@ -169,13 +181,22 @@ class ReferenceLogps:
     def _look_up(self) -> None:
         found: list[Any] = [None]
         if PartialState().is_main_process:
-            table, places = cache.read(self.folder), self._places
-            # Longest first: batches have similar lengths, and a lack of memory shows at once.
-            missing = sorted((value for key, value in places.items() if key not in table), reverse=True)
-            longest = max((length for length, (number, *_) in places.values() if number == 0), default=0)
-            found = [({key: table[key] for key in places if key in table}, missing, longest)]
+            try:
+                found = [self._known_and_missing()]
+            except (OSError, TypeError) as error:  # for all ranks, which wait for an answer
+                found = [f"a picture, video or sound cannot be read ({in_a_line(error)})"]
         broadcast_object_list(found)
+        if isinstance(found[0], str):
+            raise UnknownContentError(found[0])
         self.table, self.missing, self.longest = found[0]
+
+    def _known_and_missing(self) -> tuple[Logps, list[tuple[int, Place]], int]:
+        """What is cached, what is not, and the length of the longest pair of the training set."""
+        table, places = cache.read(self.folder), self._places
+        # Longest first: batches have similar lengths, and a lack of memory shows at once.
+        missing = sorted((value for key, value in places.items() if key not in table), reverse=True)
+        longest = max((length for length, (number, *_) in places.values() if number == 0), default=0)
+        return {key: table[key] for key in places if key in table}, missing, longest
 
     @cached_property
     def _places(self) -> dict[bytes, tuple[int, Place]]:
@@ -190,7 +211,9 @@ class ReferenceLogps:
         for number, dataset in enumerate(self.datasets):
             names = [name for name in (*cache.TOKENS, PROMPT_IDS) if name in dataset.column_names]
             media = columns_with_media(dataset)
-            shown = dataset.select_columns(media) if media else itertools.repeat({})
+            shown: Iterable[dict[str, Any]] = itertools.repeat({})
+            if media:
+                shown = tqdm(dataset.select_columns(media), desc="Reading pictures, videos and sounds")
             for row, (tokens, seen) in enumerate(zip(_rows(dataset.select_columns(names)), shown, strict=False)):
                 pair = {**tokens, **seen}
                 yield (number, row, False), pair
@@ -294,8 +317,18 @@ class ReferenceLogps:
             )
 
     def column(self, pairs: Sequence[Pair]) -> Tensor:
-        """The log-probabilities of pairs, int32, shape `(pairs, 2)`, as a column of their batch; see `from_column`."""
-        return torch.tensor([self.table[cache.pair_key(pair)] for pair in pairs]).view(torch.int32)
+        """The log-probabilities of pairs, int32, shape `(pairs, 2)`, as a column of their batch; see `from_column`.
+
+        Raises:
+            ValueError: if a picture, video or sound has changed since they were computed.
+        """
+        found = [self.table.get(cache.pair_key(pair)) for pair in pairs]
+        if None in found:
+            raise ValueError(
+                "a picture, video or sound of the data has changed since the reference's log-probabilities were "
+                "computed: run the same command again."
+            )
+        return torch.tensor(found).view(torch.int32)
 
 
 def _rows(dataset: Any) -> Iterator[dict[str, np.ndarray]]:
