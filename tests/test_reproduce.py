@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from llamafactory_ext.report.variants import SIZE, Variant
 from llamafactory_ext.sweep.spec import Sweep
 
 STUDY = Path(__file__).parents[1] / "examples" / "reproduce"
@@ -159,7 +160,7 @@ class Cell:
 class Group:
     """What the claims read of a group of cells."""
 
-    method: str
+    variant: Variant
     learning_rate: float
     beta: float
     accuracy: float
@@ -188,25 +189,27 @@ class Group:
 
 
 def study(**changes):
-    """A grid in which every claim holds, but for what is changed: method -> function of a group."""
+    """A grid in which every claim holds, but for what is changed: how names begin -> function of a group."""
+    dpo, ipo = Variant("sigmoid"), Variant("ipo")
     groups = []
     for rate, beta in itertools.product((1e-5, 1e-4), (0.02, 0.1, 0.2)):
         broken = rate == 1e-4
         groups += [
-            Group("DPO", rate, beta, 0.2 if broken else 0.6, chosen=-1, rejected=-10 + 10 * beta),
-            Group("DPOP", rate, beta, 0.55, chosen=0.5, rejected=-8 + 10 * beta),
-            Group("MinorDPO", rate, beta, 0.8, chosen=1, rejected=-6 + 10 * beta),
+            Group(dpo, rate, beta, 0.2 if broken else 0.6, chosen=-1, rejected=-10 + 10 * beta),
+            Group(Variant("dpop"), rate, beta, 0.55, chosen=0.5, rejected=-8 + 10 * beta),
+            Group(Variant("minor_dpo"), rate, beta, 0.8, chosen=1, rejected=-6 + 10 * beta),
         ]
     for weight in (0.1, 0.3, 0.5, 1.0):
-        groups.append(Group(f"Sr-DPO sr_lambda={weight:g}", 1e-5, 0.1, 0.6, margin=5 - weight, seconds=14))
-        groups.append(Group(f"Sr-IPO sr_lambda={weight:g}", 1e-5, 0.1, 0.6, margin=5 - weight))
-    groups.append(Group("IPO", 1e-5, 0.1, 0.6))
+        value = ("sr_lambda", weight)
+        groups.append(Group(Variant("sr_dpo", (value,)), 1e-5, 0.1, 0.6, margin=5 - weight, seconds=14))
+        groups.append(Group(Variant("sr_ipo", (value,)), 1e-5, 0.1, 0.6, margin=5 - weight))
+    groups.append(Group(ipo, 1e-5, 0.1, 0.6))
     for size in (256, 512, 1024):
-        groups.append(Group(f"Sr-DPO sr_lambda=0.3 pairs={size}", 1e-5, 0.1, 0.6, margin=4))
-        groups.append(Group(f"DPO pairs={size}", 1e-5, 0.1, 0.6))
+        groups.append(Group(Variant("sr_dpo", (("sr_lambda", 0.3), (SIZE, size))), 1e-5, 0.1, 0.6, margin=4))
+        groups.append(Group(Variant("sigmoid", ((SIZE, size),)), 1e-5, 0.1, 0.6))
     for group in groups:
-        for method, change in changes.items():
-            if group.method.replace("-", "_").startswith(method):
+        for name, change in changes.items():
+            if group.variant.name.replace("-", "_").startswith(name):
                 change(group)
     return claims.Study(groups, untrained=0.6)
 
@@ -251,7 +254,7 @@ def test_every_claim_can_fail(changes, claim, verdict):
 
 def test_a_missing_setting_is_no_verdict_on_all():
     whole = study()
-    part = claims.Study([g for g in whole.groups if (g.method, g.beta) != ("MinorDPO", 0.1)], 0.6)
+    part = claims.Study([g for g in whole.groups if (g.variant.name, g.beta) != ("MinorDPO", 0.1)], 0.6)
     found = verdicts(part)
     for claim, verdict in found.items():
         if claim.startswith(("MinorDPO keeps", "A higher beta")):
@@ -261,6 +264,6 @@ def test_a_missing_setting_is_no_verdict_on_all():
 
 
 def test_what_is_missing_is_no_verdict():
-    first, *others = verdicts(claims.Study([Group("DPO", 1e-5, 0.1, 0.5, chosen=-1)], 0.6)).values()
+    first, *others = verdicts(claims.Study([Group(Variant("sigmoid"), 1e-5, 0.1, 0.5, chosen=-1)], 0.6)).values()
     assert first == "holds"
     assert set(others) == {"cannot tell"}

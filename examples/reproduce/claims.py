@@ -8,9 +8,12 @@ from itertools import pairwise
 from typing import Literal
 
 from llamafactory_ext.report.table import Group, shares_solved, sign_flip_p
+from llamafactory_ext.report.variants import SIZE, Variant
 
 Verdict = Literal["holds", "does not hold", "cannot tell"]
 
+DPO, DPOP, MINOR_DPO, IPO = map(Variant, ("sigmoid", "dpop", "minor_dpo", "ipo"))
+PLAIN = {"sr_dpo": DPO, "sr_ipo": IPO}  # the losses without their refinement term
 MINOR, SR = "MinorDPO (2408.09834)", "Sr (2405.21040)"
 MOST = 80  # per cent of the settings must agree for a verdict on curves, or at most the rest
 SIGNIFICANT = 0.05
@@ -56,19 +59,19 @@ class Study:
     def betas(self) -> list[float]:
         return sorted({group.beta for group in self.groups})
 
-    def of(self, method: str, rate: float | None = None) -> list[Group]:
-        found = [g for g in self.groups if g.method == method and rate in (None, g.learning_rate)]
+    def of(self, variant: Variant, rate: float | None = None) -> list[Group]:
+        found = [g for g in self.groups if g.variant == variant and rate in (None, g.learning_rate)]
         return sorted(found, key=lambda group: (group.learning_rate, group.beta))
 
-    def one(self, method: str, rate: float, beta: float) -> Group | None:
-        return next((group for group in self.of(method, rate) if group.beta == beta), None)
+    def one(self, variant: Variant, rate: float, beta: float) -> Group | None:
+        return next((group for group in self.of(variant, rate) if group.beta == beta), None)
 
-    def misses(self, *methods: str) -> bool:
-        """Whether a setting of the methods was not trained: then there is no verdict on all of them."""
-        return any(self.one(m, rate, beta) is None for m in methods for rate in self.rates for beta in self.betas)
+    def misses(self, *variants: Variant) -> bool:
+        """Whether a setting of the variants was not trained: then there is no verdict on all of them."""
+        return any(self.one(v, rate, beta) is None for v in variants for rate in self.rates for beta in self.betas)
 
-    def best(self, method: str, rate: float) -> Group | None:
-        scored = [group for group in self.of(method, rate) if group.accuracy is not None]
+    def best(self, variant: Variant, rate: float) -> Group | None:
+        scored = [group for group in self.of(variant, rate) if group.accuracy is not None]
         return max(scored, key=lambda group: group.accuracy or 0.0, default=None)
 
 
@@ -79,8 +82,8 @@ def findings(study: Study) -> list[Finding]:
         higher_beta_smaller_margins,
         minor_dpo_survives,
         minor_dpo_scores_best,
-        lambda study: refinement_lowers_margins(study, "Sr-DPO", "DPO"),
-        lambda study: refinement_lowers_margins(study, "Sr-IPO", "IPO"),
+        lambda study: refinement_lowers_margins(study, "sr_dpo"),
+        lambda study: refinement_lowers_margins(study, "sr_ipo"),
         more_lambda_lower_margins,
         lower_at_every_size,
         overhead,
@@ -92,44 +95,44 @@ def findings(study: Study) -> list[Finding]:
 
 
 def dpo_drives_both_down(study: Study) -> Finding:
-    groups = study.of("DPO")
+    groups = study.of(DPO)
     chosen, rejected = ([_final(group, side) for group in groups] for side in ("chosen", "rejected"))
     below = [c < 0 and r < 0 for c, r in zip(chosen, rejected, strict=True)]
     return Finding(
         MINOR,
         "DPO drives the rewards of chosen and rejected answers alike below 0.",
         f"Both final log-ratios are below 0 in {MOST} % of DPO's settings; it does not hold if in {100 - MOST} %.",
-        "cannot tell" if study.misses("DPO") else _share_verdict(below),
-        f"Both below 0 in {_count(below)} settings; {_by_rate(study, 'DPO', 'chosen')}; "
-        f"{_by_rate(study, 'DPO', 'rejected')}.",
+        "cannot tell" if study.misses(DPO) else _share_verdict(below),
+        f"Both below 0 in {_count(below)} settings; {_by_rate(study, DPO, 'chosen')}; "
+        f"{_by_rate(study, DPO, 'rejected')}.",
     )
 
 
 def minor_dpo_keeps_chosen_up(study: Study) -> Finding:
-    above = [_final(group, "chosen") > 0 for group in study.of("MinorDPO")]
+    above = [_final(group, "chosen") > 0 for group in study.of(MINOR_DPO)]
     return Finding(
         MINOR,
         "MinorDPO keeps the rewards of chosen answers above 0.",
         f"The final chosen log-ratio is above 0 in {MOST} % of MinorDPO's settings; it does not hold if in "
         f"{100 - MOST} %.",
-        "cannot tell" if study.misses("MinorDPO") else _share_verdict(above),
-        f"Above 0 in {_count(above)} settings; {_by_rate(study, 'MinorDPO', 'chosen')}.",
+        "cannot tell" if study.misses(MINOR_DPO) else _share_verdict(above),
+        f"Above 0 in {_count(above)} settings; {_by_rate(study, MINOR_DPO, 'chosen')}.",
     )
 
 
 def higher_beta_smaller_margins(study: Study) -> Finding:
     falls, words = [], []
-    for method in ("DPO", "DPOP", "MinorDPO"):
+    for variant in (DPO, DPOP, MINOR_DPO):
         for rate in study.rates:
-            margins = [_final(group, "margins") for group in study.of(method, rate)]
+            margins = [_final(group, "margins") for group in study.of(variant, rate)]
             falls += [later < earlier for earlier, later in pairwise(margins)]
-            words.append(f"{method} at {rate:g}: {', '.join(f'{margin:.2f}' for margin in margins)}")
+            words.append(f"{variant.name} at {rate:g}: {', '.join(f'{margin:.2f}' for margin in margins)}")
     return Finding(
         MINOR,
         "A higher beta gives smaller margins.",
         f"The final margin (log-ratios) is smaller at the next higher beta in {MOST} % of the steps along beta; it "
         f"does not hold if in {100 - MOST} %.",
-        "cannot tell" if study.misses("DPO", "DPOP", "MinorDPO") else _share_verdict(falls),
+        "cannot tell" if study.misses(DPO, DPOP, MINOR_DPO) else _share_verdict(falls),
         f"Smaller in {_count(falls)} steps. Margins in nats by beta: {'; '.join(words)}.",
     )
 
@@ -139,7 +142,7 @@ def higher_beta_smaller_margins(study: Study) -> Finding:
 
 def minor_dpo_survives(study: Study) -> Finding:
     rate, beta = study.rates[-1], study.betas[0]
-    minor, dpo = study.one("MinorDPO", rate, beta), study.one("DPO", rate, beta)
+    minor, dpo = study.one(MINOR_DPO, rate, beta), study.one(DPO, rate, beta)
     p, difference = _test(minor, dpo)
     half = study.untrained / 2
     verdict: Verdict = "cannot tell"
@@ -148,8 +151,8 @@ def minor_dpo_survives(study: Study) -> Finding:
             verdict = "does not hold"
         elif difference > 0 and p < SIGNIFICANT:
             verdict = "holds"
-    methods = ("DPO", "DPOP", "MinorDPO")
-    accuracies = [f"{m} {', '.join(_percent(study.one(m, rate, b)) for b in study.betas)}" for m in methods]
+    variants = (DPO, DPOP, MINOR_DPO)
+    accuracies = [f"{v.name} {', '.join(_percent(study.one(v, rate, b)) for b in study.betas)}" for v in variants]
     return Finding(
         MINOR,
         "At the high rate and a low beta DPO degenerates and MinorDPO does not.",
@@ -165,11 +168,11 @@ def minor_dpo_survives(study: Study) -> Finding:
 def minor_dpo_scores_best(study: Study) -> Finding:
     verdicts, words = [], []
     for rate in study.rates:
-        best = {method: study.best(method, rate) for method in ("DPO", "DPOP", "MinorDPO")}
-        rival = max((best[m] for m in ("DPO", "DPOP") if best[m]), key=lambda g: g.accuracy or 0.0, default=None)
-        p, difference = _test(best["MinorDPO"], rival)
+        best = {variant: study.best(variant, rate) for variant in (DPO, DPOP, MINOR_DPO)}
+        rival = max((best[v] for v in (DPO, DPOP) if best[v]), key=lambda g: g.accuracy or 0.0, default=None)
+        p, difference = _test(best[MINOR_DPO], rival)
         verdicts.append("cannot tell" if p >= SIGNIFICANT else "holds" if difference > 0 else "does not hold")
-        scores = ", ".join(f"{m} {_percent(g)} (beta {g.beta:g})" for m, g in best.items() if g)
+        scores = ", ".join(f"{v.name} {_percent(g)} (beta {g.beta:g})" for v, g in best.items() if g)
         words.append(f"at {rate:g}: {scores}, MinorDPO minus the better of the others {difference:+.1%}, p = {p:.2g}")
     verdict: Verdict = "cannot tell"
     if "does not hold" in verdicts:
@@ -189,9 +192,10 @@ def minor_dpo_scores_best(study: Study) -> Finding:
 # --- refinement ------------------------------------------------------------------------------------------------------
 
 
-def refinement_lowers_margins(study: Study, refined: str, plain: str) -> Finding:
+def refinement_lowers_margins(study: Study, loss: str) -> Finding:
     rate, beta = study.rates[0], 0.1
-    group, baseline = study.one(f"{refined} sr_lambda=0.3", rate, beta), study.one(plain, rate, beta)
+    refined, plain = _refined(loss, 0.3), PLAIN[loss]
+    group, baseline = study.one(refined, rate, beta), study.one(plain, rate, beta)
     p, difference = _test(group, baseline)
     ours, theirs = _held_out(group), _held_out(baseline)
     scored = group is not None and baseline is not None and None not in (group.accuracy, baseline.accuracy)
@@ -201,9 +205,9 @@ def refinement_lowers_margins(study: Study, refined: str, plain: str) -> Finding
         verdict = "does not hold" if ours >= theirs else "holds" if alike else "cannot tell"
     return Finding(
         SR,
-        f"{refined} has lower margins than {plain} at like accuracy.",
-        f"At the lower rate, beta 0.1 and lambda 0.3, the mean margin of held-out pairs is lower than {plain}'s, and "
-        f"the accuracies on problems differ by less than {LIKE:.0%}, not significantly.",
+        f"{refined.name} has lower margins than {plain.name} at like accuracy.",
+        f"At the lower rate, beta 0.1 and lambda 0.3, the mean margin of held-out pairs is lower than {plain.name}'s, "
+        f"and the accuracies on problems differ by less than {LIKE:.0%}, not significantly.",
         verdict,
         f"Margins {_nats(ours)} against {_nats(theirs)}; accuracy {_percent(group)} against {_percent(baseline)} "
         f"({difference:+.1%}, p = {p:.2g}).",
@@ -212,13 +216,14 @@ def refinement_lowers_margins(study: Study, refined: str, plain: str) -> Finding
 
 def more_lambda_lower_margins(study: Study) -> Finding:
     falls, words = [], []
-    for refined, plain in (("Sr-DPO", "DPO"), ("Sr-IPO", "IPO")):
-        lambdas = (0.1, 0.3, 0.5, 1.0)
-        names = [plain, *(f"{refined} sr_lambda={value:g}" for value in lambdas)]
-        margins = [_held_out(study.one(name, study.rates[0], 0.1)) for name in names]
+    lambdas = (0.1, 0.3, 0.5, 1.0)
+    for loss, plain in PLAIN.items():
+        variants = [plain, *(_refined(loss, value) for value in lambdas)]
+        margins = [_held_out(study.one(variant, study.rates[0], 0.1)) for variant in variants]
         known = [margin for margin in margins if margin is not None]
         falls += [later < earlier for earlier, later in pairwise(known)]
-        words.append(f"{plain}, {refined} at {', '.join(map(str, lambdas))}: {', '.join(map(_nats, margins))}")
+        at = f"{plain.name}, {Variant(loss).name} at {', '.join(map(str, lambdas))}"
+        words.append(f"{at}: {', '.join(map(_nats, margins))}")
     return Finding(
         SR,
         "The larger lambda, the lower the margin.",
@@ -231,10 +236,11 @@ def more_lambda_lower_margins(study: Study) -> Finding:
 
 def lower_at_every_size(study: Study) -> Finding:
     rate = study.rates[0]
-    names = [(f"Sr-DPO sr_lambda=0.3 pairs={n}", f"DPO pairs={n}", n) for n in (256, 512, 1024)]
+    sizes = (256, 512, 1024)
     lower, words = [], []
-    for refined, plain, size in names:
-        ours, theirs = (_held_out(study.one(name, rate, 0.1)) for name in (refined, plain))
+    for size in sizes:
+        refined, plain = (_sized(variant, size) for variant in (_refined("sr_dpo", 0.3), DPO))
+        ours, theirs = (_held_out(study.one(variant, rate, 0.1)) for variant in (refined, plain))
         if ours is not None and theirs is not None:
             lower.append(ours < theirs)
         scores = f"{_percent(study.one(refined, rate, 0.1))} and {_percent(study.one(plain, rate, 0.1))}"
@@ -243,14 +249,14 @@ def lower_at_every_size(study: Study) -> Finding:
         SR,
         "Sr-DPO's margins are lower than DPO's however many pairs there are.",
         "The mean margin of held-out pairs is lower with every number of pairs; it does not hold if with none.",
-        "cannot tell" if len(lower) < len(names) else _all_verdict(lower),
+        "cannot tell" if len(lower) < len(sizes) else _all_verdict(lower),
         f"Sr-DPO and DPO with {'; '.join(words)}.",
     )
 
 
 def overhead(study: Study) -> Finding:
     rate = study.rates[0]
-    refined, plain = (_seconds(study.one(name, rate, 0.1)) for name in ("Sr-DPO sr_lambda=0.3", "DPO"))
+    refined, plain = (_seconds(study.one(variant, rate, 0.1)) for variant in (_refined("sr_dpo", 0.3), DPO))
     ratio = refined / plain if refined and plain else None
     return Finding(
         SR,
@@ -263,6 +269,14 @@ def overhead(study: Study) -> Finding:
 
 
 # --- helpers ---------------------------------------------------------------------------------------------------------
+
+
+def _refined(loss: str, weight: float) -> Variant:
+    return Variant(loss, (("sr_lambda", weight),))
+
+
+def _sized(variant: Variant, size: int) -> Variant:
+    return Variant(variant.loss, (*variant.values, (SIZE, size)))
 
 
 def _final(group: Group, curve: str) -> float:
@@ -300,10 +314,10 @@ def _seconds(group: Group | None) -> float | None:
     return sum(times) / len(times) if times else None
 
 
-def _by_rate(study: Study, method: str, curve: str) -> str:
+def _by_rate(study: Study, variant: Variant, curve: str) -> str:
     parts = []
     for rate in study.rates:
-        values = [_final(group, curve) for group in study.of(method, rate)]
+        values = [_final(group, curve) for group in study.of(variant, rate)]
         parts.append(f"{min(values):.2f} to {max(values):.2f} at {rate:g}" if values else f"(missing) at {rate:g}")
     return f"{curve} from {' and '.join(parts)} (nats)"
 
