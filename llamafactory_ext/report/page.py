@@ -18,7 +18,8 @@ from .findings import best_cells, findings
 from .look import Look, look_of
 from .sections import Drawn, draw
 from .table import Comparison, Group, check_problems, compare_with_dpo, groups
-from .tables import Table, anchor_of, tables
+from .tables import anchor_of, tables
+from .tabular import Table
 
 PIXELS_PER_INCH = 96
 TEMPLATE = Path(__file__).with_name("page.html.j2")

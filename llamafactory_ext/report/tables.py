@@ -1,11 +1,8 @@
-"""The tables of the report: as the page shows them, as LaTeX, and as CSV with every digit."""
+"""What stands in the tables of the report."""
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from ..plots import CURVES
@@ -14,98 +11,7 @@ from ..training.monitors import PER_TOKEN, stopped_at
 from .findings import SIGNIFICANT
 from .look import Look
 from .table import Comparison, Group, Interval, degenerated, final
-
-LATEX = {
-    **{sign: f"\\{sign}" for sign in "&%$#_{}"},
-    "\\": r"\textbackslash{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "β": r"$\beta$",
-    "–": "--",
-    "−": "$-$",
-    "…": r"\dots{}",
-}
-STRONG = "strong"
-
-
-@dataclass(frozen=True)
-class Entry:
-    """What stands in one place of a table.
-
-    Args:
-        text: what is shown.
-        look: the class of the page's style sheet; `STRONG` is bold in LaTeX, too.
-    """
-
-    text: str
-    look: str = ""
-
-
-@dataclass(frozen=True)
-class Row:
-    """A row of a table.
-
-    Args:
-        entries: one per head.
-        anchor: what a link to the row names.
-        error: what went wrong, below the row; the page only.
-    """
-
-    entries: tuple[Entry, ...]
-    anchor: str = ""
-    error: str = ""
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table of the report.
-
-    Args:
-        name: of its files.
-        title, caption: above it.
-        heads: of its columns.
-        rows: as shown.
-        data: what the CSV file holds, a mapping per row.
-    """
-
-    name: str
-    title: str
-    caption: str
-    heads: tuple[str, ...]
-    rows: tuple[Row, ...]
-    data: tuple[dict[str, Any], ...]
-
-    def as_csv(self) -> str:
-        text = io.StringIO()
-        writer = csv.DictWriter(text, list(dict.fromkeys(key for row in self.data for key in row)))
-        writer.writeheader()
-        writer.writerows(self.data)
-        return text.getvalue()
-
-    def as_latex(self) -> str:
-        """A tabular for a paper; needs the package booktabs."""
-        columns = "l" + "r" * (len(self.heads) - 1)
-        body = [" & ".join(_in_latex(entry) for entry in row.entries) for row in self.rows]
-        lines = [
-            "% \\usepackage{booktabs}",
-            f"\\begin{{tabular}}{{{columns}}}",
-            "\\toprule",
-            " & ".join(map(_escaped, self.heads)) + r" \\",
-            "\\midrule",
-            *(f"{row} \\\\" for row in body),
-            "\\bottomrule",
-            "\\end{tabular}",
-        ]
-        return "\n".join(lines) + "\n"
-
-
-def _in_latex(entry: Entry) -> str:
-    text = _escaped(entry.text)
-    return f"\\textbf{{{text}}}" if entry.look == STRONG else text
-
-
-def _escaped(text: str) -> str:
-    return "".join(LATEX.get(sign, sign) for sign in text)
+from .tabular import STRONG, Entry, Row, Table
 
 
 def tables(

@@ -4,8 +4,17 @@ from __future__ import annotations
 
 import csv
 import io
+import re
+import shutil
+import subprocess
 
-from llamafactory_ext.report.tables import STRONG, Entry, Row, Table
+import pytest
+from recorded_sweeps import make_sweep, score, score_pairs, train
+
+from llamafactory_ext.report.page import write_report
+from llamafactory_ext.report.tabular import STRONG, Entry, Row, Table
+
+ODD = r"*[=_&%#{}~^\$<>|"  # begins a row, where a star or a bracket would belong to the row before
 
 
 def table(rows=(), data=()):
@@ -41,3 +50,62 @@ def test_csv_has_every_digit_and_quotes_commas():
         {"method": "a, b", "p": "0.3333333333333333", "tau": ""},
         {"method": "c", "p": "", "tau": "0.5"},
     ]
+
+
+def test_text_is_no_formula_in_a_csv_file():
+    texts = ["=1+1", "+cmd", "-x", "@SUM(A1)", "\t=1", "\r=1", "a=1", "", "-1e-5", "+3"]
+    rows = [{"method": text, "p": -0.5} for text in texts]
+    read = list(csv.DictReader(io.StringIO(table(data=rows).as_csv(), newline="")))
+    assert [row["method"] for row in read] == [*(f"'{text}" for text in texts[:6]), *texts[6:]]
+    assert {row["p"] for row in read} == {"-0.5"}
+
+
+# --- whole reports ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def latex(tmp_path):
+    """The LaTeX files of a report whose losses, values and cells have every special character in their names."""
+    loss_file = tmp_path / "losses.py"
+    loss_file.write_text(
+        f"from llamafactory_ext import register_loss\n\n@register_loss({ODD!r})\n"
+        "def odd(pairs, *, beta, tau=0.5, name=''):\n    return -tau * beta * pairs.margin\n"
+    )
+    arguments = [{"tau": 0.5, "name": sign} for sign in "[=_&%#{}~^\\$"]
+    axes = [
+        {"pref_loss": "sigmoid"},
+        {"pref_loss": ODD, "pref_loss_file": str(loss_file), "pref_loss_args": arguments},
+        {"pref_loss": "sr_dpo", "sr_lambda": 0.3, "sr_prompt": ["100 % {sure}: ", "$5 & \\more #1_2\n\nLast "]},
+    ]
+    sweep = make_sweep(tmp_path, axes, held_out={"dataset": "others"})
+    for cell in sweep.cells():
+        train(sweep, cell)
+        score(sweep, cell.name, 5)
+        score_pairs(sweep, cell, [1, -2])
+    write_report(sweep.output, tmp_path / "report")
+    return sorted((tmp_path / "report").glob("*.tex"))
+
+
+def test_no_special_character_of_a_name_reaches_latex(latex):
+    assert [file.stem for file in latex] == ["cells", "degeneration", "pairs", "tests"]
+    commands = ("textbackslash", "textasciitilde", "textasciicircum", "textless", "textgreater", "textbar")
+    shown = rf"\\[&%#_$\{{\}}]|\\(?:{'|'.join(commands)})\{{\}}|\$-\$|\$\\beta\$|\\dots\{{\}}|\{{[*\[]\}}"
+    for file in latex:
+        lines = file.read_text().splitlines()
+        heads, *rows = (line for line in lines if line.endswith(r" \\"))
+        for row in rows:
+            cells = re.sub(shown, "", row.removesuffix(r" \\"))
+            cells = re.sub(r"\\textbf\{([^{}]*)\}", r"\1", cells)
+            assert not set(cells) & set(r"\%#_${}~^[*"), row
+            assert cells.count(" & ") == cells.count("&") == heads.count(" & ")
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="needs LaTeX: apt-get install texlive-latex-recommended")
+def test_latex_compiles(latex, tmp_path):
+    tables = "\n\n".join(f"\\input{{report/{file.name}}}" for file in latex)
+    document = f"\\documentclass{{article}}\\usepackage{{booktabs}}\n\\begin{{document}}\n{tables}\n\\end{{document}}\n"
+    (tmp_path / "all.tex").write_text(document)
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "all.tex"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, errors="replace")
+    assert run.returncode == 0, run.stdout[-2000:]
+    assert "Missing character" not in (tmp_path / "all.log").read_text(errors="replace")
