@@ -55,13 +55,3 @@ def _check_adapter(sweep: Sweep, cell: Cell, finetuning_args: Any) -> None:
             f"cell {cell.name}: vLLM takes plain LoRA adapters only, without use_dora and additional_target: "
             "write `engine: hf` under `evaluation`, or leave it out."
         )
-
-
-def notes(sweep: Sweep, cells: Sequence[Cell]) -> list[str]:
-    """What is worth knowing before a sweep runs, though nothing is wrong."""
-    trained = {name for cell in cells for _, name in cell.datasets}
-    if sweep.held_out is not None and sweep.held_out.dataset in trained:
-        return [
-            f"Cells train on the held-out pairs {sweep.held_out.dataset!r}: their scores say nothing about new pairs."
-        ]
-    return []

@@ -11,10 +11,10 @@ from enum import Enum
 from pathlib import Path
 
 from ..errors import UserError
-from .check import check, notes
+from .check import check
 from .display import Display, console, show_plan, show_results
 from .records import check_locks
-from .spec import Cell, read_sweep
+from .spec import Cell, notes, read_sweep
 from .tasks import Agenda, write_recipes, write_sweep
 from .work import Task
 

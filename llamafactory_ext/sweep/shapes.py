@@ -36,6 +36,7 @@ class About(BaseModel):
     bases: list[Base]
     data: dict[str, str] = {}
     named: dict[str, Any] = {}
+    notes: list[str] = []
 
 
 class Tier(BaseModel):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 import shutil
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -178,6 +178,16 @@ class Cell:
         named = self.settings.get("dataset") or []
         names = named.split(",") if isinstance(named, str) else named
         return [(self.data_folder, name.strip()) for name in names]
+
+
+def notes(sweep: Sweep, cells: Sequence[Cell]) -> list[str]:
+    """What is worth knowing about a sweep and its results, though nothing is wrong."""
+    trained = {name for cell in cells for _, name in cell.datasets}
+    if sweep.held_out is not None and sweep.held_out.dataset in trained:
+        return [
+            f"Cells train on the held-out pairs {sweep.held_out.dataset!r}: their scores say nothing about new pairs."
+        ]
+    return []
 
 
 def read_sweep(path: Path) -> Sweep:

@@ -22,7 +22,7 @@ from ..scoring.file import unfinished_path
 from ..whole_files import write_whole
 from .records import read_object, read_record
 from .shapes import About
-from .spec import ADAPTERS, BASE, Cell, Sweep
+from .spec import ADAPTERS, BASE, Cell, Sweep, notes
 from .work import LLAMAFACTORY, OURS, Task
 
 SWEEP_FILE = "sweep.json"
@@ -230,6 +230,7 @@ def write_sweep(agenda: Agenda, file: Path) -> None:
         ],
         "data": data,
         "named": named,
+        "notes": notes(sweep, cells),
         "versions": {name: number for name in ("llamafactory-ext", *PACKAGES) if (number := version(name))},
         "python": platform.python_version(),
         "machine": platform.machine(),

@@ -339,3 +339,10 @@ def test_a_record_with_odd_values_counts_as_none(value, sweep):
     for key in ("seconds", "error"):
         changed(cell.folder / "train.json", (key,), value)
         report(sweep)
+
+
+@pytest.mark.parametrize(("dataset", "told"), [("pairs", 1), ("others", 0)])
+def test_a_sweep_that_trains_on_its_held_out_pairs_says_so(dataset, told, tmp_path):
+    page, _ = report(make_sweep(tmp_path, {"pref_loss": ["sigmoid"]}, held_out={"dataset": dataset}))
+    note = "Cells train on the held-out pairs &#39;pairs&#39;: their scores say nothing about new pairs."
+    assert page.count(note) == told
