@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import string
 import sys
@@ -48,7 +49,7 @@ from llamafactory_ext.webui.fields import (
     why_not,
 )
 from llamafactory_ext.webui.loss_files import FOLDERS, LossFiles
-from llamafactory_ext.webui.section import _Curves
+from llamafactory_ext.webui.section import _Curves, about_run
 
 LOSSES = losses_of("DPO", "")[0]
 EMPTY = {key: field.empty for key, field in FIELDS.items()}
@@ -507,6 +508,20 @@ def test_wrong_settings_are_named_in_the_boards_language(filled_in, lang, words)
     runner, data = filled_in(pref_loss="dpop", dpop_lambda=-1)
     data[runner.manager.get_elem_by_id("top.lang")] = lang
     assert runner._initialize(data, do_train=True, from_preview=False) == words
+
+
+def test_a_loss_file_that_is_missing_is_named_in_the_boards_language(loss_files, tmp_path):
+    path = str(tmp_path / "nowhere.py")
+    loss_files.read(path)
+    words = why_not("sigmoid", *losses_of("DPO", path), "ja")
+    assert words.startswith(f"「損失関数ファイル」の {path!r} はファイルではありません")
+
+
+def test_sentences_of_chinese_and_japanese_follow_without_a_space():
+    logs = [{"step": 1, "logps/chosen": math.nan, "logps/rejected": math.nan}]
+    assert "数值。请尝试" in about_run(logs, "zh")
+    assert "ました。MinorDPO" in about_run(logs, "ja")
+    assert "numbers. Try" in about_run(logs, "en")
 
 
 @pytest.mark.parametrize(

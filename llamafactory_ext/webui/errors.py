@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from .texts import in_language
@@ -32,6 +32,7 @@ ALERTS: dict[str, dict[str, str]] = {
             "{variable}=/that/folder in its environment."
         ),
         "demo": "This board is a demo and reads no loss files. Train with `llamafactory-cli train` instead.",
+        "no_file": "{pref_loss_file} {file} is not a file (looked for {full}). Write the path of a Python file.",
         "unread": "This version of {file} has not been read yet. Press Enter in {pref_loss_file}.",
     },
     "ru": {
@@ -60,6 +61,7 @@ ALERTS: dict[str, dict[str, str]] = {
             "переменной среды {variable}=/эта/папка."
         ),
         "demo": "Это демонстрационная панель: она не читает файлы функций потерь. Запустите `llamafactory-cli train`.",
+        "no_file": "{pref_loss_file}: {file} не является файлом (поиск в {full}). Введите путь к файлу Python.",
         "unread": "Эта версия {file} ещё не прочитана. Нажмите Enter в поле {pref_loss_file}.",
     },
     "zh": {
@@ -80,6 +82,7 @@ ALERTS: dict[str, dict[str, str]] = {
         "not_in_file": "{pref_loss_file}没有注册损失函数 {loss!r}。请在{pref_loss}中选择 {names}，或修改该文件。",
         "forbidden": "此面板不能读取 {file}。要读取某个文件夹中的文件，请用环境变量 {variable}=/该文件夹 启动。",
         "demo": "此面板是演示版，不读取损失函数文件。请改用 `llamafactory-cli train` 训练。",
+        "no_file": "{pref_loss_file}中的 {file} 不是文件（查找位置：{full}）。请填写 Python 文件的路径。",
         "unread": "尚未读取 {file} 的当前版本。请在{pref_loss_file}中按回车。",
     },
     "ko": {
@@ -110,6 +113,9 @@ ALERTS: dict[str, dict[str, str]] = {
             "보드를 시작하십시오."
         ),
         "demo": "이 보드는 데모이므로 로스 파일을 읽지 않습니다. `llamafactory-cli train`으로 학습하십시오.",
+        "no_file": (
+            "{pref_loss_file}: {file}은(는) 파일이 아닙니다(찾은 위치: {full}). Python 파일의 경로를 입력하십시오."
+        ),
         "unread": "{file}의 현재 버전을 아직 읽지 않았습니다. {pref_loss_file}에서 Enter를 누르십시오.",
     },
     "ja": {
@@ -136,6 +142,10 @@ ALERTS: dict[str, dict[str, str]] = {
             "{variable}=/そのフォルダ を付けて起動してください。"
         ),
         "demo": "このボードはデモなので損失関数ファイルを読み込みません。`llamafactory-cli train` で学習してください。",
+        "no_file": (
+            "{pref_loss_file}の {file} はファイルではありません（探した場所：{full}）。Python ファイルのパスを入力して"
+            "ください。"
+        ),
         "unread": "{file} の現在の内容はまだ読み込まれていません。{pref_loss_file}で Enter を押してください。",
     },
 }
@@ -212,3 +222,8 @@ def wanted(name: str, lang: str) -> str:
 
 def quoted(text: str, lang: str) -> str:
     return in_language(lang, QUOTES).format(text)
+
+
+def joined(sentences: Sequence[str], lang: str) -> str:
+    """Sentences in a row. The full stop of Chinese and Japanese is as wide as a letter, and no space follows it."""
+    return ("" if lang in ("zh", "ja") else " ").join(sentences)

@@ -63,7 +63,7 @@ class LossFiles:
             again: whether to read a file that has not changed since, as what it imports may have.
         """
         file = self._allowed(path) if isinstance(path, str) and path else None
-        if file is None:
+        if file is None or not file.is_file():
             return
         asked = time.monotonic()
         with self._reading(file):
@@ -100,6 +100,8 @@ class LossFiles:
         file = self._allowed(path)
         if file is None:
             raise BoardError("demo" if self.demo_mode else "forbidden", file=repr(path), variable=FOLDERS)
+        if not file.is_file():
+            raise BoardError("no_file", file=repr(path), full=str(file))
         contents = self.known.get(file)
         if contents is None or contents.state != _state(file):
             raise BoardError("unread", file=repr(path))

@@ -19,6 +19,7 @@ from ..plots import reward_figure
 from ..recipe.arguments import keys_of
 from ..training.monitors import problem, read_trainer_log, stopped_at
 from . import texts
+from .errors import joined
 from .fields import FIELDS, LOSS_FIELDS, STAGE_FIELDS, alert, is_dpo, is_shown, losses_of, why_not
 from .loss_files import LossFiles
 
@@ -196,7 +197,9 @@ def _smooth(figure: Figure) -> None:
         label, color = str(curve.get_label()), curve.get_color()
         curve.set(alpha=0.3, label=f"_{label}", zorder=1.5)
         axes.plot(steps, smooth(values.tolist()), color=color, label=label, zorder=2.5)
-    axes.legend(frameon=False, title="smoothed; pale: as logged")
+    # Not in the legend: a title as wide as this would stand on curves.
+    axes.set_xlabel("step (dark: smoothed, pale: as logged)")
+    axes.legend(frameon=False)
 
 
 def about_run(logs: list[dict[str, Any]], lang: str) -> str:
@@ -207,7 +210,7 @@ def about_run(logs: list[dict[str, Any]], lang: str) -> str:
     sentences = [alert(found, lang), alert("remedies", lang)]
     if step is not None:
         sentences.insert(1, alert("stopped", lang, step=step, total=logs[-1].get("total_steps", "?")))
-    return f"⚠️ {' '.join(sentences)}"
+    return f"⚠️ {joined(sentences, lang)}"
 
 
 def refuse_unless_texts(*values: Any) -> None:
