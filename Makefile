@@ -33,7 +33,7 @@ help:
 	@echo "make test-all     test, test-compat, and all environments above: run it before a release"
 	@echo "make eval         score a model on GSM8K with vLLM: MODEL=, DATA=, ARGS= (make eval-env, test-eval, bench-eval)"
 	@echo "make reproduce    the papers' studies at small scale, with a verdict per claim: 75 to 90 minutes on two cores (with a GPU: GSM8K=)"
-	@echo "make bench        speed and memory, LLaMA-Factory's DPO stage against the plugin: an hour on two cores (ARGS=--quick)"
+	@echo "make bench        speed and memory, LLaMA-Factory's DPO stage and TRL against the plugin: two hours on two cores (ARGS=--quick)"
 	@echo "make bench-data   time and memory of \`llamafactory-ext data metamath\` and of the cache look-up, at full size"
 	@echo "make gpu-wheels   fetch what benchmarks/gpu.py needs on a machine with a GPU and no network (22 MiB)"
 	@echo "make families     which families of models share prefixes: the table of docs/families.md"
@@ -125,8 +125,9 @@ families: venv
 docs: venv
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-bench: venv
+bench: venv trl-env
 	$(BIN)/python benchmarks/training.py $(ARGS)
+	$(BIN)/python benchmarks/systems.py --trl "$(TRL_BIN)/python" $(ARGS)
 
 reproduce: venv
 	$(BIN)/python examples/reproduce/reproduce.py $(if $(GSM8K),--gsm8k "$(GSM8K)")
@@ -140,7 +141,7 @@ gpu-wheels:
 	$(PYTHON) benchmarks/gpu_packages.py
 
 clean:
-	rm -rf .venv .venv-compat .venv-eval $(LEGS:%=.venv-%) .wheels .wheels-site outputs build dist *.egg-info
+	rm -rf .venv .venv-compat .venv-eval .venv-trl $(LEGS:%=.venv-%) .wheels .wheels-site outputs build dist *.egg-info
 
 # --- evaluation: vLLM lives in an environment of its own, because it pins versions that LLaMA-Factory refuses ----------
 EVAL_VENV ?= .venv-eval
@@ -173,3 +174,19 @@ test-eval: eval-env
 .PHONY: bench-eval
 bench-eval: eval-env
 	$(EVAL_BIN)/python benchmarks/evaluation.py --model "$(MODEL)" --data "$(DATA)"
+
+# --- TRL: of a later release than LLaMA-Factory takes, with the newest transformers; the same torch ---------------------
+TRL_VENV ?= .venv-trl
+TRL_BIN := $(TRL_VENV)/bin
+TRL_PACKAGES := trl==1.16.* transformers==5.24.*
+
+.PHONY: trl-env
+trl-env: $(TRL_VENV)/.ready
+
+$(TRL_VENV)/.ready: Makefile
+	$(PYTHON) -m venv $(TRL_VENV)
+	$(TRL_BIN)/python -m pip install --quiet uv
+	for package in $(NEVER_$(BUILD)); do echo "$$package; sys_platform == 'never'"; done > $(TRL_VENV)/never.txt
+	$(TRL_BIN)/uv pip install --python $(TRL_BIN)/python $(FIND_LINKS_$(BUILD)) --override $(TRL_VENV)/never.txt \
+		$(COMPILED) $(foreach package,$(firstword $(TORCH)) $(TRL_PACKAGES),"$(package)")
+	touch $@

@@ -16,7 +16,7 @@ from gpu_runs import DEVICE
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 from torch.profiler import ProfilerActivity, profile
-from training_worker import now
+from training_watch import now
 
 from llamafactory_ext.training import attention
 from llamafactory_ext.training.attention import attend, tree_lengths

@@ -12,8 +12,8 @@ from unittest import mock
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from gpu_runs import DEVICE, Lengths, Trainings, make_pairs
-from training_report import flops, peak_flops
-from training_worker import Seconds
+from training_tokens import flops, peak_flops
+from training_watch import Seconds
 from transformers import Trainer, TrainerCallback
 
 from llamafactory_ext.planning.plan import make_plan

@@ -21,8 +21,9 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from training_report import Case, Report, Result, build, plot, show, timing
+from training_report import Case, Report, build, plot, show, timing
 from training_runs import FULL, Runner, head_only, is_refined, machine, qwen_7b
+from training_tokens import Result
 
 from llamafactory_ext.errors import UserError
 from llamafactory_ext.losses.lookup import get_loss

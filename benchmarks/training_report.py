@@ -4,71 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import takewhile
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from training_tokens import BINS, PairTokens, Result, flops, padding_share, peak_flops, prefix_histogram, tokens
 
-Result = dict[str, Any]  # of a worker
-PairTokens = Sequence[int]  # tokens of the chosen and the rejected answer with their prompts, and of what both share
 Memory = Mapping[str, Mapping[str, Mapping[int, int]]]  # training or head -> system -> pairs in a micro-batch -> bytes
 
-BINS = 10
-# Dense bf16 tensor-core FLOP/s by a part of the device's name, from NVIDIA's data sheets; the first match counts.
-PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}
 COLORS = {"stock": "#d55e00", "naive": "#cc79a7", "ours": "#0072b2"}
-
-
-# --- tokens ----------------------------------------------------------------------------------------------------------
-
-
-def common_prefix(chosen: Sequence[int], rejected: Sequence[int]) -> int:
-    """Tokens that both begin with, at most one short of the shorter: what a shared prefix can hold."""
-    both = zip(chosen, rejected, strict=False)
-    same = sum(1 for _ in takewhile(lambda tokens: tokens[0] == tokens[1], both))
-    return min(same, len(chosen) - 1, len(rejected) - 1)
-
-
-def tokens(pair: PairTokens, shared: bool) -> int:
-    """Tokens of a pair without padding, what both answers begin with twice or once."""
-    chosen, rejected, prefix = pair
-    return chosen + rejected - shared * prefix
-
-
-def prefix_histogram(pairs: Sequence[PairTokens]) -> list[int]:
-    """Pairs by the share of their tokens that is the common prefix (in both answers): counts in `BINS` equal bins."""
-    counts = [0] * BINS
-    for chosen, rejected, prefix in pairs:
-        counts[min(int(BINS * 2 * prefix / (chosen + rejected)), BINS - 1)] += 1
-    return counts
-
-
-def padding_share(pairs: Sequence[PairTokens], shared: bool, positions: int) -> float:
-    """Share of the positions that a pass over the pairs ran over and that hold no token."""
-    return 1 - sum(tokens(pair, shared) for pair in pairs) / positions
-
-
-def flops(pair: PairTokens, shared: bool, size: Result) -> float:
-    """Floating-point operations of the policy's forward and backward pass over a pair, for the MFU.
-
-    6 per parameter and token (2 forward, 2 for the gradient of the activations, 2 for that of trained weights), and in
-    each layer 12 per hidden unit and (token, token that it sees). The reference, padding and the augmented pairs of Sr
-    are not counted: they are what makes the MFU small.
-
-    Args:
-        size: `parameters`, `trained`, `layers`, `hidden`.
-    """
-    chosen, rejected, prefix = pair
-    seen = (chosen**2 + rejected**2 - shared * prefix**2) / 2
-    per_token = 4 * size["parameters"] + 2 * size["trained"]
-    return per_token * tokens(pair, shared) + 12 * size["layers"] * size["hidden"] * seen
-
-
-def peak_flops(device: str) -> float | None:
-    return next((peak for name, peak in PEAK_FLOPS.items() if name in device), None)
 
 
 # --- timings ---------------------------------------------------------------------------------------------------------
@@ -263,17 +209,21 @@ class Report:
         }
 
 
-def show(report: Report, console: Console) -> None:
-    for name, value in report.about.items():
+def show_about(about: Mapping[str, Any], console: Console) -> None:
+    for name, value in about.items():
         listed = ", ".join(f"{key} {each}" for key, each in value.items()) if isinstance(value, dict) else value
         console.print(f"{name.replace('_', ' ')}: {listed}", markup=False, highlight=False)
+
+
+def show(report: Report, console: Console) -> None:
+    show_about(report.about, console)
     if report.loss_difference is not None:
         console.print(f"losses differ by at most {report.loss_difference:.1e} from LLaMA-Factory's", highlight=False)
-    for table in (_tokens(report), _timings(report), _builds(report), *_memory(report), _targets(report)):
+    for table in (_tokens(report), _timings(report), _builds(report), *_memory(report), targets_table(report.targets)):
         console.print("", table)
 
 
-def _table(title: str, *columns: str) -> Table:
+def make_table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left")
     for name in columns:
         table.add_column(name, justify="left" if name in ("", "loss") else "right")
@@ -284,7 +234,7 @@ def _tokens(report: Report) -> Table:
     found = report.tokens
     each, once = found["tokens_per_pair"], found["tokens_per_pair_prefix_once"]
     title = f"{found['pairs']} pairs of {each:.0f} tokens, {once:.0f} with the common prefix once"
-    table = _table(title, "tokens in the common prefix", "pairs", "")
+    table = make_table(title, "tokens in the common prefix", "pairs", "")
     for index, count in enumerate(found["prefix_histogram"]):
         bar = "█" * round(30 * count / found["pairs"])
         table.add_row(f"{index / BINS:.0%} to {(index + 1) / BINS:.0%}", str(count), bar)
@@ -295,7 +245,7 @@ def _timings(report: Report) -> Table:
     stock = min(timing.seconds for timing in report.timings if timing.case.system == "stock")
     known = [timing.mfu for timing in report.timings if timing.mfu is not None]
     columns = ("", "loss", "batch", "s/step", "pairs/s", "tokens/s", "speed", "padding", *(["MFU"] if known else []))
-    table = _table("medians (batch: pairs in a micro-batch; speed: over stock's best)", *columns)
+    table = make_table("medians (batch: pairs in a micro-batch; speed: over stock's best)", *columns)
     for timing in report.timings:
         table.add_row(
             timing.case.system,
@@ -312,7 +262,7 @@ def _timings(report: Report) -> Table:
 
 
 def _builds(report: Report) -> Table:
-    table = _table("caches built before the first step", "loss", "s", "pairs", "s/pair")
+    table = make_table("caches built before the first step", "loss", "s", "pairs", "s/pair")
     for built in report.builds:
         table.add_row(built.loss, f"{built.seconds:.1f}", str(built.pairs), f"{built.seconds / built.pairs:.2f}")
     return table
@@ -322,7 +272,7 @@ def _memory(report: Report) -> list[Table]:
     titles = {"training": "peak, MiB", "head": "log-probabilities, MiB"}
     tables = []
     for part, title in titles.items():
-        table = _table(title, "batch", "stock", "ours", "ratio")
+        table = make_table(title, "batch", "stock", "ours", "ratio")
         stock, ours = report.memory[part]["stock"], report.memory[part]["ours"]
         for size in sorted({*stock, *ours}):
             ratio = f"{ours[size] / stock[size]:.2f}" if size in stock and size in ours else ""
@@ -332,9 +282,9 @@ def _memory(report: Report) -> list[Table]:
     return tables
 
 
-def _targets(report: Report) -> Table:
-    table = _table("targets", "", "measured", "wanted", "reached")
-    for target in report.targets:
+def targets_table(targets: Sequence[Target]) -> Table:
+    table = make_table("targets", "", "measured", "wanted", "reached")
+    for target in targets:
         wanted = f"{'at least' if target.at_least else 'at most'} {target.bound:g}"
         reached = "[green]yes[/]" if target.reached else "[red]no[/]"
         table.add_row(target.what, f"{target.value:.2f}", wanted, reached)

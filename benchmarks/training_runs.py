@@ -1,4 +1,4 @@
-"""The runs of `benchmarks/training.py`: recipes, processes, models made for them, and where they ran."""
+"""The runs of `benchmarks/training.py` and `systems.py`: recipes, processes, models made for them, where they ran."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
-from training_report import Case, Result
+from training_report import Case
+from training_tokens import Result
 
 import llamafactory_ext
 from llamafactory_ext.distributions import version
@@ -25,6 +27,27 @@ from llamafactory_ext.losses.lookup import get_loss
 from llamafactory_ext.recipe.arguments import SR_PROMPT
 
 WORKER = Path(__file__).with_name("training_worker.py")
+TRL_WORKER = WORKER.with_name("systems_trl.py")
+SOURCES = [WORKER, TRL_WORKER, WORKER.with_name("training_watch.py")]
+# Of transformers' TrainingArguments, for LLaMA-Factory and TRL alike.
+ARGUMENTS: dict[str, Any] = {
+    "optim": "adamw_torch",
+    "learning_rate": 1.0e-6,
+    "lr_scheduler_type": "constant",
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "seed": 1,
+}
+# What makes TRL's DPO trainer fastest, and what it shares with the others here: order, precision, no checkpointing.
+TRL_ARGUMENTS: dict[str, Any] = {
+    "precompute_ref_log_probs": True,
+    "max_length": None,
+    "train_sampling_strategy": "sequential",
+    "bf16": False,
+    "gradient_checkpointing": False,
+}
+PACKAGES = ("llamafactory-ext", "llamafactory", "torch", "transformers", "trl", "accelerate")
 FULL = {"finetuning_type": "full"}
 QWEN_7B: dict[str, Any] = {
     "hidden_size": 4096,
@@ -47,6 +70,10 @@ def is_plugin(case: Case) -> bool:
     return case.system in ("cold", "ours")
 
 
+def is_trl(case: Case) -> bool:
+    return case.system.startswith("trl")
+
+
 @dataclass(frozen=True)
 class Runner:
     """Runs recipes, each in a process of its own, and none again that has run with the same sources.
@@ -55,6 +82,7 @@ class Runner:
         data: the file of the pairs, which LLaMA-Factory knows as `dataset`.
         output: results go to its `runs`, caches to its `cache`.
         tuning: the recipe's keys that say what is trained, and in which precision.
+        trl: the Python of TRL's environment.
     """
 
     model: Path
@@ -63,22 +91,62 @@ class Runner:
     dataset: str
     output: Path
     tuning: Mapping[str, Any]
+    trl: Path | None = None
 
     def seconds(self, case: Case, turn: int, global_batch: int, steps: int) -> Result:
         """Time a step to warm up and then `steps`, on pairs that come once each."""
-        recipe = self._recipe(case, global_batch * (1 + steps)) | {
-            "gradient_accumulation_steps": global_batch // case.micro_batch,
-            # After a cache is built, steps are those of a warm one.
-            "max_steps": 1 if case.system == "cold" else 1 + steps,
-        }
-        return self._run(case, recipe, "seconds", f"round{turn}")
+        # After a cache is built, steps are those of a warm one.
+        measured = 0 if case.system == "cold" else steps
+        job = self._job(case, "seconds", global_batch * (1 + steps), 1 + measured, global_batch // case.micro_batch)
+        return self._run(case, job, f"{self.dataset}-round{turn}")
 
     def peak(self, case: Case) -> int:
         """Bytes in a step of one micro-batch, above weights, gradients and optimizer states."""
-        recipe = self._recipe(case, case.micro_batch) | {"gradient_accumulation_steps": 1, "max_steps": 1}
-        return self._run(case, recipe, "peak", self.model.name)["bytes"]
+        return self._run(case, self._job(case, "peak", case.micro_batch, steps=1), self.model.name)["bytes"]
 
-    def _recipe(self, case: Case, pairs: int) -> dict[str, Any]:
+    def trial(self, case: Case, pairs: int) -> Result:
+        """Seconds `per_pair` in micro-batches without the optimizer, and the peak `bytes` of one.
+
+        So many pairs warm up, the next are timed, and the micro-batch after them is the one whose peak is taken:
+        the same pairs whatever the micro-batch.
+        """
+        timed = pairs // case.micro_batch
+        job = self._job(case, "trial", (2 * timed + 1) * case.micro_batch, 2 * timed + 1)
+        result = self._run(case, job, self.dataset)
+        return result | {"per_pair": sum(result["seconds"][timed:]) / (timed * case.micro_batch)}
+
+    def tokens(self) -> Path:
+        """The file with the tokens of all pairs."""
+        case = Case("stock", "sigmoid", 1)
+        job = self._job(case, "tokens", None, steps=1)
+        self._run(case, job, self.dataset)
+        return self._result(case, job, self.dataset)
+
+    def _job(self, case: Case, watch: str, pairs: int | None, steps: int, accumulation: int = 1) -> dict[str, Any]:
+        """What a worker is told: `steps` optimizer steps on the first pairs (None: all)."""
+        arguments = ARGUMENTS | {
+            "per_device_train_batch_size": case.micro_batch,
+            "gradient_accumulation_steps": accumulation,
+            "max_steps": steps,
+        }
+        if is_trl(case):
+            assert self.trl is not None
+            return {
+                "model": str(self.model.resolve()),
+                "tokens": str(self.tokens()),
+                "pairs": pairs,
+                "arguments": arguments | TRL_ARGUMENTS,
+                "responses_only": case.system == "trl_narrow",
+                "watch": watch,
+                "versions": trl_versions(self.trl),
+            }
+        return {
+            "recipe": self._recipe(case, pairs) | arguments,
+            "watch": watch,
+            "naive_sr_prompt": SR_PROMPT if case.system == "naive" else None,
+        }
+
+    def _recipe(self, case: Case, pairs: int | None) -> dict[str, Any]:
         ours = {
             "pref_loss": case.loss,
             "precompute_ref_log_probs": True,
@@ -94,15 +162,7 @@ class Runner:
             "max_samples": pairs,
             "cutoff_len": 2048,
             "overwrite_cache": True,
-            "per_device_train_batch_size": case.micro_batch,
             "disable_gradient_checkpointing": True,
-            "optim": "adamw_torch",
-            "learning_rate": 1.0e-6,
-            "lr_scheduler_type": "constant",
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": "none",
-            "seed": 1,
             "disable_shuffling": True,  # every configuration takes the same pairs in the same steps
             **self.tuning,
             **(ours if is_plugin(case) else {}),
@@ -111,31 +171,37 @@ class Runner:
     def _cache(self, case: Case) -> Path:
         return self.output.resolve() / "cache" / ("refined" if is_refined(case.loss) else "plain")
 
-    def _run(self, case: Case, recipe: dict[str, Any], watch: str, which: str) -> Result:
-        job = {
-            "recipe": recipe,
-            "watch": watch,
-            "naive_sr_prompt": SR_PROMPT if case.system == "naive" else None,
-        }
-        key = hashlib.sha256(json.dumps([job, case.system, which, sources()]).encode()).hexdigest()[:12]
-        name = f"{case.system}-{case.loss}-{case.micro_batch}-{watch}-{which}"
-        result = self.output / "runs" / f"{name}-{key}.json"
+    def _run(self, case: Case, job: dict[str, Any], which: str) -> Result:
+        result = self._result(case, job, which)
         if not result.is_file():
-            print(f"running {name}", flush=True)
+            print(f"running {result.stem.rpartition('-')[0]}", flush=True)
             if case.system == "cold":
                 shutil.rmtree(self._cache(case), ignore_errors=True)
-            _launch(job, result, plugin=is_plugin(case))
+            _launch(self._worker(case), job, result, plugin=is_plugin(case))
         return json.loads(result.read_text(encoding="utf-8"))
 
+    def _worker(self, case: Case) -> list[str]:
+        return [str(self.trl), str(TRL_WORKER)] if is_trl(case) else [sys.executable, str(WORKER)]
 
-def _launch(job: dict[str, Any], result: Path, plugin: bool) -> None:
+    def _result(self, case: Case, job: dict[str, Any], which: str) -> Path:
+        data = hashlib.sha256(self.data.read_bytes()).hexdigest()
+        key = hashlib.sha256(json.dumps([job, case.system, which, sources(), data]).encode()).hexdigest()[:12]
+        name = f"{case.system}-{case.loss}-{case.micro_batch}-{job['watch']}-{which}"
+        return self.output.resolve() / "runs" / f"{name}-{key}.json"
+
+
+def _launch(worker: list[str], job: dict[str, Any], result: Path, plugin: bool) -> None:
     """Run a job in a process of its own, its output in a file that stays only if it fails."""
     result.parent.mkdir(parents=True, exist_ok=True)
     log = result.with_suffix(".log")
-    one_gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": one_gpu, "LLAMAFACTORY_EXT": "1" if plugin else "0"}
+    environment = os.environ | {
+        "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0],
+        "LLAMAFACTORY_EXT": "1" if plugin else "0",
+        # TRL's environment holds no LLaMA-Factory, so that this package cannot be installed there.
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(WORKER.parents[1]), os.environ.get("PYTHONPATH")))),
+    }
     with log.open("w", encoding="utf-8") as output:
-        command = [sys.executable, str(WORKER), str(result)]
+        command = [*worker, str(result)]
         ended = subprocess.run(
             command, input=json.dumps(job), text=True, stdout=output, stderr=subprocess.STDOUT, env=environment
         )
@@ -185,13 +251,20 @@ def _make(config: Any, tokenizer: Path, folder: Path) -> Path:
 def sources() -> str:
     """A digest of what is measured: the plugin's files, and the packages' versions."""
     files = sorted(Path(llamafactory_ext.__file__).parent.rglob("*.py"))
-    contents = b"".join(file.read_bytes() for file in [*files, WORKER])
+    contents = b"".join(file.read_bytes() for file in [*files, *SOURCES])
     return hashlib.sha256(contents + json.dumps(versions()).encode()).hexdigest()
 
 
 def versions() -> dict[str, str]:
-    packages = ("llamafactory-ext", "llamafactory", "torch", "transformers", "trl")
-    return {name: version(name) or "not installed" for name in packages}
+    return {name: version(name) or "not installed" for name in PACKAGES}
+
+
+@functools.cache
+def trl_versions(python: Path) -> dict[str, str]:
+    """Of TRL's environment, which another Python runs."""
+    folders = python.parent.parent.glob("lib/python*/site-packages")
+    found = distributions(path=[str(folder) for folder in folders])
+    return {each.name: each.version for each in found if each.name in PACKAGES}
 
 
 def commit() -> str | None:

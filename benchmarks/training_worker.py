@@ -1,8 +1,8 @@
-"""One run of `benchmarks/training.py`, in a process of its own: a whole recipe through LLaMA-Factory's `run_exp`.
+"""One run of `benchmarks/training.py` or `systems.py`, in a process of its own: a recipe through `run_exp`.
 
     python benchmarks/training_worker.py result.json < job.json
 
-A job is `{"recipe": …, "watch": "seconds" or "peak", "naive_sr_prompt": null or text}`.
+A job is `{"recipe": …, "watch": "seconds", "peak", "trial" or "tokens", "naive_sr_prompt": null or text}`.
 """
 
 from __future__ import annotations
@@ -11,106 +11,23 @@ import functools
 import json
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from llamafactory.data import loader
+from llamafactory.data import get_dataset, get_template_and_fix_tokenizer, loader
+from llamafactory.extras.constants import IGNORE_INDEX
+from llamafactory.hparams import get_train_args
+from llamafactory.model import load_tokenizer
 from llamafactory.train import tuner
 from llamafactory.train.dpo import trainer, workflow
-from torch.profiler import ProfilerActivity, profile
-from training_report import common_prefix
-from transformers import TrainerCallback
+from training_watch import WATCHES, Seconds, time_reference
 
 from llamafactory_ext.training.refinement import AugmentingCollator, AugmentingProcessor, split_batch
 from llamafactory_ext.whole_files import write_whole
 
 SR_LAMBDA = 0.3
-
-
-class Seconds(TrainerCallback):
-    """How long each optimizer step takes, from the end of the one before to its own, and what it worked on."""
-
-    def __init__(self) -> None:
-        self.marks: list[float] = []
-        self.losses: list[float] = []
-        self.positions = 0
-
-    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.ready = now()
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.model = kwargs["model"]
-        self.model.register_forward_pre_hook(self._count, with_kwargs=True)
-        rows = kwargs["train_dataloader"].dataset
-        self.pairs = [pair_tokens(row["chosen_input_ids"], row["rejected_input_ids"]) for row in rows]
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not self.marks:
-            self.marks.append(now())
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.marks.append(now())
-
-    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if "loss" in kwargs["logs"]:
-            self.losses.append(kwargs["logs"]["loss"])
-
-    def _count(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        if torch.is_grad_enabled():  # not what is only scored: the reference, and Sr's augmented pairs
-            self.positions += kwargs["input_ids"].numel()
-
-    def result(self) -> dict[str, Any]:
-        """As JSON: seconds from the trainer being built to the first step, then of each step, the first included;
-        `positions` is what the policy's forward passes with gradient ran over, padding included."""
-        config = self.model.config.get_text_config()
-        return {
-            "setup": self.marks[0] - self.ready,
-            "steps": [end - start for start, end in zip(self.marks, self.marks[1:], strict=False)],
-            "losses": self.losses,
-            "pairs": self.pairs,
-            "positions": self.positions,
-            "parameters": parameters(self.model, trained=False),
-            "trained": parameters(self.model, trained=True),
-            "layers": config.num_hidden_layers,
-            "hidden": config.hidden_size,
-        }
-
-
-class Peak(TrainerCallback):
-    """The most bytes that live tensors hold at once in a step's forward and backward passes, beyond what lasts.
-
-    Gradients are there from the start, as in all but the first micro-batch of an accumulation, so that weights,
-    gradients and optimizer states are left out.
-    """
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        for parameter in kwargs["model"].parameters():
-            if parameter.requires_grad:
-                parameter.grad = torch.zeros_like(parameter)
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-            self.before = torch.cuda.memory_allocated()
-        else:
-            self.profiled = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
-            self.profiled.start()
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if torch.cuda.is_available():
-            self.bytes = torch.cuda.max_memory_allocated() - self.before
-            return
-        self.profiled.stop()
-        recorded: Any = self.profiled.profiler
-        held = self.bytes = 0
-        for event in sorted(recorded.kineto_results.events(), key=lambda event: event.start_ns()):
-            if event.name() == "[memory]":  # the CPU allocator's: bytes taken, or given back
-                held += event.nbytes()
-                self.bytes = max(self.bytes, held)
-
-    def result(self) -> dict[str, Any]:
-        return {"bytes": self.bytes}
 
 
 class NaiveSrTrainer(trainer.CustomDPOTrainer):
@@ -145,33 +62,41 @@ def naive_sr(sr_prompt: str) -> list[tuple[Any, str, Any]]:
     ]
 
 
-def now() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
+def tokens(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The pairs as LLaMA-Factory tokenizes them for this recipe, under TRL's names. Nothing is trained."""
+    model_args, data_args, training_args, *_ = get_train_args(recipe)
+    tools = load_tokenizer(model_args)
+    template = get_template_and_fix_tokenizer(tools["tokenizer"], data_args)
+    rows = get_dataset(template, model_args, data_args, training_args, stage="rm", **tools)["train_dataset"]
+    return {"rows": [split_prompt(row) for row in rows]}
 
 
-def pair_tokens(chosen: list[int], rejected: list[int]) -> tuple[int, int, int]:
-    """Tokens of the two answers with their prompts, and how many both begin with."""
-    return len(chosen), len(rejected), common_prefix(chosen, rejected)
+def split_prompt(row: dict[str, list[int]]) -> dict[str, list[int]]:
+    prompt = row["chosen_labels"].count(IGNORE_INDEX)  # all of it, and nothing else, is left out of the loss
+    return {
+        "prompt_ids": row["chosen_input_ids"][:prompt],
+        "chosen_ids": row["chosen_input_ids"][prompt:],
+        "rejected_ids": row["rejected_input_ids"][prompt:],
+    }
 
 
-def parameters(model: Any, trained: bool) -> int:
-    """Parameters that tokens are multiplied with: all but an embedding that is only looked up."""
-    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    counted = [p for p in model.parameters() if p is not embedding or embedding is head]
-    return sum(p.numel() for p in counted if p.requires_grad or not trained)
+def train(job: dict[str, Any], recipe: dict[str, Any]) -> dict[str, Any]:
+    if job["naive_sr_prompt"] is not None:
+        for module, name, value in naive_sr(job["naive_sr_prompt"]):
+            setattr(module, name, value)
+    watch = WATCHES[job["watch"]]()
+    if isinstance(watch, Seconds):
+        time_reference(trainer.CustomDPOTrainer, watch)
+    tuner.run_exp(recipe, callbacks=[watch])
+    return watch.result()
 
 
 def main() -> None:
     job = json.load(sys.stdin)
-    if job["naive_sr_prompt"] is not None:
-        for module, name, value in naive_sr(job["naive_sr_prompt"]):
-            setattr(module, name, value)
-    watch: Seconds | Peak = Seconds() if job["watch"] == "seconds" else Peak()
     with tempfile.TemporaryDirectory() as output:
-        tuner.run_exp(job["recipe"] | {"output_dir": output}, callbacks=[watch])
-    write_whole(Path(sys.argv[1]), json.dumps(watch.result()))
+        recipe = job["recipe"] | {"output_dir": output}
+        result = tokens(recipe) if job["watch"] == "tokens" else train(job, recipe)
+    write_whole(Path(sys.argv[1]), json.dumps(result))
 
 
 if __name__ == "__main__":
