@@ -28,15 +28,14 @@ from systems_report import SYSTEMS, Mix, Side, plot, show
 from training_report import Case
 from training_runs import FULL, Runner, machine, trl_versions
 from training_tokens import Result
+from training_watch import CLOCKS
 
 from llamafactory_ext.errors import UserError
 from llamafactory_ext.whole_files import write_whole
 
 MODEL, DATA = Path("outputs/SmolLM2-135M-Instruct"), Path("data/gsm8k_pairs.jsonl")
 OUTPUT, TRL = Path("outputs/bench/systems"), Path(".venv-trl/bin/python")
-# Pairs a micro-batch; one that would hold more than the limit is left out, and so are those after it.
 MICRO_BATCHES = [1, 2, 4]
-MEMORY_LIMIT = 10 * 2**30
 
 console = Console()
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -57,12 +56,13 @@ class Settings:
     global_batch: int
     micro_batches: list[int]
     mixes: list[str]
+    clock: str
+    memory: float  # bytes
 
     @property
     def pairs(self) -> int:
         """As many as the longest run takes: the steps, one of them to warm up, or a trial."""
-        largest = max(self.micro_batches)
-        return max(self.global_batch * (1 + self.steps), 3 * largest)
+        return max(self.global_batch * (1 + self.steps), 2 * max(self.micro_batches))
 
 
 @app.command(help=__doc__.replace("\n    python", "\n\n    python"))
@@ -77,10 +77,14 @@ def main(
     global_batch: Annotated[int, Opt(min=1, help="Pairs per optimizer step.")] = 16,
     micro_batch: Annotated[list[int], Opt(min=1, help="Pairs at a time to try; several times.")] = MICRO_BATCHES,
     mix: Annotated[list[str], Opt(help=f"One of {', '.join(MIXES)}; several times.")] = list(MIXES),  # noqa: B006
+    clock: Annotated[str, Opt(help="wall, or cpu: seconds of one thread, where others use the machine.")] = "wall",
+    memory: Annotated[float, Opt(help="GiB; a micro-batch that would hold more is not tried.")] = 10.0,
     quick: Annotated[bool, Opt("--quick", help="One mix, one round of 1 + 1 steps, to see that it works.")] = False,
     fresh: Annotated[bool, Opt("--fresh", help="Forget finished runs.")] = False,
 ) -> None:
-    settings = Settings(model, template, data, output, trl, rounds, steps, global_batch, micro_batch, mix)
+    settings = Settings(
+        model, template, data, output, trl, rounds, steps, global_batch, micro_batch, mix, clock, memory * 2**30
+    )
     if quick:
         settings = replace(settings, rounds=1, steps=1, global_batch=2, micro_batches=[1], mixes=mix[:1])
     try:
@@ -94,6 +98,7 @@ def main(
     about = machine() | {
         "trl_environment": trl_versions(trl),
         "model": model.name,
+        "clock": clock,
         "runs": f"{settings.rounds} rounds of 1 + {settings.steps} steps of {settings.global_batch} pairs",
     }
     show(about, mixes, console)
@@ -121,6 +126,8 @@ def check(settings: Settings) -> None:
     for name in settings.mixes:
         if name not in MIXES:
             raise UserError(f"--mix {name} is none of {', '.join(MIXES)}.")
+    if settings.clock not in CLOCKS:
+        raise UserError(f"--clock {settings.clock} is none of {', '.join(CLOCKS)}.")
     if "trl" not in trl_versions(settings.trl):
         raise UserError(f"{settings.trl} has no TRL: run `make trl-env`, or name its Python with --trl.")
 
@@ -130,8 +137,8 @@ def check(settings: Settings) -> None:
 
 def measure(settings: Settings, mix: str) -> Mix:
     data = write_mix(settings.data, settings.output / "data", mix, settings.pairs)
-    runner = Runner(settings.model, settings.template, data, mix, settings.output, FULL, settings.trl)
-    trials = {system: tried(runner, system, settings.micro_batches) for system in SYSTEMS}
+    runner = Runner(settings.model, settings.template, data, mix, settings.output, FULL, settings.trl, settings.clock)
+    trials = {system: tried(runner, system, settings) for system in SYSTEMS}
     best = {system: min(found, key=lambda size: found[size]["per_pair"]) for system, found in trials.items()}
     runs: dict[str, list[Result]] = {system: [] for system in SYSTEMS}
     for turn in range(settings.rounds):
@@ -149,13 +156,14 @@ def measure(settings: Settings, mix: str) -> Mix:
     return Mix(mix, pairs, mean(prompts), sides)
 
 
-def tried(runner: Runner, system: str, sizes: Sequence[int]) -> dict[int, Result]:
+def tried(runner: Runner, system: str, settings: Settings) -> dict[int, Result]:
     """A short run at each micro-batch, up to where the next would hold more than the limit."""
     found: dict[int, Result] = {}
-    for size in sorted(sizes):
-        if found and max(each["bytes"] for each in found.values()) * size / max(found) > MEMORY_LIMIT:
+    sizes = sorted(settings.micro_batches)
+    for size in sizes:
+        if found and max(each["bytes"] for each in found.values()) * size / max(found) > settings.memory:
             break
-        found[size] = runner.trial(Case(system, "sigmoid", size), max(sizes))
+        found[size] = runner.trial(Case(system, "sigmoid", size), sizes[-1])
     return found
 
 

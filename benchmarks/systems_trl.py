@@ -2,7 +2,8 @@
 
     .venv-trl/bin/python benchmarks/systems_trl.py result.json < job.json
 
-A job is `{"model": …, "tokens": file, "pairs": count, "arguments": of DPOConfig, "responses_only": bool, "watch": …}`.
+A job is `{"model": …, "tokens": file, "pairs": count, "arguments": of DPOConfig, "responses_only": bool, "watch": …,
+"clock": …}`, the last two as in training_worker.py.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import training_watch
 from datasets import Dataset
-from training_watch import WATCHES
+from training_watch import CLOCKS, WATCHES
 from transformers import AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 from trl.trainer import utils
@@ -43,6 +45,7 @@ def main() -> None:
     if job["responses_only"]:
         score_responses_only()
     rows = json.loads(Path(job["tokens"]).read_text(encoding="utf-8"))["rows"][: job["pairs"]]
+    training_watch.clock = CLOCKS[job["clock"]]
     watch = WATCHES[job["watch"]]()
     with tempfile.TemporaryDirectory() as output:
         trainer = TokensTrainer(

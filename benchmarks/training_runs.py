@@ -83,6 +83,7 @@ class Runner:
         output: results go to its `runs`, caches to its `cache`.
         tuning: the recipe's keys that say what is trained, and in which precision.
         trl: the Python of TRL's environment.
+        clock: "wall"; or "cpu" for seconds of one thread, which count on a machine that others use, too.
     """
 
     model: Path
@@ -92,6 +93,7 @@ class Runner:
     output: Path
     tuning: Mapping[str, Any]
     trl: Path | None = None
+    clock: str = "wall"
 
     def seconds(self, case: Case, turn: int, global_batch: int, steps: int) -> Result:
         """Time a step to warm up and then `steps`, on pairs that come once each."""
@@ -107,13 +109,12 @@ class Runner:
     def trial(self, case: Case, pairs: int) -> Result:
         """Seconds `per_pair` in micro-batches without the optimizer, and the peak `bytes` of one.
 
-        So many pairs warm up, the next are timed, and the micro-batch after them is the one whose peak is taken:
-        the same pairs whatever the micro-batch.
+        The first pairs are timed, cold, and the micro-batch after them is the one whose peak is taken: whatever the
+        micro-batch, it is the same pairs.
         """
-        timed = pairs // case.micro_batch
-        job = self._job(case, "trial", (2 * timed + 1) * case.micro_batch, 2 * timed + 1)
-        result = self._run(case, job, self.dataset)
-        return result | {"per_pair": sum(result["seconds"][timed:]) / (timed * case.micro_batch)}
+        steps = pairs // case.micro_batch + 1
+        result = self._run(case, self._job(case, "trial", steps * case.micro_batch, steps), self.dataset)
+        return result | {"per_pair": sum(result["seconds"]) / ((steps - 1) * case.micro_batch)}
 
     def tokens(self) -> Path:
         """The file with the tokens of all pairs."""
@@ -138,11 +139,13 @@ class Runner:
                 "arguments": arguments | TRL_ARGUMENTS,
                 "responses_only": case.system == "trl_narrow",
                 "watch": watch,
+                "clock": self.clock,
                 "versions": trl_versions(self.trl),
             }
         return {
             "recipe": self._recipe(case, pairs) | arguments,
             "watch": watch,
+            "clock": self.clock,
             "naive_sr_prompt": SR_PROMPT if case.system == "naive" else None,
         }
 
@@ -177,7 +180,9 @@ class Runner:
             print(f"running {result.stem.rpartition('-')[0]}", flush=True)
             if case.system == "cold":
                 shutil.rmtree(self._cache(case), ignore_errors=True)
-            _launch(self._worker(case), job, result, plugin=is_plugin(case))
+            threads = {"OMP_NUM_THREADS": "1"} if self.clock == "cpu" else {}
+            switch = {"LLAMAFACTORY_EXT": "1" if is_plugin(case) else "0"}
+            _launch(self._worker(case), job, result, threads | switch)
         return json.loads(result.read_text(encoding="utf-8"))
 
     def _worker(self, case: Case) -> list[str]:
@@ -190,16 +195,19 @@ class Runner:
         return self.output.resolve() / "runs" / f"{name}-{key}.json"
 
 
-def _launch(worker: list[str], job: dict[str, Any], result: Path, plugin: bool) -> None:
+def _launch(worker: list[str], job: dict[str, Any], result: Path, variables: dict[str, str]) -> None:
     """Run a job in a process of its own, its output in a file that stays only if it fails."""
     result.parent.mkdir(parents=True, exist_ok=True)
     log = result.with_suffix(".log")
-    environment = os.environ | {
-        "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0],
-        "LLAMAFACTORY_EXT": "1" if plugin else "0",
-        # TRL's environment holds no LLaMA-Factory, so that this package cannot be installed there.
-        "PYTHONPATH": os.pathsep.join(filter(None, (str(WORKER.parents[1]), os.environ.get("PYTHONPATH")))),
-    }
+    environment = (
+        os.environ
+        | variables
+        | {
+            "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0],
+            # TRL's environment holds no LLaMA-Factory, so that this package cannot be installed there.
+            "PYTHONPATH": os.pathsep.join(filter(None, (str(WORKER.parents[1]), os.environ.get("PYTHONPATH")))),
+        }
+    )
     with log.open("w", encoding="utf-8") as output:
         command = [*worker, str(result)]
         ended = subprocess.run(

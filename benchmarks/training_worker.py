@@ -2,7 +2,8 @@
 
     python benchmarks/training_worker.py result.json < job.json
 
-A job is `{"recipe": …, "watch": "seconds", "peak", "trial" or "tokens", "naive_sr_prompt": null or text}`.
+A job is `{"recipe": …, "watch": "seconds", "peak", "trial" or "tokens", "clock": "wall" or "cpu", "naive_sr_prompt":
+null or text}`.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import training_watch
 from llamafactory.data import get_dataset, get_template_and_fix_tokenizer, loader
 from llamafactory.extras.constants import IGNORE_INDEX
 from llamafactory.hparams import get_train_args
 from llamafactory.model import load_tokenizer
 from llamafactory.train import tuner
 from llamafactory.train.dpo import trainer, workflow
-from training_watch import WATCHES, Seconds, time_reference
+from training_watch import CLOCKS, WATCHES, Seconds, time_reference
 
 from llamafactory_ext.training.refinement import AugmentingCollator, AugmentingProcessor, split_batch
 from llamafactory_ext.whole_files import write_whole
@@ -84,6 +86,7 @@ def train(job: dict[str, Any], recipe: dict[str, Any]) -> dict[str, Any]:
     if job["naive_sr_prompt"] is not None:
         for module, name, value in naive_sr(job["naive_sr_prompt"]):
             setattr(module, name, value)
+    training_watch.clock = CLOCKS[job["clock"]]
     watch = WATCHES[job["watch"]]()
     if isinstance(watch, Seconds):
         time_reference(trainer.CustomDPOTrainer, watch)

@@ -13,22 +13,11 @@ from llamafactory.train import tuner
 from llamafactory.train.dpo import workflow
 from rich.console import Console
 from tiny import make_model, recipe
-from training_report import (
-    Build,
-    Case,
-    Report,
-    common_prefix,
-    flops,
-    padding_share,
-    plot,
-    prefix_histogram,
-    show,
-    targets,
-    timing,
-    tokens,
-)
+from training_report import Build, Case, Report, plot, show, targets, timing
 from training_runs import FULL, Runner, head_only
-from training_worker import naive_sr, parameters
+from training_tokens import common_prefix, flops, padding_share, prefix_histogram, tokens
+from training_watch import parameters
+from training_worker import naive_sr
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
