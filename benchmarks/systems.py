@@ -35,7 +35,7 @@ from llamafactory_ext.whole_files import write_whole
 
 MODEL, DATA = Path("outputs/SmolLM2-135M-Instruct"), Path("data/gsm8k_pairs.jsonl")
 OUTPUT, TRL = Path("outputs/bench/systems"), Path(".venv-trl/bin/python")
-MICRO_BATCHES = [1, 2, 4]
+MICRO_BATCHES, MIX_NAMES, SYSTEM_NAMES = [1, 2, 4], list(MIXES), list(SYSTEMS)
 
 console = Console()
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -56,6 +56,7 @@ class Settings:
     global_batch: int
     micro_batches: list[int]
     mixes: list[str]
+    systems: list[str]
     clock: str
     memory: float  # bytes
 
@@ -76,14 +77,15 @@ def main(
     steps: Annotated[int, Opt(min=1, help="Measured optimizer steps of a run, after one to warm up.")] = 2,
     global_batch: Annotated[int, Opt(min=1, help="Pairs per optimizer step.")] = 16,
     micro_batch: Annotated[list[int], Opt(min=1, help="Pairs at a time to try; several times.")] = MICRO_BATCHES,
-    mix: Annotated[list[str], Opt(help=f"One of {', '.join(MIXES)}; several times.")] = list(MIXES),  # noqa: B006
+    mix: Annotated[list[str], Opt(help=f"One of {', '.join(MIXES)}; several times.")] = MIX_NAMES,
+    system: Annotated[list[str], Opt(help=f"One of {', '.join(SYSTEMS)}; several times.")] = SYSTEM_NAMES,
     clock: Annotated[str, Opt(help="wall, or cpu: seconds of one thread, where others use the machine.")] = "wall",
     memory: Annotated[float, Opt(help="GiB; a micro-batch that would hold more is not tried.")] = 10.0,
     quick: Annotated[bool, Opt("--quick", help="One mix, one round of 1 + 1 steps, to see that it works.")] = False,
     fresh: Annotated[bool, Opt("--fresh", help="Forget finished runs.")] = False,
 ) -> None:
     settings = Settings(
-        model, template, data, output, trl, rounds, steps, global_batch, micro_batch, mix, clock, memory * 2**30
+        model, template, data, output, trl, rounds, steps, global_batch, micro_batch, mix, system, clock, memory * 2**30
     )
     if quick:
         settings = replace(settings, rounds=1, steps=1, global_batch=2, micro_batches=[1], mixes=mix[:1])
@@ -123,12 +125,16 @@ def check(settings: Settings) -> None:
     for size in settings.micro_batches:
         if settings.global_batch % size:
             raise UserError(f"--global-batch {settings.global_batch} is no multiple of --micro-batch {size}.")
-    for name in settings.mixes:
-        if name not in MIXES:
-            raise UserError(f"--mix {name} is none of {', '.join(MIXES)}.")
-    if settings.clock not in CLOCKS:
-        raise UserError(f"--clock {settings.clock} is none of {', '.join(CLOCKS)}.")
-    if "trl" not in trl_versions(settings.trl):
+    for option, names, known in (
+        ("mix", settings.mixes, MIXES),
+        ("system", settings.systems, SYSTEMS),
+        ("clock", [settings.clock], CLOCKS),
+    ):
+        if unknown := [name for name in names if name not in known]:
+            raise UserError(f"--{option} {unknown[0]} is none of {', '.join(known)}.")
+    if "ours" not in settings.systems or len(settings.systems) == 1:
+        raise UserError("--system ours is compared with another one: name both.")
+    if any(name.startswith("trl") for name in settings.systems) and "trl" not in trl_versions(settings.trl):
         raise UserError(f"{settings.trl} has no TRL: run `make trl-env`, or name its Python with --trl.")
 
 
@@ -138,9 +144,9 @@ def check(settings: Settings) -> None:
 def measure(settings: Settings, mix: str) -> Mix:
     data = write_mix(settings.data, settings.output / "data", mix, settings.pairs)
     runner = Runner(settings.model, settings.template, data, mix, settings.output, FULL, settings.trl, settings.clock)
-    trials = {system: tried(runner, system, settings) for system in SYSTEMS}
+    trials = {system: tried(runner, system, settings) for system in settings.systems}
     best = {system: min(found, key=lambda size: found[size]["per_pair"]) for system, found in trials.items()}
-    runs: dict[str, list[Result]] = {system: [] for system in SYSTEMS}
+    runs: dict[str, list[Result]] = {system: [] for system in settings.systems}
     for turn in range(settings.rounds):
         for system, size in best.items():
             case = Case(system, "sigmoid", size)
@@ -152,7 +158,7 @@ def measure(settings: Settings, mix: str) -> Mix:
             raise UserError(f"{system} trained on other tokens than ours.")
     rows = json.loads(runner.tokens().read_text(encoding="utf-8"))["rows"]
     prompts = [len(row["prompt_ids"]) for row in rows[: len(pairs)]]
-    sides = [side(system, best[system], runs[system], trials[system], prompts) for system in SYSTEMS]
+    sides = [side(system, best[system], runs[system], trials[system], prompts) for system in settings.systems]
     return Mix(mix, pairs, mean(prompts), sides)
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 from rich.console import Console
@@ -127,8 +127,8 @@ class Mix:
         return {
             "mix": self.name,
             "pairs": len(self.pairs),
-            "tokens_per_pair": _mean(tokens(pair, shared=False) for pair in self.pairs),
-            "tokens_per_pair_prefix_once": _mean(tokens(pair, shared=True) for pair in self.pairs),
+            "tokens_per_pair": mean(tokens(pair, shared=False) for pair in self.pairs),
+            "tokens_per_pair_prefix_once": mean(tokens(pair, shared=True) for pair in self.pairs),
             "tokens_per_prompt": self.prompt,
             "sides": [asdict(side) | {"seconds": side.seconds} for side in self.sides],
             "speed": self.speed,
@@ -136,11 +136,6 @@ class Mix:
             "loss_difference": self.loss_difference,
             "targets": [asdict(target) | {"reached": target.reached} for target in self.targets],
         }
-
-
-def _mean(values: Iterable[float]) -> float:
-    found = list(values)
-    return sum(found) / len(found)
 
 
 # --- what is shown ---------------------------------------------------------------------------------------------------

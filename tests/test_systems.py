@@ -220,6 +220,8 @@ def test_trl_trains_what_llamafactory_does(runner, system):
         (["--data", "nowhere.jsonl"], "llamafactory-ext data corrupt train.jsonl --output nowhere.jsonl"),
         (["--micro-batch", "3"], "--global-batch 16 is no multiple of --micro-batch 3"),
         (["--clock", "sun"], "--clock sun is none of wall, cpu"),
+        (["--system", "verl"], "--system verl is none of stock, trl, trl_narrow, ours"),
+        (["--system", "stock"], "--system ours is compared with another one: name both"),
         (["--mix", "short"], "--mix short is none of differ_late, share_prompt, long_prompt"),
         (["--trl", "nowhere/bin/python"], "nowhere/bin/python has no TRL: run `make trl-env`"),
     ],
