@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
-import json
 import os
 import re
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -16,6 +13,7 @@ from ..losses import STOCK_LOSSES
 from ..losses.lookup import get_loss, load_loss_file
 from ..losses.registry import Loss
 from ..paths import named_path
+from .loss_args import from_loss_args, is_number, listed, shown
 
 if TYPE_CHECKING:
     from llamafactory.hparams.finetuning_args import FinetuningArguments
@@ -245,7 +243,7 @@ def _resolve(args: PreferenceArguments) -> tuple[Loss, dict[str, Any]]:
     """
     loss = _find_loss(args)
     _check_backend(loss)
-    given = {**loss.defaults(), **_from_keys(args, loss), **_from_loss_args(args, loss), "beta": args.pref_beta}
+    given = {**loss.defaults(), **_from_keys(args, loss), **from_loss_args(args, loss), "beta": args.pref_beta}
     _check_complete(loss, given)
     _check_refinement(args, loss, given)
     _check_ld_alpha(args, loss, given)
@@ -261,7 +259,7 @@ def _find_loss(args: PreferenceArguments) -> Loss:
     names = load_loss_file(args.pref_loss_file)
     if args.pref_loss not in names:
         raise ValueError(
-            f"pref_loss_file {args.pref_loss_file!r} registers {_listed(names)}, but pref_loss is "
+            f"pref_loss_file {args.pref_loss_file!r} registers {listed(names)}, but pref_loss is "
             f"{args.pref_loss!r}: write `pref_loss: {names[0]}`, or remove pref_loss_file."
         )
     return get_loss(args.pref_loss)
@@ -283,59 +281,16 @@ def _from_keys(args: PreferenceArguments, loss: Loss) -> dict[str, Any]:
         if keyword not in loss.parameters:
             raise ValueError(
                 f"`{key}` is not a hyper-parameter of pref_loss {loss.name!r}, which takes "
-                f"{_listed(keys_of(loss))}: remove `{key}`."
+                f"{listed(keys_of(loss))}: remove `{key}`."
             )
     return {keyword: getattr(args, key) for key, keyword in given.items()}
-
-
-def _from_loss_args(args: PreferenceArguments, loss: Loss) -> dict[str, Any]:
-    if args.pref_loss_args is None:
-        return {}
-    if args.pref_loss_file is None:
-        raise ValueError(
-            "`pref_loss_args` are for a loss of your own: name its file with pref_loss_file, or write the keys of "
-            f"pref_loss {loss.name!r} instead."
-        )
-
-    given = _as_mapping(args.pref_loss_args)
-    accepted = [name for name in loss.parameters if name != "beta"]
-    for name, value in given.items():
-        if name == "beta":
-            raise ValueError("`pref_loss_args` may not hold beta: write `pref_beta`.")
-        if name not in accepted:
-            raise ValueError(
-                f"`pref_loss_args` holds {name!r}, but the loss {loss.name!r} takes {_listed(accepted)}: "
-                "write one of its keyword arguments."
-            )
-        _check_annotation(name, value, loss.parameters[name])
-    return given
-
-
-def _as_mapping(value: dict[str, Any] | str) -> dict[str, Any]:
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise ValueError(f'`pref_loss_args` is not JSON ({error}): write it like {{"tau": 0.5}}.') from error
-    if not isinstance(value, dict):
-        raise ValueError(f"`pref_loss_args` must be a mapping like {{tau: 0.5}}, not {value!r}.")
-    return value
-
-
-def _check_annotation(name: str, value: Any, parameter: inspect.Parameter) -> None:
-    # An annotation is a string in files that begin with `from __future__ import annotations`.
-    kind = next((kind for kind in (bool, int, float, str) if parameter.annotation in (kind, kind.__name__)), None)
-    if kind is None:
-        return
-    if not (_is_number(value) if kind is float else type(value) is kind):
-        raise ValueError(f"`pref_loss_args` gives {name} as {value!r}: write a value of type {kind.__name__}.")
 
 
 def _check_complete(loss: Loss, hyperparameters: dict[str, Any]) -> None:
     missing = [name for name in loss.parameters if name not in hyperparameters]
     if missing:
         raise ValueError(
-            f"pref_loss {loss.name!r} needs a value for {_listed(missing)}: write it under `pref_loss_args`."
+            f"pref_loss {loss.name!r} needs a value for {listed(missing)}: write it under `pref_loss_args`."
         )
 
 
@@ -378,29 +333,14 @@ def _check_keys(args: PreferenceArguments) -> None:
         value = getattr(args, key)
         if value is None and defaults[key] is not None:
             raise ValueError(f"`{key}` is empty: write {wanted}, or remove the key.")
-        if value is not None and not (_is_number(value) and accepts(value)):
-            raise ValueError(f"`{key}` is {_shown(value)}: write {wanted}.")
+        if value is not None and not (is_number(value) and accepts(value)):
+            raise ValueError(f"`{key}` is {shown(value)}: write {wanted}.")
     kinds: dict[str, type] = {"pref_loss": str, "pref_loss_file": str, "sr_prompt": str}
     kinds |= {"ref_log_probs_cache_dir": str, "precompute_ref_log_probs": bool}
     kinds |= {"ipo_length_normalize": bool, "share_prefix": bool, "pref_stop_on_degeneration": bool}
     for key, kind in kinds.items():
         value = getattr(args, key)
         if value is not None and not isinstance(value, kind):
-            raise ValueError(f"`{key}` is {_shown(value)}: write a value of type {kind.__name__}.")
+            raise ValueError(f"`{key}` is {shown(value)}: write a value of type {kind.__name__}.")
     if args.ref_log_probs_cache_dir is not None:
         named_path("ref_log_probs_cache_dir", args.ref_log_probs_cache_dir)
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:80]}…"
-
-
-def _is_number(value: Any) -> bool:
-    """Whether a float can hold it; an integer of YAML may have any number of digits."""
-    is_real = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return is_real and abs(value) <= sys.float_info.max
-
-
-def _listed(names: Any) -> str:
-    return ", ".join(f"`{name}`" for name in names) or "none"
