@@ -85,7 +85,7 @@ def robust(pairs: PairLogps, *, beta: float, label_smoothing: float = 0.0) -> Te
     """Robust DPO: ((1-e) (-log sigma(beta(D_w-D_l))) - e (-log sigma(-beta(D_w-D_l)))) / (1 - 2e), e = label_smoothing.
 
     DPO's loss without the bias of labels that are swapped with probability e. Usual beta: as DPO's.
-    Source: arXiv 2403.00409, Eq. 12 (rDPO). Unlike DPO's label smoothing, it can be negative.
+    Source: arXiv 2403.00409 (rDPO). Unlike DPO's label smoothing, it can be negative.
     """
     argument = dpo_argument(pairs, beta=beta)
     clean, swapped = -F.logsigmoid(argument), -F.logsigmoid(-argument)
@@ -97,7 +97,7 @@ def sigmoid_norm(pairs: PairLogps, *, beta: float) -> Tensor:
     """Length-normalized DPO: -log sigma(beta(D_w - D_l)), on means per token.
 
     DPO in which a long response counts as much as a short one. Usual beta: 5 (Tulu 3), far above DPO's on sums.
-    Source: arXiv 2411.15124, section 5.1.2.
+    Source: arXiv 2411.15124 (Tulu 3).
     """
     return dpo_argument(pairs.per_token(), beta=beta)
 

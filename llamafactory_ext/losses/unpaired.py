@@ -34,8 +34,7 @@ def kto_pair(pairs: PairLogps, *, beta: float) -> Tensor:
 def nca_pair(pairs: PairLogps, *, beta: float) -> Tensor:
     """NCA: -log sigma(beta D_w) - (log sigma(-beta D_w) + log sigma(-beta D_l)) / 2.
 
-    Keeps the chosen response from falling below the reference, where DPO looks at the margin only. Beta in the paper:
-    0.01.
+    Keeps the chosen response from falling below the reference, where DPO looks at the margin only.
     Source: arXiv 2402.05369, for pairs.
     """
     chosen, rejected = beta * pairs.chosen_logratio, beta * pairs.rejected_logratio
