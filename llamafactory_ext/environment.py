@@ -249,18 +249,16 @@ def _plugin() -> Iterator[Finding]:
     if _import_error("llamafactory.hparams") is not None:
         yield Finding("plugin", "not active: LLaMA-Factory cannot be imported")
         return
-    error = _import_error("llamafactory_ext.training.trainer")
-    if error is not None:
-        yield Finding(
-            "plugin",
-            f"cannot train ({_told(error)})",
-            'see the traceback: python -c "import llamafactory_ext.training.trainer"',
-        )
-    elif hasattr(importlib.import_module("llamafactory.hparams").FinetuningArguments, "dpop_lambda"):
-        yield Finding("plugin", "active: LLaMA-Factory knows its keys")
-    else:
+    if not hasattr(importlib.import_module("llamafactory.hparams").FinetuningArguments, "dpop_lambda"):
         fix = "install llamafactory-ext with pip into the environment of llamafactory; do not run Python with -S"
         yield Finding("plugin", "off: its start-up hook (llamafactory_ext.pth) did not run", fix)
+        return
+    error = _import_error("llamafactory_ext.training.trainer")
+    if error is None:
+        yield Finding("plugin", "active: LLaMA-Factory knows its keys")
+    else:
+        fix = 'see the traceback: python -c "import llamafactory_ext.training.trainer"'
+        yield Finding("plugin", f"active, but it cannot train ({_told(error)})", fix)
 
 
 def _devices() -> Iterator[Finding]:

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from plain import plain_loss
 
@@ -205,6 +205,8 @@ batches = st.integers(1, 5).flatmap(
 @given(batch=batches, lengths=st.tuples(st.integers(1, 40), st.integers(1, 40)))
 @settings(max_examples=30, deadline=None)
 def test_parity_with_plain_formula(name, dtype, tolerance, batch, lengths):
+    # A tie of kto_pair's: the mean of a side at 0.
+    assume(name != "kto_pair" or all(abs(sum(side)) > 0.01 * len(side) for side in batch))
     ours = pairs_of(*batch, *lengths, dtype=dtype)
     exact = PairLogps(
         *(t.detach().double().requires_grad_() for t in (ours.policy_chosen, ours.policy_rejected)),
