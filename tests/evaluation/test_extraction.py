@@ -541,6 +541,7 @@ def test_calls_grow_no_faster_than_the_text(start):
             assert long <= 11 * short, (unit, tier)
 
 
+@pytest.mark.slow
 def test_long_texts_are_read_in_linear_time():
     """Texts made to trip a backtracking expression: each takes a second, or an hour where a step is quadratic.
 
