@@ -26,7 +26,7 @@ from systems_count import work
 from systems_data import MIXES, write_mix
 from systems_report import SYSTEMS, Mix, Side, plot, show
 from training_report import Case
-from training_runs import FULL, Runner, machine, trl_versions
+from training_runs import FULL, Runner, check_model_and_sizes, check_pairs, machine, trl_versions
 from training_tokens import Result
 from training_watch import CLOCKS
 
@@ -115,16 +115,8 @@ def check(settings: Settings) -> None:
     Raises:
         UserError: with one sentence that says what to write or do.
     """
-    if not (settings.model / "config.json").is_file():
-        raise UserError(f"there is no model in {settings.model}: run `make model`, or name a folder with --model.")
-    if not settings.data.is_file():
-        raise UserError(
-            f"there are no pairs in {settings.data}: make them from GSM8K's train.jsonl with `llamafactory-ext data "
-            f"corrupt train.jsonl --output {settings.data}`, or name a file with --data."
-        )
-    for size in settings.micro_batches:
-        if settings.global_batch % size:
-            raise UserError(f"--global-batch {settings.global_batch} is no multiple of --micro-batch {size}.")
+    check_model_and_sizes(settings.model, settings.global_batch, settings.micro_batches)
+    check_pairs(settings.data)
     for option, names, known in (
         ("mix", settings.mixes, MIXES),
         ("system", settings.systems, SYSTEMS),

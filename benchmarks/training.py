@@ -22,7 +22,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from training_report import Case, Report, build, plot, show, timing
-from training_runs import FULL, Runner, head_only, is_refined, machine, qwen_7b
+from training_runs import FULL, Runner, check_model_and_sizes, check_pairs, head_only, is_refined, machine, qwen_7b
 from training_tokens import Result
 
 from llamafactory_ext.errors import UserError
@@ -104,11 +104,7 @@ def check(settings: Settings) -> str:
     Raises:
         UserError: with one sentence that says what to write or do.
     """
-    if not (settings.model / "config.json").is_file():
-        raise UserError(f"there is no model in {settings.model}: run `make model`, or name a folder with --model.")
-    for size in settings.micro_batches:
-        if settings.global_batch % size:
-            raise UserError(f"--global-batch {settings.global_batch} is no multiple of --micro-batch {size}.")
+    check_model_and_sizes(settings.model, settings.global_batch, settings.micro_batches)
     for name in settings.losses:
         try:
             loss = get_loss(name)
@@ -121,11 +117,7 @@ def check(settings: Settings) -> str:
 
 def _find_data(settings: Settings) -> str:
     data, registry = settings.data, settings.data.with_name("dataset_info.json")
-    if not data.is_file():
-        raise UserError(
-            f"there are no pairs in {data}: make them from GSM8K's train.jsonl with `llamafactory-ext data corrupt "
-            f"train.jsonl --output {data}`, or name a file with --data."
-        )
+    check_pairs(data)
     with data.open(encoding="utf-8") as file:
         rows = sum(1 for _ in file)
     needed = max(settings.pairs, *settings.training_sizes, *settings.head_sizes)

@@ -10,7 +10,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import distributions
@@ -68,6 +68,32 @@ def is_refined(loss: str) -> bool:
 
 def is_plugin(case: Case) -> bool:
     return case.system in ("cold", "ours")
+
+
+def check_model_and_sizes(model: Path, global_batch: int, micro_batches: Iterable[int]) -> None:
+    """Stop at what no run can be made with.
+
+    Raises:
+        UserError: with one sentence that says what to write or do.
+    """
+    if not (model / "config.json").is_file():
+        raise UserError(f"there is no model in {model}: run `make model`, or name a folder with --model.")
+    for size in micro_batches:
+        if global_batch % size:
+            raise UserError(f"--global-batch {global_batch} is no multiple of --micro-batch {size}.")
+
+
+def check_pairs(data: Path) -> None:
+    """Stop if there is no such file.
+
+    Raises:
+        UserError: with the command that makes one.
+    """
+    if not data.is_file():
+        raise UserError(
+            f"there are no pairs in {data}: make them from GSM8K's train.jsonl with `llamafactory-ext data corrupt "
+            f"train.jsonl --output {data}`, or name a file with --data."
+        )
 
 
 def is_trl(case: Case) -> bool:

@@ -24,7 +24,7 @@ DOCS = ROOT / "docs"
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "benchmarks/README.md")]
 PAGES += sorted(DOCS.rglob("*.md"))
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-OURS = [name for name in loss_names() if get_loss(name).function.__module__.startswith("llamafactory_ext.")]
+OURS = [name for name in loss_names() if not get_loss(name).is_users]
 ON_PAGES = pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 
 

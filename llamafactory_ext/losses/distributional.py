@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch.nn.functional as F
 
+from .logistic import smoothed
 from .pairs import PairLogps
 from .registry import register_loss
 
@@ -38,7 +39,7 @@ def aot(pairs: PairLogps, *, beta: float, label_smoothing: float = 0.0) -> Tenso
     """
     policy = pairs.policy_chosen - pairs.policy_rejected
     reference = policy - pairs.margin
-    return _smoothed(beta * (policy - _at_ranks_of(policy, reference)), label_smoothing)
+    return smoothed(beta * (policy - _at_ranks_of(policy, reference)), label_smoothing)
 
 
 @register_loss("aot_unpaired")
@@ -49,13 +50,9 @@ def aot_unpaired(pairs: PairLogps, *, beta: float, label_smoothing: float = 0.0)
     Source: arXiv 2406.05882, the unpaired variant; label_smoothing as in TRL.
     """
     chosen = pairs.chosen_logratio
-    return _smoothed(beta * (chosen - _at_ranks_of(chosen, pairs.rejected_logratio)), label_smoothing)
+    return smoothed(beta * (chosen - _at_ranks_of(chosen, pairs.rejected_logratio)), label_smoothing)
 
 
 def _at_ranks_of(values: Tensor, others: Tensor) -> Tensor:
     """For each value, the other value of the same rank, shape `(batch,)`."""
     return others.sort().values[values.argsort().argsort()]
-
-
-def _smoothed(argument: Tensor, label_smoothing: float) -> Tensor:
-    return -(1 - label_smoothing) * F.logsigmoid(argument) - label_smoothing * F.logsigmoid(-argument)

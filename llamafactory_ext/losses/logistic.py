@@ -26,6 +26,11 @@ def coefficient(argument: Tensor, *, beta: float) -> Tensor:
     return beta * torch.sigmoid(-argument.detach())
 
 
+def smoothed(argument: Tensor, label_smoothing: float) -> Tensor:
+    """-(1-e) log sigma(argument) - e log sigma(-argument), e = label_smoothing, same shape."""
+    return -(1 - label_smoothing) * F.logsigmoid(argument) - label_smoothing * F.logsigmoid(-argument)
+
+
 def register_argument(name: str, metrics: MetricsFunction | None = None) -> Callable[[LossFunction], LossFunction]:
     """Register -log sigma(argument) as a loss; the decorated function computes the argument, shape `(batch,)`.
 
@@ -76,8 +81,7 @@ def sigmoid(pairs: PairLogps, *, beta: float, label_smoothing: float = 0.0) -> T
     (github.com/eric-mitchell/direct-preference-optimization).
     Source: arXiv 2305.18290, Eq. 7; with e > 0 the conservative DPO of TRL and LLaMA-Factory.
     """
-    argument = dpo_argument(pairs, beta=beta)
-    return -(1 - label_smoothing) * F.logsigmoid(argument) - label_smoothing * F.logsigmoid(-argument)
+    return smoothed(dpo_argument(pairs, beta=beta), label_smoothing)
 
 
 @register_loss("robust")

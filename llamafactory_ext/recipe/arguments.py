@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
@@ -152,8 +151,10 @@ class PreferenceArguments(FinetuningArguments):
     def __post_init__(self) -> None:
         if self.stage == "dpo":
             _check_keys(self)  # first, because LLaMA-Factory's own checks compare these values
-        with _hidden(self, "dpo_label_smoothing" if self.stage == "dpo" else None):
-            super().__post_init__()
+        given = self.dpo_label_smoothing
+        self.dpo_label_smoothing: float = 0.0  # LLaMA-Factory lets `sigmoid` alone have it
+        super().__post_init__()
+        self.dpo_label_smoothing = given
         if self.stage == "dpo":
             self.loss, self.loss_hyperparameters = _resolve(self)
             self.use_ref_model = self.loss.needs_reference
@@ -173,18 +174,6 @@ class PreferenceArguments(FinetuningArguments):
         """The loss with every hyper-parameter that it is trained with, like `dpop(beta=0.1, dpop_lambda=50.0)`."""
         values = ", ".join(f"{name}={value}" for name, value in self.loss_hyperparameters.items())
         return f"{self.loss.name}({values})"
-
-
-@contextmanager
-def _hidden(args: PreferenceArguments, key: str | None) -> Iterator[None]:
-    """Give a key its default inside the with block: LLaMA-Factory lets `sigmoid` have `dpo_label_smoothing` alone."""
-    if key is None:
-        yield
-        return
-    given = getattr(args, key)
-    setattr(args, key, STOCK_KEYS[key][1])
-    yield
-    setattr(args, key, given)
 
 
 def extend(base: type) -> type:
