@@ -1,11 +1,16 @@
 import gc
 import os
 import sys
+import tempfile
 
 # Tiny models: a second thread only costs. Set before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Nothing here may ask a hub.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Workers that share the user's cache of data sets have read files that another was writing. Set before `datasets` is
+# imported; removed with the process, by the finalizer of the object.
+DATASETS_CACHE = tempfile.TemporaryDirectory(prefix="datasets-", ignore_cleanup_errors=True)
+os.environ["HF_DATASETS_CACHE"] = DATASETS_CACHE.name
 
 import hypothesis
 import pytest

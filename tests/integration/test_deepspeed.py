@@ -15,7 +15,7 @@ import pytest
 import yaml
 from llamafactory.extras.env import VERSION
 from tiny import recipe
-from two_ranks import LOSSES, PATH, assert_same_training, logs, models, train_on_two_ranks
+from two_ranks import ENDS_AT_ONCE, LOSSES, PATH, assert_same_training, logs, models, train_on_two_ranks
 
 pytestmark = [
     pytest.mark.slow,
@@ -57,7 +57,7 @@ def deepspeed(stage):
 def long_run(model, data, tmp_path_factory):
     """A recipe of eight steps that saves after four, with Adam and BCO's baseline, which are state of the run."""
     loss_file = tmp_path_factory.mktemp("loss") / "mortal.py"
-    loss_file.write_text(MORTAL, encoding="utf-8")
+    loss_file.write_text(ENDS_AT_ONCE + MORTAL, encoding="utf-8")
 
     def recipe_of(stage, output, **changes):
         settings = {"pref_loss": "mortal", "pref_loss_file": str(loss_file), "pref_bco_weight": 0.5, "max_steps": 8}

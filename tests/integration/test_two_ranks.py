@@ -9,7 +9,7 @@ import subprocess
 import pytest
 import yaml
 from tiny import recipe
-from two_ranks import ALL_LOSSES, PATH, assert_same_training, logs, models, train_on_two_ranks
+from two_ranks import ALL_LOSSES, ENDS_AT_ONCE, PATH, assert_same_training, logs, models, train_on_two_ranks
 
 pytestmark = [pytest.mark.slow, pytest.mark.leg]
 
@@ -56,7 +56,7 @@ def test_a_run_that_degenerates_ends_on_all_ranks(trained):
 def test_command_line_under_torchrun_with_a_loss_file(model, data, tmp_path):
     """`FORCE_TORCHRUN=1 llamafactory-cli train`, the loss file given relative to the working directory."""
     (tmp_path / "my_loss.py").write_text(
-        "from llamafactory_ext import register_loss\n"
+        f"{ENDS_AT_ONCE}from llamafactory_ext import register_loss\n"
         '@register_loss("squared")\n'
         "def squared(pairs, *, beta: float, target: float = 1.0):\n"
         "    return (beta * pairs.margin - target) ** 2\n",

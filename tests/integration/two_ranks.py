@@ -30,6 +30,21 @@ def end_rank() -> None:
     os._exit(0)
 
 
+# For the loss file of a run of the real command on two ranks: the same, once `run_exp` has left the process group. A rank
+# that failed is still in it, and ends with its error.
+ENDS_AT_ONCE = """
+import atexit, os, sys
+import torch.distributed
+
+@atexit.register
+def end_rank():
+    if "RANK" in os.environ and not torch.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+"""
+
+
 def torchrun(script: Path, *words: str, **settings: str) -> None:
     from llamafactory.extras.misc import find_available_port
 
