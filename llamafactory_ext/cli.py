@@ -101,7 +101,7 @@ def losses(
     llamafactory-ext losses my_loss --pref-loss-file my_loss.py
     """
     from .losses.lookup import get_loss, load_loss_file, loss_names
-    from .recipe.arguments import keys_of
+    from .recipe.keys import keys_of
 
     if pref_loss_file is not None:
         try:

@@ -64,11 +64,13 @@ def _run_dpo(stock: Callable[..., None], instance: Any, args: tuple[Any, ...], k
     from llamafactory.train.dpo import trainer as upstream
     from llamafactory.train.dpo import workflow
 
+    from .training import loading
     from .training.pitfalls import check_recipe, data_errors_in_words
     from .training.reference.model import PendingReference
     from .training.trainer import PreferenceTrainer, TrainerCheck
 
     arguments = inspect.signature(stock).bind(*args, **kwargs).arguments
+    arguments["finetuning_args"].router_loss_weight = arguments["model_args"].moe_aux_loss_coef or 0.0
     check_recipe(*(arguments[name] for name in ("model_args", "data_args", "training_args", "finetuning_args")))
     _announce(arguments["model_args"], arguments["training_args"], arguments["finetuning_args"])
 
@@ -79,42 +81,16 @@ def _run_dpo(stock: Callable[..., None], instance: Any, args: tuple[Any, ...], k
         # Loaded later: only the trainer knows whether it is needed.
         pending = functools.partial(PendingReference, workflow.create_ref_model)
         replacements.enter_context(replaced(workflow, "create_ref_model", pending))
-        sr_prompt = arguments["finetuning_args"].refinement_prompt
-        if sr_prompt is not None:
-            for module, name, value in _augmenting(sr_prompt, arguments["model_args"]):
-                replacements.enter_context(replaced(module, name, value))
+        for module, name, value in loading.replacements(arguments["model_args"], arguments["finetuning_args"]):
+            replacements.enter_context(replaced(module, name, value))
         stock(**arguments)
-
-
-def _augmenting(sr_prompt: str, model_args: Any) -> list[tuple[ModuleType, str, object]]:
-    """The replacements (module, name, value) with which batches also hold the augmented pairs."""
-    from llamafactory.data import loader
-    from llamafactory.train.dpo import workflow
-
-    from .training.refinement import AugmentingCollator, AugmentingProcessor, check_augmented, model_context
-
-    @functools.wraps(workflow.get_dataset)
-    def get_dataset(*args: Any, **kwargs: Any) -> Any:
-        module = stock_get_dataset(*args, **kwargs)
-        for dataset in module.values():
-            for part in dataset.values() if isinstance(dataset, dict) else [dataset]:
-                check_augmented(part, sr_prompt)
-        return module
-
-    stock_get_dataset = workflow.get_dataset
-    processor = functools.partial(AugmentingProcessor, sr_prompt=sr_prompt, context=model_context(model_args))
-    return [
-        (loader, "PairwiseDatasetProcessor", processor),
-        (workflow, "PairwiseDataCollatorWithPadding", AugmentingCollator),
-        (workflow, "get_dataset", get_dataset),
-    ]
 
 
 def _announce(model_args: Any, training_args: Any, finetuning_args: Any) -> None:
     from llamafactory.extras import logging
 
     logger = logging.get_logger()  # LLaMA-Factory's own, whose lines reach the console and the web UI
-    logger.info_rank0(f"llamafactory_ext {__version__} is active and trains {finetuning_args.describe_loss()}.")
+    logger.info_rank0(f"llamafactory_ext {__version__} is active and trains {finetuning_args.objective}.")
     continues_adapter = model_args.adapter_name_or_path is not None and not finetuning_args.create_new_adapter
     reference_is_base = finetuning_args.use_ref_model and finetuning_args.ref_model is None
     if training_args.do_train and continues_adapter and reference_is_base:
@@ -176,11 +152,16 @@ PATCHES = (
     ),
     Patch(
         "llamafactory.data.loader",
-        "The refinement term replaces its processor; `check` and `score` load pairs with it.",
+        "The refinement term and columns of the data wrap its processor; `check` and `score` load pairs with it.",
         {
             "PairwiseDatasetProcessor": ("template", "tokenizer", "processor", "data_args"),
             "_get_merged_dataset": ("dataset_names", "model_args", "data_args", "training_args", "stage"),
         },
+    ),
+    Patch(
+        "llamafactory.data.converter",
+        "Weights and scores of the data travel with the pairs.",
+        {"get_dataset_converter": ("dataset_attr", "data_args")},
     ),
     Patch(
         "llamafactory.train.trainer_utils",

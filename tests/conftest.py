@@ -1,5 +1,6 @@
 import gc
 import os
+import shutil
 import sys
 import tempfile
 
@@ -7,10 +8,8 @@ import tempfile
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Nothing here may ask a hub.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Workers that share the user's cache of data sets have read files that another was writing. Set before `datasets` is
-# imported; removed with the process, by the finalizer of the object.
-DATASETS_CACHE = tempfile.TemporaryDirectory(prefix="datasets-", ignore_cleanup_errors=True)
-os.environ["HF_DATASETS_CACHE"] = DATASETS_CACHE.name
+# Workers that share the user's cache of data sets have read files that another was writing.
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="datasets-")
 
 import hypothesis
 import pytest
@@ -20,6 +19,10 @@ import tiny
 hypothesis.settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):
     hypothesis.settings.load_profile("ci")
+
+
+def pytest_unconfigure():
+    shutil.rmtree(os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -32,11 +32,13 @@ def plain_loss(name: str, pairs: PairLogps, **hyper: Any) -> Tensor:
 
     if name == "sft":
         return -w / n_w.double().mean()
+    if name == "rrhf":
+        return hyper["rrhf_weight"] * relu(l / n_l - w / n_w) - w
+    if name == "cringe":
+        gate = 1 / (1 + torch.exp((w - l - hyper["cringe_bias"]) / hyper["cringe_tau"]))
+        return gate * (-w + hyper["cringe_alpha"] * pairs.contrast)
 
     d_w, d_l = w - pairs.reference_chosen, l - pairs.reference_rejected
-    if name == "sigmoid":
-        e = hyper["label_smoothing"]
-        return -(1 - e) * log_sigma(beta * (d_w - d_l)) - e * log_sigma(-beta * (d_w - d_l))
     if name == "hinge":
         return relu(1 - beta * (d_w - d_l))
     if name == "ipo":
@@ -45,11 +47,12 @@ def plain_loss(name: str, pairs: PairLogps, **hyper: Any) -> Tensor:
     if name == "kto_pair":
         kl_w, kl_l = relu(d_w.mean()), relu(d_l.mean())
         return ((1 - 1 / (1 + torch.exp(-beta * (d_w - kl_l)))) + (1 - 1 / (1 + torch.exp(-beta * (kl_w - d_l))))) / 2
-    if name in ("robust", "exo_pair", "aot", "aot_unpaired"):
+    if name in ("exo_pair", "aot", "aot_unpaired"):
         return _plain_with_smoothing(name, pairs, beta, hyper["label_smoothing"])
     sigma_w, sigma_l = (1 / (1 + torch.exp(-beta * d)) for d in (d_w, d_l))
     others = {
-        "sigmoid_norm": lambda: -log_sigma(beta * (d_w / n_w - d_l / n_l)),
+        "squared_po": lambda: -log_sigma(beta * (d_w * torch.exp(-d_w) - d_l * torch.exp(-d_l))),
+        "minor_sft": lambda: -2 / beta * torch.log(sigma_w) / n_w,
         "nca_pair": lambda: -torch.log(sigma_w) - (torch.log(1 - sigma_w) + torch.log(1 - sigma_l)) / 2,
         "bco_pair": lambda: -torch.log(sigma_w) - torch.log(1 - sigma_l),
         "sppo_hard": lambda: (d_w - 0.5 / beta) ** 2 + (d_l + 0.5 / beta) ** 2,
@@ -60,6 +63,14 @@ def plain_loss(name: str, pairs: PairLogps, **hyper: Any) -> Tensor:
         return others[name]()
     # A constant: a number without a history, whatever was given.
     refined = hyper["sr_lambda"] * torch.tensor(pairs.refinement.tolist(), dtype=torch.float64)
+    if name in ("sigmoid", "robust"):
+        e, argument = hyper["label_smoothing"], beta * (d_w - d_l) - refined
+        clean, swapped = -log_sigma(argument), -log_sigma(-argument)
+        return (1 - e) * clean + e * swapped if name == "sigmoid" else ((1 - e) * clean - e * swapped) / (1 - 2 * e)
+    if name == "sigmoid_norm":
+        return -log_sigma(beta * (d_w / n_w - d_l / n_l) - refined)
+    if name == "odpo":
+        return -log_sigma(beta * (d_w - d_l) - hyper["odpo_alpha"] * torch.log(pairs.score_gap) - refined)
     if name == "minor_dpo":
         return -log_sigma(beta * d_w - beta * relu(d_l) - refined)
     if name == "dpop":
@@ -76,8 +87,6 @@ def _plain_with_smoothing(name: str, pairs: PairLogps, beta: float, e: float) ->
     policy = pairs.policy_chosen - pairs.policy_rejected
     reference = pairs.reference_chosen - pairs.reference_rejected
     margin = policy - reference
-    if name == "robust":
-        return ((1 - e) * -log_sigma(beta * margin) - e * -log_sigma(-beta * margin)) / (1 - 2 * e)
     if name == "exo_pair":
         q = 1 / (1 + torch.exp(-beta * margin))
         return q * torch.log(q / (1 - e)) + (1 - q) * torch.log((1 - q) / e)

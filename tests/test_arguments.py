@@ -42,15 +42,15 @@ def parse(**settings):
 @pytest.mark.parametrize(
     ("settings", "described", "needs_reference"),
     [
-        ({}, "sigmoid(beta=0.1, label_smoothing=0.0)", True),
-        ({"dpo_label_smoothing": 0.2}, "sigmoid(beta=0.1, label_smoothing=0.2)", True),
+        ({}, "sigmoid(beta=0.1, label_smoothing=0.0, sr_lambda=0.0)", True),
+        ({"dpo_label_smoothing": 0.2}, "sigmoid(beta=0.1, label_smoothing=0.2, sr_lambda=0.0)", True),
         ({"pref_loss": "minor_dpo", "pref_beta": 0.05}, "minor_dpo(beta=0.05, sr_lambda=0.0)", True),
         ({"pref_loss": "dpop"}, "dpop(beta=0.1, dpop_lambda=50.0, sr_lambda=0.0)", True),
         ({"pref_loss": "dpop", "dpop_lambda": 0}, "dpop(beta=0.1, dpop_lambda=0, sr_lambda=0.0)", True),
         ({"pref_loss": "ipo"}, "ipo(beta=0.1, length_normalize=True)", True),
         ({"pref_loss": "ipo", "ipo_length_normalize": False}, "ipo(beta=0.1, length_normalize=False)", True),
         ({"pref_loss": "hinge", "ld_alpha": 0.5}, "hinge(beta=0.1)", True),
-        ({"pref_loss": "robust", "dpo_label_smoothing": 0.2}, "robust(beta=0.1, label_smoothing=0.2)", True),
+        ({"pref_loss": "robust", "dpo_label_smoothing": 0.2}, "robust(beta=0.1, label_smoothing=0.2, sr_", True),
         ({"pref_loss": "exo_pair"}, "exo_pair(beta=0.1, label_smoothing=0.001)", True),
         ({"pref_loss": "sft"}, "sft()", False),
         ({"pref_loss": "simpo", "simpo_gamma": 1.5}, "simpo(beta=0.1, simpo_gamma=1.5)", False),
@@ -59,19 +59,31 @@ def parse(**settings):
         ({"pref_loss": "sr_ipo", "sr_lambda": 1}, "sr_ipo(beta=0.1, sr_lambda=1, length_normalize=False)", True),
         ({"pref_loss": "sr_ipo", "ipo_length_normalize": True, "sr_lambda": 0.1}, "sr_lambda=0.1, length_norm", True),
         ({"pref_loss": "minor_dpo", "sr_lambda": 0.5}, "minor_dpo(beta=0.1, sr_lambda=0.5)", True),
+        ({"sr_lambda": 0.5}, "sigmoid(beta=0.1, label_smoothing=0.0, sr_lambda=0.5)", True),
+        ({"pref_loss": ["orpo", "sft"]}, "orpo(beta=0.1) + sft()", False),
+        ({"pref_loss": "orpo, hinge", "pref_loss_weights": "2,0.5"}, "2 * orpo(beta=0.1) + 0.5 * hinge(beta=0.1)", True),
+        ({"pref_loss": ["hinge", "sft"], "pref_loss_weights": [1, 0.1]}, "hinge(beta=0.1) + 0.1 * sft()", True),
+        # Each loss has its own default; a key that is given is for all that take it.
+        ({"pref_loss": "sr_ipo,ipo,minor_dpo"}, "length_normalize=False) + ipo(beta=0.1, length_normalize=True)", True),
+        ({"pref_loss": "sr_dpo,minor_dpo", "sr_lambda": 0.2}, "0.2) + minor_dpo(beta=0.1, sr_lambda=0.2)", True),
+        ({"f_divergence": "js"}, "sr_lambda=0.0), f_divergence=js", True),
+        ({"pref_loss": "ipo,sft", "f_divergence": "alpha", "f_divergence_alpha": 2}, "f_divergence=alpha(2.0)", True),
+        ({"pref_loss": "odpo", "pref_margin_column": "gap"}, "odpo(beta=0.1, odpo_alpha=1.0, sr_lambda=0.0)", True),
+        ({"pref_loss": "minor_dpo", "ld_alpha": 0.5, "ld_alpha_reference": True}, "minor_dpo(beta=0.1", True),
+        ({"pref_loss": "sr_dpo", "ld_alpha": 0.5, "ld_alpha_reference": True}, "sr_dpo(beta=0.1", True),
     ],
 )
 def test_resolved_loss(settings, described, needs_reference):
     args = parse(**settings)
-    assert described in args.describe_loss()
+    assert described in str(args.objective)
     assert args.use_ref_model is needs_reference
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"pref_loss": "minor"}, "unknown: write one of .*Did you mean 'minor_dpo'"),
-        ({"pref_loss": 3}, "`pref_loss` is 3: write a value of type str"),
+        ({"pref_loss": "minor"}, "unknown: write one of .*Did you mean '.*minor_dpo'"),
+        ({"pref_loss": 3}, "`pref_loss` is 3: write the name of a loss"),
         ({"pref_beta": 0}, "`pref_beta` is 0: write a number above 0"),
         ({"pref_beta": -0.1}, "number above 0"),
         ({"pref_beta": "abc"}, "`pref_beta` is 'abc'"),
@@ -102,7 +114,7 @@ def test_resolved_loss(settings, described, needs_reference):
         ({"pref_loss": "sr_dpo", "ld_alpha": 0.5}, "remove `ld_alpha`"),
         ({"pref_loss": "sr_dpo", "sr_lambda": -0.1}, "`sr_lambda` is -0.1: write a finite number of at least 0"),
         ({"pref_loss": "sr_dpo", "sr_lambda": "0.1"}, "`sr_lambda` is '0.1'"),
-        ({"sr_lambda": 0.3}, "`sr_lambda` is not a hyper-parameter of pref_loss 'sigmoid'"),
+        ({"pref_loss": "hinge", "sr_lambda": 0.3}, "`sr_lambda` is not a hyper-parameter of pref_loss 'hinge'"),
         ({"pref_loss": "orpo", "sr_lambda": 0.3}, "`sr_lambda` is not a hyper-parameter of pref_loss 'orpo'"),
         ({"pref_loss": "sr_dpo", "sr_prompt": " "}, "`sr_prompt` is empty"),
         ({"pref_loss": "sr_dpo", "sr_prompt": 5}, "`sr_prompt` is 5: write a value of type str"),
@@ -119,6 +131,35 @@ def test_resolved_loss(settings, described, needs_reference):
         ({"ref_log_probs_cache_dir": "n" * 300}, "which cannot be a path .*too long"),
         ({"ref_log_probs_cache_dir": "\ud83c"}, "which cannot be a path"),
         ({"stage": "sft", "dpop_lambda": 50}, "belongs to `stage: dpo`"),
+        ({"stage": "sft", "f_divergence": "js"}, "belongs to `stage: dpo`"),
+        ({"pref_loss": []}, "write the name of a loss, or a list of names"),
+        ({"pref_loss": ["sigmoid", 3]}, "write the name of a loss, or a list of names"),
+        ({"pref_loss": "sigmoid,"}, "write the name of a loss, or a list of names"),
+        ({"pref_loss": "sft, sft"}, "names 'sft' twice: write it once"),
+        ({"pref_loss": "hinge, minor"}, "'minor' is unknown"),
+        ({"pref_loss_weights": [1.0]}, "`pref_loss_weights` are for several losses"),
+        ({"pref_loss": "hinge,sft", "pref_loss_weights": [1.0]}, "a number above 0 for each of the 2 losses, like .1.0"),
+        ({"pref_loss": "hinge,sft", "pref_loss_weights": [1, 0]}, "a number above 0 for each"),
+        ({"pref_loss": "hinge,sft", "pref_loss_weights": "1,x"}, "a number above 0 for each"),
+        ({"pref_loss": "hinge,sft", "pref_loss_weights": [1, math.nan]}, "a number above 0 for each"),
+        ({"pref_loss": "hinge,sft", "dpop_lambda": 5}, "of pref_loss 'hinge' and 'sft', which takes `pref_beta`: remove"),
+        ({"f_divergence": "kl"}, "`f_divergence` is 'kl': write one of reverse_kl, forward_kl, js, alpha"),
+        ({"f_divergence": 1}, "`f_divergence` is 1: write a value of type str"),
+        ({"f_divergence": "js", "f_divergence_alpha": 0.5}, "belongs to `f_divergence: alpha`"),
+        ({"f_divergence": "alpha", "f_divergence_alpha": math.inf}, "`f_divergence_alpha` is inf"),
+        ({"pref_loss": "minor_dpo", "f_divergence": "js"}, "'minor_dpo' is defined by log-ratios: remove `f_divergence`"),
+        ({"pref_loss": "sr_dpo", "f_divergence": "js"}, "refinement term is made of log-ratios"),
+        ({"pref_loss": "simpo", "f_divergence": "js"}, "'simpo' has no reference to diverge from"),
+        ({"pref_loss": "odpo"}, "'odpo' needs the scores of the responses: name their columns"),
+        ({"pref_margin_column": "gap"}, "'sigmoid' does not use scores: write `pref_loss: odpo`"),
+        ({"pref_loss": "odpo", "pref_margin_column": ["a", "b", "c"]}, "write the name of a column, or of two"),
+        ({"pref_weight_column": "a,b"}, "`pref_weight_column` is 'a,b': write the name of a column"),
+        ({"pref_weight_column": ""}, "`pref_weight_column` is ''"),
+        ({"pref_wpo": "yes"}, "`pref_wpo` is 'yes': write a value of type bool"),
+        ({"ld_alpha_reference": True}, "needs `ld_alpha`"),
+        ({"pref_loss": "orpo", "ld_alpha": 0.5, "ld_alpha_reference": True}, "'orpo' has no reference"),
+        ({"pref_loss": "cringe", "cringe_top_k": 0.5}, "a whole number of at least 1"),
+        ({"pref_loss": "cringe", "cringe_tau": 0}, "`cringe_tau` is 0: write a number above 0"),
     ],
 )
 def test_refused(settings, message):
@@ -144,14 +185,23 @@ def test_refinement_prompt(settings, prompt):
 @pytest.mark.parametrize("given", [{"tau": 0.5}, '{"tau": 0.5}'])
 def test_loss_of_the_user(loss_file, given):
     args = parse(pref_loss="mine", pref_loss_file=loss_file, pref_loss_args=given)
-    assert args.loss_hyperparameters == {"steps": 3, "on": False, "kind": "a", "beta": 0.1, "tau": 0.5}
-    assert args.describe_loss().startswith("mine(")
+    assert args.objective.parts[0].hyperparameters == {"steps": 3, "on": False, "kind": "a", "beta": 0.1, "tau": 0.5}
+    assert str(args.objective).startswith("mine(")
     assert args.use_ref_model
+
+
+def test_a_mixture_with_a_loss_of_the_user(loss_file):
+    args = parse(pref_loss="sigmoid,mine", pref_loss_file=loss_file, pref_loss_args={"tau": 0.5}, sr_lambda=0.1)
+    assert [dict(part.hyperparameters) for part in args.objective.parts] == [
+        {"beta": 0.1, "label_smoothing": 0.0, "sr_lambda": 0.1},
+        {"beta": 0.1, "tau": 0.5, "steps": 3, "on": False, "kind": "a"},
+    ]
+    assert args.pref_loss == "sigmoid,mine"
 
 
 def test_loss_of_the_user_without_reference_and_beta(loss_file):
     args = parse(pref_loss="alone", pref_loss_file=loss_file)
-    assert args.loss_hyperparameters == {}
+    assert args.objective.parts[0].hyperparameters == {}
     assert not args.use_ref_model
 
 
@@ -183,11 +233,15 @@ def test_other_stages_are_left_alone():
 @pytest.mark.parametrize("switch", ["USE_MCA", "USE_MEGATRON_BRIDGE"])
 def test_a_trainer_of_megatron_refuses_our_losses_only(switch, monkeypatch):
     monkeypatch.setenv(switch, "1")
-    assert parse(pref_loss="hinge").loss.name == "hinge"
+    assert parse(pref_loss="hinge").objective.name == "hinge"
     with pytest.raises(ValueError, match=f"'minor_dpo' cannot be trained with {switch}, .*: unset {switch}"):
         parse(pref_loss="minor_dpo")
+    with pytest.raises(ValueError, match=f"`f_divergence` has no effect with {switch}"):
+        parse(f_divergence="js")
+    with pytest.raises(ValueError, match=f"'sigmoid,hinge' cannot be trained with {switch}"):
+        parse(pref_loss="sigmoid,hinge")
     monkeypatch.setenv(switch, "0")
-    assert parse(pref_loss="minor_dpo").loss.name == "minor_dpo"
+    assert parse(pref_loss="minor_dpo").objective.name == "minor_dpo"
 
 
 def test_command_line_help_and_values():
@@ -196,7 +250,7 @@ def test_command_line_help_and_values():
         assert key in parser.format_help()
     words = ["--stage", "dpo", "--pref_loss", "dpop", "--dpop_lambda", "5"]
     (args,) = parser.parse_args_into_dataclasses(words)
-    assert args.describe_loss() == "dpop(beta=0.1, dpop_lambda=5.0, sr_lambda=0.0)"
+    assert str(args.objective) == "dpop(beta=0.1, dpop_lambda=5.0, sr_lambda=0.0)"
 
 
 def test_arguments_go_by_llamafactorys_name():

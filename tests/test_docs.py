@@ -15,7 +15,8 @@ from typer.main import get_command
 
 from llamafactory_ext.cli import app
 from llamafactory_ext.losses.lookup import get_loss, loss_names
-from llamafactory_ext.recipe.arguments import STOCK_KEYS, PreferenceArguments, keys_not_taken, keys_of
+from llamafactory_ext.recipe.arguments import PreferenceArguments
+from llamafactory_ext.recipe.keys import STOCK_KEYS, keys_not_taken, keys_of
 from llamafactory_ext.recipe.reading import parse_recipe
 from llamafactory_ext.sweep.spec import Evaluation, HeldOut, Sweep
 

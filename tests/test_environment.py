@@ -17,7 +17,7 @@ from llamafactory_ext import distributions, environment
 from llamafactory_ext.environment import findings
 from llamafactory_ext.losses import STOCK_LOSSES
 from llamafactory_ext.losses.lookup import get_loss
-from llamafactory_ext.recipe.arguments import PREF_BETA, keys_of
+from llamafactory_ext.recipe.keys import PREF_BETA, keys_of
 
 LLAMAFACTORY = llamafactory.__version__
 OLD = LLAMAFACTORY < "0.9.5"

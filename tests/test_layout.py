@@ -240,9 +240,12 @@ def test_log_probabilities_hold_a_chunk_at_a_time(monkeypatch):
     monkeypatch.setattr(logps, "CHUNK", 50 * vocabulary)
     head = torch.nn.Linear(width, vocabulary)
 
+    def score(hidden, target):
+        return logps._scores_of(head(hidden), target, ())
+
     def peak(scored):
         hidden, target = torch.randn(scored, width, requires_grad=True), torch.zeros(scored, dtype=torch.int64)
-        return peak_of(lambda: logps._in_chunks(head, hidden, target, vocabulary).sum().backward())[1]
+        return peak_of(lambda: logps._in_chunks(score, hidden, target, vocabulary).sum().backward())[1]
 
     peak(50)
     tensor = 50 * vocabulary * 4

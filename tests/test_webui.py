@@ -24,15 +24,8 @@ from llamafactory.webui.interface import create_ui
 from llamafactory.webui.locales import LOCALES
 
 from llamafactory_ext.losses import STOCK_LOSSES, lookup
-from llamafactory_ext.recipe.arguments import (
-    NUMBERS,
-    OTHER_OWN_KEYS,
-    OWN_KEYS,
-    SR_PROMPT,
-    STOCK_KEYS,
-    PreferenceArguments,
-    keys_not_taken,
-)
+from llamafactory_ext.recipe.arguments import SR_PROMPT, PreferenceArguments
+from llamafactory_ext.recipe.keys import NUMBERS, OTHER_OWN_KEYS, OWN_KEYS, STOCK_KEYS, keys_not_taken
 from llamafactory_ext.webui import errors, texts
 from llamafactory_ext.webui.errors import BoardError
 from llamafactory_ext.webui.fields import (

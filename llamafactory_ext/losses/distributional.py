@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@register_loss("exo_pair")
+@register_loss("exo_pair", takes_divergence=True)
 def exo_pair(pairs: PairLogps, *, beta: float, label_smoothing: float = 1e-3) -> Tensor:
     """EXO: KL(q || p) over the two responses, q_w = sigma(beta(D_w - D_l)), p_w = 1 - e, e = label_smoothing > 0.
 

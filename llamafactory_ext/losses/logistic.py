@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
+from .divergence import in_scores, squared_score
 from .pairs import PairLogps, refinement_term
 from .registry import LossFunction, MetricsFunction, register_loss
 
@@ -31,7 +32,9 @@ def smoothed(argument: Tensor, label_smoothing: float) -> Tensor:
     return -(1 - label_smoothing) * F.logsigmoid(argument) - label_smoothing * F.logsigmoid(-argument)
 
 
-def register_argument(name: str, metrics: MetricsFunction | None = None) -> Callable[[LossFunction], LossFunction]:
+def register_argument(
+    name: str, metrics: MetricsFunction | None = None, **about: bool
+) -> Callable[[LossFunction], LossFunction]:
     """Register -log sigma(argument) as a loss; the decorated function computes the argument, shape `(batch,)`.
 
     The loss keeps the function's signature and docstring.
@@ -39,6 +42,7 @@ def register_argument(name: str, metrics: MetricsFunction | None = None) -> Call
     Args:
         name: the loss's name.
         metrics: computes what to log besides the coefficient.
+        about: more for `register_loss`.
     """
 
     def register(argument: LossFunction) -> LossFunction:
@@ -47,7 +51,7 @@ def register_argument(name: str, metrics: MetricsFunction | None = None) -> Call
             return -F.logsigmoid(argument(pairs, **hyperparameters))
 
         # A partial of named functions can be pickled with the recipe; a nested function cannot.
-        return register_loss(name, metrics=functools.partial(_measure, loss, metrics))(loss)
+        return register_loss(name, metrics=functools.partial(_measure, loss, metrics), **about)(loss)
 
     return register
 
@@ -68,42 +72,73 @@ def dpo_argument(pairs: PairLogps, *, beta: float) -> Tensor:
     return beta * pairs.margin
 
 
-def sigmoid_metrics(pairs: PairLogps, *, beta: float, label_smoothing: float = 0.0) -> dict[str, Tensor]:
+def refined_argument(pairs: PairLogps, *, beta: float, sr_lambda: float) -> Tensor:
+    """beta (D_w - D_l) - lambda sg[Delta], shape `(batch,)` (arXiv 2405.21040, Eq. 13)."""
+    return dpo_argument(pairs, beta=beta) - refinement_term(pairs, sr_lambda=sr_lambda)
+
+
+def sigmoid_metrics(pairs: PairLogps, *, beta: float, sr_lambda: float = 0.0, **_: float) -> dict[str, Tensor]:
     """The coefficient, shape `(batch,)`."""
-    return {"dpo/coefficient": coefficient(dpo_argument(pairs, beta=beta), beta=beta)}
+    return {"dpo/coefficient": coefficient(refined_argument(pairs, beta=beta, sr_lambda=sr_lambda), beta=beta)}
 
 
-@register_loss("sigmoid", metrics=sigmoid_metrics)
-def sigmoid(pairs: PairLogps, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
+@register_loss("sigmoid", metrics=sigmoid_metrics, takes_divergence=True)
+def sigmoid(pairs: PairLogps, *, beta: float, label_smoothing: float = 0.0, sr_lambda: float = 0.0) -> Tensor:
     """DPO: -(1-e) log sigma(beta(D_w-D_l)) - e log sigma(-beta(D_w-D_l)), e = label_smoothing.
 
     Widens the margin between chosen and rejected, with a force that fades as the margin grows. Usual beta: 0.1 to 0.5
-    (github.com/eric-mitchell/direct-preference-optimization).
+    (github.com/eric-mitchell/direct-preference-optimization). sr_lambda > 0 adds sr_dpo's refinement term.
     Source: arXiv 2305.18290, Eq. 7; with e > 0 the conservative DPO of TRL and LLaMA-Factory.
     """
-    return smoothed(dpo_argument(pairs, beta=beta), label_smoothing)
+    return smoothed(refined_argument(pairs, beta=beta, sr_lambda=sr_lambda), label_smoothing)
 
 
-@register_loss("robust")
-def robust(pairs: PairLogps, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
+@register_loss("robust", takes_divergence=True)
+def robust(pairs: PairLogps, *, beta: float, label_smoothing: float = 0.0, sr_lambda: float = 0.0) -> Tensor:
     """Robust DPO: ((1-e) (-log sigma(beta(D_w-D_l))) - e (-log sigma(-beta(D_w-D_l)))) / (1 - 2e), e = label_smoothing.
 
-    DPO's loss without the bias of labels that are swapped with probability e. Usual beta: as DPO's.
+    DPO's loss without the bias of labels that are swapped with probability e. Usual beta: as DPO's. sr_lambda > 0 adds
+    sr_dpo's refinement term.
     Source: arXiv 2403.00409 (rDPO). Unlike DPO's label smoothing, it can be negative.
     """
-    argument = dpo_argument(pairs, beta=beta)
+    argument = refined_argument(pairs, beta=beta, sr_lambda=sr_lambda)
     clean, swapped = -F.logsigmoid(argument), -F.logsigmoid(-argument)
     return ((1 - label_smoothing) * clean - label_smoothing * swapped) / (1 - 2 * label_smoothing)
 
 
-@register_argument("sigmoid_norm")
-def sigmoid_norm(pairs: PairLogps, *, beta: float) -> Tensor:
+@register_argument("sigmoid_norm", on_means=True, takes_divergence=True)
+def sigmoid_norm(pairs: PairLogps, *, beta: float, sr_lambda: float = 0.0) -> Tensor:
     """Length-normalized DPO: -log sigma(beta(D_w - D_l)), on means per token.
 
     DPO in which a long response counts as much as a short one. Usual beta: 5 (Tulu 3), far above DPO's on sums.
-    Source: arXiv 2411.15124 (Tulu 3).
+    sr_lambda > 0 adds sr_dpo's refinement term, on means, too. Source: arXiv 2411.15124 (Tulu 3).
     """
-    return dpo_argument(pairs.per_token(), beta=beta)
+    return refined_argument(pairs.per_token(), beta=beta, sr_lambda=sr_lambda)
+
+
+@register_argument("odpo", needs_scores=True, takes_divergence=True)
+def odpo(pairs: PairLogps, *, beta: float, odpo_alpha: float = 1.0, sr_lambda: float = 0.0) -> Tensor:
+    """ODPO: -log sigma(beta(D_w - D_l) - alpha log(r_w - r_l)), r_w > r_l the data's scores (`pref_margin_column`).
+
+    DPO with a margin that each pair must exceed: the larger, the better the chosen response was found. Usual alpha: 0.5
+    to 1 (github.com/rycolab/odpo); beta as DPO's. sr_lambda > 0 adds sr_dpo's refinement term.
+    Source: arXiv 2402.10571, with the logarithm as its scaling function, as in the authors' code.
+    """
+    argument = refined_argument(pairs, beta=beta, sr_lambda=sr_lambda)
+    if pairs.score_gap is None:
+        raise ValueError("these pairs carry no scores: set `score_gap`.")
+    return argument - odpo_alpha * pairs.score_gap.log()
+
+
+@register_argument("squared_po")
+def squared_po(pairs: PairLogps, *, beta: float) -> Tensor:
+    """SquaredPO: -log sigma(beta(s_w - s_l)), s = D e^(-D): f-DPO with f(t) = (log t)^2 / 2.
+
+    A chosen response that falls below the reference is pulled up ever harder, so that its probability does not fall
+    with the rejected one's; nothing is won above e times the reference's.
+    Source: arXiv 2602.06788. s is held constant from D = -80 nats on down.
+    """
+    return dpo_argument(in_scores(pairs, squared_score), beta=beta)
 
 
 # --- MinorDPO ---------------------------------------------------------------------------------------------------------
@@ -159,11 +194,11 @@ def dpop(pairs: PairLogps, *, beta: float, dpop_lambda: float = DPOP_LAMBDA, sr_
 # --- Sr-DPO -----------------------------------------------------------------------------------------------------------
 
 
-@register_argument("sr_dpo")
+@register_argument("sr_dpo", takes_divergence=True)
 def sr_dpo(pairs: PairLogps, *, beta: float, sr_lambda: float = 0.3) -> Tensor:
     """Sr-DPO: -log sigma(beta(D_w - D_l) - lambda sg[Delta]), Delta = beta(D_w' - D_l') under the augmented prompt.
 
     Asks for a larger margin where the model itself sees a larger difference in quality.
     Source: arXiv 2405.21040, Eq. 13 and Alg. 1.
     """
-    return dpo_argument(pairs, beta=beta) - refinement_term(pairs, sr_lambda=sr_lambda)
+    return refined_argument(pairs, beta=beta, sr_lambda=sr_lambda)

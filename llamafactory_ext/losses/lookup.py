@@ -31,8 +31,8 @@ def get_loss(name: str) -> Loss:
     """
     known = loss_names()
     if name not in known:
-        nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
-        hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+        nearest = difflib.get_close_matches(str(name), known, n=2, cutoff=0.5)
+        hint = f" Did you mean {' or '.join(map(repr, nearest))}?" if nearest else ""
         raise ValueError(
             f"pref_loss {name!r} is unknown: write one of {', '.join(known)}, "
             f"or name the file that registers it in `pref_loss_file`.{hint}"

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@register_loss("hinge")
+@register_loss("hinge", takes_divergence=True)
 def hinge(pairs: PairLogps, *, beta: float) -> Tensor:
     """Hinge: relu(1 - beta(D_w - D_l)).
 
@@ -23,7 +23,7 @@ def hinge(pairs: PairLogps, *, beta: float) -> Tensor:
     return torch.relu(1 - beta * pairs.margin)
 
 
-@register_loss("ipo")
+@register_loss("ipo", takes_divergence=True)
 def ipo(pairs: PairLogps, *, beta: float, length_normalize: bool = True) -> Tensor:
     """IPO: (D_w - D_l - 1/(2 beta))^2, on means per token (as in TRL and LLaMA-Factory) or on sums.
 
@@ -35,7 +35,7 @@ def ipo(pairs: PairLogps, *, beta: float, length_normalize: bool = True) -> Tens
     return (scored.margin - 1 / (2 * beta)) ** 2
 
 
-@register_loss("sr_ipo")
+@register_loss("sr_ipo", takes_divergence=True)
 def sr_ipo(pairs: PairLogps, *, beta: float, sr_lambda: float = 0.3, length_normalize: bool = False) -> Tensor:
     """Sr-IPO: (D_w - D_l - lambda sg[Delta] - 1/(2 beta))^2, on sums or on means per token.
 

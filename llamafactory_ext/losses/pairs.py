@@ -23,9 +23,14 @@ class PairLogps:
         rejected_length: the same for the rejected response.
         refinement: Delta = beta (D_w' - D_l') (arXiv 2405.21040, Eq. 12), without gradient; the primed log-ratios are
             those of the same responses under the augmented prompt. None if the loss has no refinement term.
+        score_gap: r_w - r_l, the difference of the scores that the data gives the responses (`pref_margin_column`), in
+            the data's unit; None if the recipe names no such column.
+        contrast: sum over the rejected response's tokens of log(1 + e^(s - s*)): s is the logit of the token, s* that
+            of another one, drawn from the policy's most likely (`logps.Contrast`). With gradient; None if the loss
+            does not need it.
 
-    With LLaMA-Factory's `ld_alpha`, the policy's sums (not the reference's) weight the tokens beyond the length of the
-    shorter response by it.
+    With LLaMA-Factory's `ld_alpha`, the policy's sums weight the tokens beyond the length of the shorter response by
+    it, and with `ld_alpha_reference` the reference's do, too.
     """
 
     policy_chosen: Tensor
@@ -35,6 +40,8 @@ class PairLogps:
     chosen_length: Tensor
     rejected_length: Tensor
     refinement: Tensor | None = None
+    score_gap: Tensor | None = None
+    contrast: Tensor | None = None
 
     @property
     def chosen_logratio(self) -> Tensor:
@@ -78,6 +85,8 @@ class PairLogps:
             self.chosen_length.new_ones(self.chosen_length.shape),
             self.rejected_length.new_ones(self.rejected_length.shape),
             self.refinement,
+            self.score_gap,
+            mean(self.contrast, self.rejected_length),
         )
 
 
@@ -87,6 +96,17 @@ def _present(reference: Tensor | None) -> Tensor:
             "these pairs carry no reference log-probabilities: register the loss with needs_reference=True."
         )
     return reference
+
+
+def delta(augmented: PairLogps, *, beta: float, on_means: bool) -> Tensor:
+    """Delta = beta (D_w' - D_l') (arXiv 2405.21040, Eq. 12), shape `(batch,)`, without gradient.
+
+    Args:
+        augmented: the same responses under the augmented prompts.
+        beta: `pref_beta`.
+        on_means: whether the loss compares means per token, not sums.
+    """
+    return (beta * (augmented.per_token() if on_means else augmented).margin).detach()
 
 
 def refinement_term(pairs: PairLogps, *, sr_lambda: float) -> Tensor | float:

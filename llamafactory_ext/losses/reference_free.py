@@ -1,4 +1,4 @@
-"""Losses without a reference, on means per token: l_w and l_l, in nats, for the chosen and the rejected response."""
+"""Losses without a reference: l_w and l_l are means per token of the chosen and the rejected response, in nats."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@register_loss("orpo", needs_reference=False)
+@register_loss("orpo", needs_reference=False, on_means=True)
 def orpo(pairs: PairLogps, *, beta: float) -> Tensor:
     """ORPO: -l_w - beta log sigma(log odds(l_w) - log odds(l_l)), on means per token l; odds(l) = p / (1 - p), p = e^l.
 
@@ -36,7 +36,7 @@ def log_of_rest(logp: Tensor) -> Tensor:
     return torch.log(-torch.expm1(logp.clamp(max=-torch.finfo(logp.dtype).tiny)))
 
 
-@register_loss("simpo", needs_reference=False)
+@register_loss("simpo", needs_reference=False, on_means=True)
 def simpo(pairs: PairLogps, *, beta: float, simpo_gamma: float = 0.5) -> Tensor:
     """SimPO: -log sigma(beta(l_w - l_l - gamma / beta)), on means per token l.
 
@@ -57,3 +57,38 @@ def sft(pairs: PairLogps) -> Tensor:
     """
     tokens = pairs.chosen_length.sum().clamp(min=1)
     return -pairs.policy_chosen * len(pairs.chosen_length) / tokens
+
+
+@register_loss("rrhf", needs_reference=False)
+def rrhf(pairs: PairLogps, *, rrhf_weight: float = 1.0) -> Tensor:
+    """RRHF: c relu(l_l - l_w) - log pi(y_w), on means per token l; c = rrhf_weight.
+
+    SFT on the chosen response, and a push where the rejected one is more likely per token.
+    Source: arXiv 2304.05302, for two responses, c = 1. The authors' code (github.com/GanjinZero/RRHF) has a mean in
+    place of the sum log pi(y_w), and c = 100: c should grow with the responses' length.
+    """
+    means = pairs.per_token()
+    return rrhf_weight * torch.relu(means.policy_rejected - means.policy_chosen) - pairs.policy_chosen
+
+
+@register_loss("cringe", needs_reference=False, needs_contrast=True)
+def cringe(
+    pairs: PairLogps,
+    *,
+    cringe_alpha: float = 1.0,
+    cringe_bias: float = 0.0,
+    cringe_tau: float = 1.0,
+    cringe_top_k: int = 5,
+) -> Tensor:
+    """Pairwise CRINGE: sigma((b - M) / tau) (-log pi(y_w) + alpha C), M = log pi(y_w) - log pi(y_l).
+
+    SFT on the chosen response, and a contrast C of each rejected token with one that the model itself finds likely:
+    C = sum_t log(1 + e^(s_t - s*_t)), s_t the token's logit, s*_t that of another token, drawn from the policy's
+    cringe_top_k most likely. The gate in front closes as the margin M exceeds b nats.
+    Source: arXiv 2312.16682 (the gate) and 2211.05826 (C). The gradient flows through the gate, too. The defaults of
+    alpha, b and tau are ours: choose them by M, which is a sum over the response.
+    """
+    if pairs.contrast is None:
+        raise ValueError("these pairs carry no contrast of the rejected tokens: set `contrast`.")
+    gate = torch.sigmoid((cringe_bias - (pairs.policy_chosen - pairs.policy_rejected)) / cringe_tau)
+    return gate * (cringe_alpha * pairs.contrast - pairs.policy_chosen)

@@ -33,6 +33,10 @@ class Loss:
     function: LossFunction
     needs_reference: bool
     metrics: MetricsFunction | None
+    needs_scores: bool = False
+    needs_contrast: bool = False
+    on_means: bool = False
+    takes_divergence: bool = False
 
     def __call__(self, pairs: PairLogps, **hyperparameters: Any) -> Tensor:
         return self._per_pair("", self.function(pairs, **hyperparameters), pairs)
@@ -60,6 +64,10 @@ class Loss:
         tensor: Tensor = values
         return tensor
 
+    def compares_means(self, hyperparameters: Mapping[str, Any]) -> bool:
+        """Whether it compares means per token, not sums over the response, with these hyper-parameters."""
+        return self.on_means or bool(hyperparameters.get("length_normalize", False))
+
     @property
     def is_users(self) -> bool:
         """Whether a user has registered it, and not this package."""
@@ -86,7 +94,14 @@ LOSSES: dict[str, Loss] = {}  # by name
 
 
 def register_loss(
-    name: str, *, needs_reference: bool = True, metrics: MetricsFunction | None = None
+    name: str,
+    *,
+    needs_reference: bool = True,
+    metrics: MetricsFunction | None = None,
+    needs_scores: bool = False,
+    needs_contrast: bool = False,
+    on_means: bool = False,
+    takes_divergence: bool = False,
 ) -> Callable[[LossFunction], LossFunction]:
     """Decorate `f(pairs: PairLogps, *, beta: float, ...) -> Tensor` of shape `(batch,)`; `pref_loss: name` trains it.
 
@@ -96,6 +111,11 @@ def register_loss(
             loaded then, and rewards are beta times the policy's means per token, as in LLaMA-Factory.
         metrics: called like the loss; returns tensors of shape `(batch,)` to log, by name. The names may depend on
             the hyper-parameters but not on the batch: every rank must log the same ones.
+        needs_scores: whether the loss reads `pairs.score_gap`; the recipe must then name a `pref_margin_column`.
+        needs_contrast: whether it reads `pairs.contrast`, which costs a search of each rejected token's logits.
+        on_means: whether it compares means per token; the refinement term then does, too.
+        takes_divergence: whether it compares the responses by their log-ratios alone, so that the scores of another
+            `f_divergence` may take their place.
 
     Raises:
         ValueError: if the name is invalid, or another file has registered it.
@@ -104,6 +124,12 @@ def register_loss(
     """
 
     _check_name(name)
+    about = {
+        "needs_scores": needs_scores,
+        "needs_contrast": needs_contrast,
+        "on_means": on_means,
+        "takes_divergence": takes_divergence,
+    }
 
     def register(function: LossFunction) -> LossFunction:
         _check_signature(name, function)
@@ -113,7 +139,7 @@ def register_loss(
                 f"the name {name!r} is taken by the loss in {_file(previous.function)}: "
                 "register yours under another name."
             )
-        LOSSES[name] = Loss(name, function, needs_reference, metrics)
+        LOSSES[name] = Loss(name, function, needs_reference, metrics, **about)
         return function
 
     return register

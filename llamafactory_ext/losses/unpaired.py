@@ -73,6 +73,17 @@ def apo_down(pairs: PairLogps, *, beta: float) -> Tensor:
     return torch.sigmoid(beta * pairs.chosen_logratio) + torch.sigmoid(-beta * pairs.margin)
 
 
+@register_loss("minor_sft")
+def minor_sft(pairs: PairLogps, *, beta: float) -> Tensor:
+    """MinorSFT: -2 log sigma(beta D_w) / (beta n), n the number of tokens of the chosen response.
+
+    SFT on the chosen response whose force, 2 sigma(-beta D_w), fades as the response rises above the reference; there,
+    it is SFT's mean per token. The rejected response is not trained on.
+    Source: arXiv 2408.10642, which gives the gradient -(2/n) sigma(-beta D_w) grad log pi(y_w), by MinorDPO's authors.
+    """
+    return -2 / beta * F.logsigmoid(beta * pairs.chosen_logratio) / pairs.chosen_length.clamp(min=1)
+
+
 @register_loss("bco_pair")
 def bco_pair(pairs: PairLogps, *, beta: float) -> Tensor:
     """BCO: -log sigma(beta D_w) - log sigma(-beta D_l).

@@ -5,39 +5,41 @@ from __future__ import annotations
 import inspect
 import json
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from ..losses.registry import Loss
 
 
-def from_loss_args(args: Any, loss: Loss) -> dict[str, Any]:
+def from_loss_args(args: Any, losses: Sequence[Loss]) -> dict[str, Any]:
     """The values of `pref_loss_args` by name.
 
     Args:
-        args: with `pref_loss_args` and `pref_loss_file`.
+        args: with `pref_loss_args` and `pref_loss`.
+        losses: those of `pref_loss_file` that the recipe trains.
 
     Raises:
-        ValueError: if the loss does not take one of them.
+        ValueError: if none of them takes one of the values.
     """
     if args.pref_loss_args is None:
         return {}
-    if args.pref_loss_file is None:
+    if not losses:
         raise ValueError(
             "`pref_loss_args` are for a loss of your own: name its file with pref_loss_file, or write the keys of "
-            f"pref_loss {loss.name!r} instead."
+            f"pref_loss {args.pref_loss!r} instead."
         )
 
     given = _as_mapping(args.pref_loss_args)
-    accepted = [name for name in loss.parameters if name != "beta"]
+    accepted = {name: each for loss in losses for name, each in loss.parameters.items() if name != "beta"}
     for name, value in given.items():
         if name == "beta":
             raise ValueError("`pref_loss_args` may not hold beta: write `pref_beta`.")
         if name not in accepted:
             raise ValueError(
-                f"`pref_loss_args` holds {name!r}, but the loss {loss.name!r} takes {listed(accepted)}: "
+                f"`pref_loss_args` holds {name!r}, but the loss {losses[0].name!r} takes {listed(accepted)}: "
                 "write one of its keyword arguments."
             )
-        _check_annotation(name, value, loss.parameters[name])
+        _check_annotation(name, value, accepted[name])
     return given
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import UserError
-from ..recipe.arguments import LOSS_KEYS, PREF_BETA
+from ..recipe.keys import LOSS_KEYS, PREF_BETA
 from ..scoring.summary import Summary
 from ..sweep.results import Result
 from ..training.monitors import DEGENERATING

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,14 +17,15 @@ from typing import TYPE_CHECKING, Any
 from .. import hashes
 from ..data.dialogues import SCORES, number
 from ..errors import UserError, in_a_line
+from ..patching import replaced
 from ..recipe.reading import Settings, data_sets, parse_recipe
 from .file import Row, ScoreFile, check_output
 
 if TYPE_CHECKING:
     import torch
 
+    from ..losses.objective import Objective
     from ..losses.pairs import PairLogps
-    from ..losses.registry import Loss
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,7 @@ class Scorer:
 
     policy: torch.nn.Module
     reference: torch.nn.Module
-    loss: Loss
-    hyperparameters: dict[str, Any]
-    beta: float
+    objective: Objective
     rows: Any  # pairs in LLaMA-Factory's standard format, in the order of the file
     processor: Any
     collator: Any
@@ -114,15 +113,17 @@ def load_scorer(settings: Settings, reference_settings: Settings) -> Scorer:
     from llamafactory.data.processor import PairwiseDatasetProcessor
 
     from ..recipe.loading import load_pairs, load_tokenization
+    from ..training.columns import CarryingProcessor, Columns, carrying_collator
+    from ..training.loading import carrying
     from ..training.reference.model import match_precision
     from ..training.refinement import AugmentingCollator, AugmentingProcessor
 
     model_args, data_args, finetuning_args = parse_recipe({"stage": "dpo", **settings})
     if len(data_args.dataset or []) != 1:
         raise UserError("score takes one data set: write it as dataset=NAME.")
-    loss, sr_prompt = finetuning_args.loss, finetuning_args.refinement_prompt
-    if not loss.needs_reference:
-        raise UserError(f"pref_loss {loss.name!r} has no reference to score against: write another pref_loss.")
+    objective, sr_prompt = finetuning_args.objective, finetuning_args.refinement_prompt
+    if not objective.needs_reference:
+        raise UserError(f"pref_loss {objective.name!r} has no reference to score against: write another pref_loss.")
 
     tools = load_tokenization(model_args, data_args)
     tokenization = {"template": tools.template, "tokenizer": tools.tokenizer, "processor": tools.processor}
@@ -131,15 +132,17 @@ def load_scorer(settings: Settings, reference_settings: Settings) -> Scorer:
         processor, collator_class = PairwiseDatasetProcessor(**about), PairwiseDataCollatorWithPadding
     else:
         processor, collator_class = AugmentingProcessor(**about, sr_prompt=sr_prompt), AugmentingCollator
-    rows = load_pairs(model_args, data_args)
+    with ExitStack() as replacements:
+        if finetuning_args.data_columns:
+            processor, collator_class = CarryingProcessor(processor), carrying_collator(collator_class)
+            replacements.enter_context(replaced(*carrying(Columns.of_recipe(finetuning_args))))
+        rows = load_pairs(model_args, data_args)
     policy, reference = (_load_model(each, tools.tokenizer) for each in (settings, reference_settings))
     match_precision(reference, policy, autocast=None)
     return Scorer(
         policy=policy,
         reference=reference,
-        loss=loss,
-        hyperparameters=finetuning_args.loss_hyperparameters,
-        beta=finetuning_args.pref_beta,
+        objective=objective,
         rows=rows,
         processor=processor,
         collator=collator_class(**tokenization, model=policy, pad_to_multiple_of=8, label_pad_token_id=-100),
@@ -232,11 +235,13 @@ def _encode(scorer: Scorer, index: int) -> dict[str, list[Any]]:
 def _columns(scorer: Scorer, batch: Any) -> dict[str, list[Any]]:
     import torch
 
-    from ..training.refinement import refinement, split_batch
+    from ..training.columns import SCORE_GAP, WEIGHT, take_columns
+    from ..training.refinement import split_batch
 
     base, augmented_batch = split_batch(dict(batch))
+    objective, numbers = scorer.objective, take_columns(base)
     with torch.inference_mode():
-        pairs = _pair_logps(scorer, base)
+        pairs = replace(_pair_logps(scorer, base), score_gap=numbers.get(SCORE_GAP))
         columns = {
             "chosen_logp": pairs.policy_chosen,
             "rejected_logp": pairs.policy_rejected,
@@ -246,14 +251,17 @@ def _columns(scorer: Scorer, batch: Any) -> dict[str, list[Any]]:
             "rejected_logratio": pairs.rejected_logratio,
             "margin": pairs.margin,
         }
-        if augmented_batch:
-            augmented = _pair_logps(scorer, augmented_batch)
-            delta = refinement(augmented, scorer.hyperparameters, scorer.beta)
-            pairs = replace(pairs, refinement=delta)
-            columns |= {"augmented_margin": augmented.margin, "refinement": delta}
-        columns["loss"] = scorer.loss(pairs, **scorer.hyperparameters)
-        if scorer.loss.metrics is not None:
-            columns |= scorer.loss.metrics(pairs, **scorer.hyperparameters)
+        augmented = _pair_logps(scorer, augmented_batch) if augmented_batch else None
+        if augmented is not None and objective.refined is not None:
+            refined = objective.seen_by(objective.refined, pairs, augmented)
+            assert refined.refinement is not None
+            columns |= {"augmented_margin": augmented.margin, "refinement": refined.refinement}
+        values = objective.values(pairs, augmented)
+        columns["loss"] = objective.sum_of(values)
+        if len(values) > 1:
+            columns |= {f"loss/{name}": of_one for name, of_one in values.items()}
+        columns |= objective.measure(pairs, augmented)
+        columns |= {name: numbers[name] for name in (WEIGHT, SCORE_GAP) if name in numbers}
     return {name: values.tolist() for name, values in columns.items()}
 
 
@@ -261,10 +269,12 @@ def _pair_logps(scorer: Scorer, batch: Any) -> PairLogps:
     from ..losses.pairs import PairLogps
     from ..training.layout import padded
     from ..training.logps import response_logps
+    from ..training.terms import CONTRAST, terms_of
 
+    terms = terms_of(scorer.objective, is_weighted=False)
     policy, reference = (
-        response_logps(model, padded({name: values.to(_device(model)) for name, values in batch.items()}))
-        for model in (scorer.policy, scorer.reference)
+        response_logps(model, padded({name: values.to(_device(model)) for name, values in batch.items()}), terms=needed)
+        for model, needed in ((scorer.policy, terms), (scorer.reference, None))
     )
     return PairLogps(
         policy.chosen,
@@ -273,6 +283,7 @@ def _pair_logps(scorer: Scorer, batch: Any) -> PairLogps:
         reference.rejected.to(policy.chosen.device),
         policy.chosen_length,
         policy.rejected_length,
+        contrast=policy.sums[CONTRAST][1] if terms else None,
     )
 
 

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from ..errors import UserError
 from ..losses.lookup import get_loss
-from ..recipe.arguments import keys_not_taken
+from ..recipe.keys import keys_not_taken
 from ..recipe.reading import Settings, read_recipe
 
 SHORT = {"pref_loss": "", "learning_rate": "lr", "pref_beta": "beta", "num_train_epochs": "epochs"}

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .head import HeadOutput, head_output
 from .layout import Layout, inner_model
+from .terms import TokenTerm
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,6 +46,9 @@ class ResponseLogps:
         chosen_logits: mean of the logits over response tokens and vocabulary, detached, shape `(batch,)`; 0 for an
             empty response.
         rejected_logits: the same for the rejected response.
+        sums: of each term that was asked for, the sums over the chosen and over the rejected response, shape
+            `(batch,)` each.
+        router_loss: the load-balancing loss that a mixture of experts returns, a scalar; None if it returns none.
     """
 
     chosen: Tensor
@@ -53,29 +57,42 @@ class ResponseLogps:
     rejected_length: Tensor
     chosen_logits: Tensor
     rejected_logits: Tensor
+    sums: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    router_loss: Tensor | None = None
 
 
-def response_logps(model: torch.nn.Module, layout: Layout, ld_alpha: float | None = None) -> ResponseLogps:
+def response_logps(
+    model: torch.nn.Module,
+    layout: Layout,
+    ld_alpha: float | None = None,
+    terms: Mapping[str, TokenTerm] | None = None,
+) -> ResponseLogps:
     """Run the model once over a batch and sum the log-probabilities of each response.
 
     Args:
         model: a causal language model, possibly wrapped for distributed training.
         layout: the batch, from `layout.padded` or `layout.shared_prefix`.
         ld_alpha: weight of the tokens beyond the length of the pair's shorter response (LD-DPO, arXiv 2409.06411).
+        terms: more to compute of each response token, by name.
     """
-    logps, logit_means = _scored(model, layout)
+    terms = terms or {}
+    (logps, logit_means, *others), router_loss = _scored(model, layout, tuple(terms.values()))
 
     def per_response(values: Tensor) -> Tensor:
         # Summed row by row: index_add on a GPU adds in no fixed order, so the same pair would round differently.
         return _in_rows(values, layout).sum(dim=1)
 
     lengths = per_response(torch.ones_like(layout.response))
-    terms = logps[layout.entry]
+    summands = logps[layout.entry]
     if ld_alpha is not None:
         shorter = torch.minimum(*lengths.chunk(2)).repeat(2)
-        terms = torch.where(layout.ordinal < shorter[layout.response], terms, ld_alpha * terms)
+        summands = torch.where(layout.ordinal < shorter[layout.response], summands, ld_alpha * summands)
     mean_logits = per_response(logit_means[layout.entry]) / lengths.clamp(min=1)
-    return ResponseLogps(*per_response(terms).chunk(2), *lengths.chunk(2), *mean_logits.chunk(2))
+    of_terms = [per_response(values[layout.entry]).chunk(2) for values in others]
+    sums = {name: (chosen, rejected) for name, (chosen, rejected) in zip(terms, of_terms, strict=True)}
+    (chosen, rejected), (chosen_length, rejected_length) = per_response(summands).chunk(2), lengths.chunk(2)
+    means = mean_logits.chunk(2)
+    return ResponseLogps(chosen, rejected, chosen_length, rejected_length, means[0], means[1], sums, router_loss)
 
 
 def token_logps(model: torch.nn.Module, layout: Layout) -> Tensor:
@@ -88,7 +105,7 @@ def token_logps(model: torch.nn.Module, layout: Layout) -> Tensor:
     Returns:
         Shape `(2 * pairs, longest)`, the chosen responses first.
     """
-    return _in_rows(_scored(model, layout)[0][layout.entry], layout)
+    return _in_rows(_scored(model, layout)[0][0][layout.entry], layout)
 
 
 def _in_rows(values: Tensor, layout: Layout) -> Tensor:
@@ -96,28 +113,35 @@ def _in_rows(values: Tensor, layout: Layout) -> Tensor:
     return values.new_zeros(2 * layout.pairs, layout.longest).index_put((layout.response, layout.ordinal), values)
 
 
-def _scored(model: torch.nn.Module, layout: Layout) -> tuple[Tensor, Tensor]:
-    """Log-probability of each scored token, and the mean of its logits over the vocabulary (detached).
+def _scored(
+    model: torch.nn.Module, layout: Layout, terms: Sequence[TokenTerm] = ()
+) -> tuple[tuple[Tensor, ...], Tensor | None]:
+    """Of each scored token its log-probability, the mean of its logits (detached) and the terms; and the router's loss.
 
     Float32 or wider, shape `(scored,)` each.
     """
     # Copies: some multimodal models change their inputs in place, and a second model reads the same batch.
     inputs = nested_detach(layout.inputs, clone=True)
     final = head_output(model, layout.target.device)
-    with _head_on(model, layout, final) as head:
-        output = model(**inputs, return_dict=True, use_cache=False).logits
+    with _head_on(model, layout, final, terms) as head:
+        output = model(**inputs, return_dict=True, use_cache=False)
+    logits = output.logits
     if head.gives_logps:
         assert final is not None
-        logps, logit_means = final.received(output[0]).unbind(dim=-1)
-        return logps, logit_means.detach()
-    return _logps_of(output[0] if head.is_narrowed else output[layout.row, layout.column], layout.target)
+        scored = final.received(logits[0])
+    else:
+        scored = _scores_of(logits[0] if head.is_narrowed else logits[layout.row, layout.column], layout.target, terms)
+    logps, logit_means, *others = scored.unbind(dim=-1)
+    return (logps, logit_means.detach(), *others), getattr(output, "aux_loss", None)
 
 
-def _logps_of(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+def _scores_of(logits: Tensor, target: Tensor, terms: Sequence[TokenTerm]) -> Tensor:
+    """Log-probability, mean logit (detached) and terms of each token, shape `(scored, 2 + terms)`."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     # Not cross_entropy: Liger replaces it with a kernel that writes into the logits.
-    logps = logits.log_softmax(dim=-1).gather(-1, target[:, None])[:, 0]
-    return logps, logits.detach().mean(dim=-1)
+    logps = logits.log_softmax(dim=-1)
+    own = logps.gather(-1, target[:, None])[:, 0]
+    return torch.stack([own, logits.detach().mean(dim=-1), *(term(logits, logps, target) for term in terms)], dim=-1)
 
 
 @dataclass
@@ -129,9 +153,10 @@ class _Head:
 
     Args:
         layout: the batch.
-        final: what the model does to its head's logits. The head then returns `_logps_of` these, shape
-            `(1, scored, 2)`; None: it returns logits, to which the model may do anything.
+        final: what the model does to its head's logits. The head then returns `_scores_of` these, shape
+            `(1, scored, 2 + terms)`; None: it returns logits, to which the model may do anything.
         vocabulary: how many logits it returns.
+        terms: more to compute of each token.
         forward: the head's own; None: the model has no head.
         is_narrowed: whether it saw scored tokens only; not if the model does not call it.
         gives_logps: whether it returned log-probabilities.
@@ -140,6 +165,7 @@ class _Head:
     layout: Layout
     final: HeadOutput | None
     vocabulary: int
+    terms: Sequence[TokenTerm]
     forward: Callable[..., Tensor] | None = None
     is_narrowed: bool = False
     gives_logps: bool = False
@@ -151,8 +177,11 @@ class _Head:
         scored = hidden[self.layout.row, self.layout.column]
         if final is None:
             return forward(scored[None], *others)
-        logps = _in_chunks(lambda part: final(forward(part)), scored, self.layout.target, self.vocabulary)
-        return final.sent(logps)
+
+        def score(hidden: Tensor, target: Tensor) -> Tensor:
+            return _scores_of(final(forward(hidden)), target, self.terms)
+
+        return final.sent(_in_chunks(score, scored, self.layout.target, self.vocabulary))
 
 
 # Per head one function: a compiled model would be compiled again for another.
@@ -172,10 +201,13 @@ class _Call:
 
 
 @contextmanager
-def _head_on(model: torch.nn.Module, layout: Layout, final: HeadOutput | None) -> Iterator[_Head]:
+def _head_on(
+    model: torch.nn.Module, layout: Layout, final: HeadOutput | None, terms: Sequence[TokenTerm]
+) -> Iterator[_Head]:
     """Put a `_Head` in the place of a model's head, if it has one, inside the with block."""
     inner = inner_model(model)
-    head, module = _Head(layout, final, inner.config.get_text_config().vocab_size), inner.get_output_embeddings()
+    head = _Head(layout, final, inner.config.get_text_config().vocab_size, terms)
+    module = inner.get_output_embeddings()
     if module is None:
         yield head
         return
@@ -191,12 +223,8 @@ def _head_on(model: torch.nn.Module, layout: Layout, final: HeadOutput | None) -
             module.forward = own
 
 
-def _in_chunks(head: Callable[[Tensor], Tensor], hidden: Tensor, target: Tensor, vocabulary: int) -> Tensor:
-    """`_logps_of` the head's logits for hidden states `(scored, width)`, stacked into shape `(1, scored, 2)`."""
-
-    def score(hidden: Tensor, target: Tensor) -> Tensor:
-        return torch.stack(_logps_of(head(hidden), target), dim=-1)
-
+def _in_chunks(score: Callable[[Tensor, Tensor], Tensor], hidden: Tensor, target: Tensor, vocabulary: int) -> Tensor:
+    """What `score` makes of hidden states `(scored, width)` and tokens, a chunk at a time, with an axis in front."""
     chunks = math.ceil(len(target) * vocabulary / CHUNK)
     if chunks <= 1:
         return score(hidden, target)[None]

@@ -25,8 +25,6 @@ from ..recipe.reading import UNCUT
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..losses.pairs import PairLogps
-
 PROMPT_IDS = "augmented_prompt_ids"  # column: token ids of the augmented prompt, without response
 MADE_WITH = "augmented_with"  # column: fingerprint of the text p
 BATCH_PREFIX = "augmented_"
@@ -186,17 +184,3 @@ def split_batch(batch: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor
     """Split a batch into the pairs and the augmented pairs, under the same names (empty if there are none)."""
     augmented = {name.removeprefix(BATCH_PREFIX): v for name, v in batch.items() if name.startswith(BATCH_PREFIX)}
     return {name: values for name, values in batch.items() if not name.startswith(BATCH_PREFIX)}, augmented
-
-
-# --- the term --------------------------------------------------------------------------------------------------------
-
-
-def refinement(augmented: PairLogps, hyperparameters: Mapping[str, Any], beta: float) -> Tensor:
-    """Delta = beta (D_w' - D_l') (arXiv 2405.21040, Eq. 12), shape `(batch,)`, on sums or means as the loss is.
-
-    Args:
-        augmented: the responses under the augmented prompts.
-        hyperparameters: of the loss; with `length_normalize`, it uses means per token.
-        beta: `pref_beta`.
-    """
-    return beta * (augmented.per_token() if hyperparameters.get("length_normalize", False) else augmented).margin

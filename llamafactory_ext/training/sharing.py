@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 logger = logging.get_logger()  # LLaMA-Factory's own, whose lines reach the console and the web UI
 
 MORE_THAN_TEXT = "some pairs hold more than text"
+ROUTER_COUNTS = "the router's loss (`moe_aux_loss_coef`) counts the tokens of both responses, each with its prompt"
 
 Score = Callable[[Any, Layout], "Tensor"]
 

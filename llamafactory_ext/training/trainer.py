@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from trl.trainer.utils import RunningMoments
 from ..errors import NOT_OUR_TRAINER
 from ..losses.pairs import PairLogps
 from ..losses.unpaired import bco
+from .columns import SCORE_GAP, take_columns
 from .head import head_output
 from .layout import SHARED_NOISE, Batch, Layout, depends_on_batch, inner_model
 from .logps import MICRO_BATCHES_AT_ONCE, ResponseLogps, response_logps, token_logps
@@ -38,11 +39,14 @@ from .reference.logps import (
     precomputed,
 )
 from .reference.model import PendingReference, autocast_dtype, match_precision
-from .refinement import AUGMENTED, is_joinable, joined, refinement, split_batch
-from .sharing import MORE_THAN_TEXT, consider, ordinary_tokens
+from .refinement import AUGMENTED, is_joinable, joined, split_batch
+from .sharing import MORE_THAN_TEXT, ROUTER_COUNTS, consider, ordinary_tokens
+from .terms import CONTRAST, pair_weights, terms_of
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from .terms import TokenTerm
 
 logger = logging.get_logger()  # LLaMA-Factory's own, whose lines reach the console and the web UI
 
@@ -107,8 +111,10 @@ class PreferenceTrainer(CustomDPOTrainer):
         models = (model, ref_model) if ref_model is not None else (model,)
         self.batch_dependence = next(filter(None, (depends_on_batch(m.config, collator) for m in models)), None)
         super().__init__(model=model, ref_model=ref_model, finetuning_args=finetuning_args, **kwargs)
+        self.reference_ld_alpha = self.ld_alpha if finetuning_args.ld_alpha_reference else None
+        self.terms = terms_of(finetuning_args.objective, bool(finetuning_args.pref_wpo))
         noise = SHARED_NOISE if args.neftune_noise_alpha is not None else None
-        reason = noise or self.batch_dependence
+        reason = noise or self.batch_dependence or (ROUTER_COUNTS if finetuning_args.router_loss_weight else None)
         if finetuning_args.share_prefix and any(holds_media(each) for each in datasets_of(kwargs)):
             reason = reason or MORE_THAN_TEXT
         self.sharing = consider(finetuning_args.share_prefix, models, reason, ranks_wait_for_each_other())
@@ -128,11 +134,13 @@ class PreferenceTrainer(CustomDPOTrainer):
         augmented = batch.pop(AUGMENTED, None)  # in evaluation, not scored yet
         if augmented_batch:
             augmented = self._augmented_logps(model, augmented_batch)
-        policy, pairs = self._pair_logps(model, batch, ld_alpha=self.ld_alpha)
-        if augmented is not None:
-            delta = refinement(augmented, self.finetuning_args.loss_hyperparameters, self.beta)
-            pairs = replace(pairs, refinement=delta)
-        losses = self.finetuning_args.loss(pairs, **self.finetuning_args.loss_hyperparameters)
+        about_pairs = take_columns(batch)
+        policy, pairs = self._pair_logps(model, batch, ld_alpha=self.ld_alpha, terms=self.terms)
+        contrast = policy.sums[CONTRAST][1] if CONTRAST in policy.sums else None
+        pairs = replace(pairs, score_gap=about_pairs.get(SCORE_GAP), contrast=contrast)
+        objective = self.finetuning_args.objective
+        values = objective.values(pairs, augmented)
+        losses = objective.sum_of(values)
 
         if self.bco_gemma > 1e-6 and pairs.reference_chosen is not None:
             losses = (losses + self.bco_gemma * self._bco_losses(pairs, train_eval)) / (1 + self.bco_gemma)
@@ -140,15 +148,23 @@ class PreferenceTrainer(CustomDPOTrainer):
         if self.ftx_gamma > 1e-6:
             losses = losses + self.ftx_gamma * sft_losses
 
-        metrics = self._metrics(pairs, policy)
-        if augmented is not None and not self.is_own_reference:
-            metrics |= refinement_metrics(pairs, augmented)
+        metrics = self._metrics(pairs, policy, augmented)
+        if len(values) > 1:
+            metrics |= {f"loss/{name}": of_one for name, of_one in values.items()}
+        weights = pair_weights(policy, about_pairs)
+        metrics |= {f"weights/{name}": each for name, each in weights.items()}
         if self.loss_type == "orpo":
             metrics["sft_loss"] = sft_losses
             metrics["odds_ratio_loss"] = (losses - sft_losses) / self.beta
 
+        for each in weights.values():
+            losses = losses * each
+        loss = losses.mean()
+        if self.finetuning_args.router_loss_weight and policy.router_loss is not None:
+            loss = loss + self.finetuning_args.router_loss_weight * policy.router_loss
+            metrics["router/loss"] = policy.router_loss
         prefix = "eval_" if train_eval == "eval" else ""
-        return losses.mean(), {f"{prefix}{name}": values.detach() for name, values in metrics.items()}
+        return loss, {f"{prefix}{name}": values.detach() for name, values in metrics.items()}
 
     def _lay_out(self, batch: Batch) -> Layout:
         if self.sharing.is_on is None:
@@ -177,10 +193,16 @@ class PreferenceTrainer(CustomDPOTrainer):
             self.accelerator.gather,
         )
 
-    def _pair_logps(self, model: Any, batch: Batch, ld_alpha: float | None = None) -> tuple[ResponseLogps, PairLogps]:
+    def _pair_logps(
+        self,
+        model: Any,
+        batch: Batch,
+        ld_alpha: float | None = None,
+        terms: Mapping[str, TokenTerm] | None = None,
+    ) -> tuple[ResponseLogps, PairLogps]:
         known = batch.get(COLUMN)
         layout = self._lay_out({name: values for name, values in batch.items() if name != COLUMN})
-        policy = response_logps(model, layout, ld_alpha=ld_alpha)
+        policy = response_logps(model, layout, ld_alpha, terms)
         if not self.finetuning_args.use_ref_model:
             reference_chosen = reference_rejected = None
         elif known is not None:
@@ -211,7 +233,7 @@ class PreferenceTrainer(CustomDPOTrainer):
             context = nullcontext()
         scorer = model if self.ref_model is None else self.ref_model
         with torch.no_grad(), context, without_dropout(scorer):
-            reference = response_logps(scorer, layout)
+            reference = response_logps(scorer, layout, self.reference_ld_alpha)
         return reference.chosen, reference.rejected
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Any]], Any]:
@@ -242,7 +264,7 @@ class PreferenceTrainer(CustomDPOTrainer):
     def _augmented_logps(self, model: Any, batch: Batch) -> PairLogps:
         """The same responses under the augmented prompts: no gradient, no dropout; the policy keeps its adapter."""
         with torch.no_grad(), without_dropout(model):
-            return self._pair_logps(model, batch)[1]
+            return self._pair_logps(model, batch, self.reference_ld_alpha)[1]
 
     # --- the reference before the first step -------------------------------------------------------------------------
 
@@ -272,9 +294,7 @@ class PreferenceTrainer(CustomDPOTrainer):
 
     def _reported(self, pairs: PairLogps) -> PairLogps:
         """The pairs on the scale that LLaMA-Factory reports: means per token for losses that use them, else sums."""
-        args = self.finetuning_args
-        means = not args.loss.needs_reference or args.loss_hyperparameters.get("length_normalize", False)
-        return pairs.per_token() if means else pairs
+        return pairs.per_token() if self.finetuning_args.objective.reports_means else pairs
 
     def _bco_losses(self, pairs: PairLogps, train_eval: str) -> Tensor:
         scored = self._reported(pairs)
@@ -285,13 +305,15 @@ class PreferenceTrainer(CustomDPOTrainer):
 
     # --- metrics -----------------------------------------------------------------------------------------------------
 
-    def _metrics(self, pairs: PairLogps, policy: ResponseLogps) -> dict[str, Tensor]:
-        scored = self._reported(pairs)
+    def _metrics(self, pairs: PairLogps, policy: ResponseLogps, augmented: PairLogps | None) -> dict[str, Tensor]:
+        objective, scored = self.finetuning_args.objective, self._reported(pairs)
         metrics = response_metrics(scored, policy)
         if self.is_own_reference:  # every reward would be 0
             return metrics
-        measured = self.finetuning_args.loss.measure(pairs, **self.finetuning_args.loss_hyperparameters)
-        return {**metrics, **reward_metrics(pairs, scored, self.beta), **measured}
+        metrics |= reward_metrics(pairs, scored, self.beta) | objective.measure(pairs, augmented)
+        if augmented is not None:
+            metrics |= refinement_metrics(objective.seen_by(objective.refined, pairs, augmented), augmented)
+        return metrics
 
     def store_metrics(self, metrics: dict[str, Tensor], train_eval: str = "train") -> None:
         self._metric_sums[train_eval].add(metrics)

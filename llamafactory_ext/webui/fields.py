@@ -22,7 +22,8 @@ from llamafactory.webui.locales import LOCALES
 from ..losses import STOCK_LOSSES
 from ..losses.lookup import forgotten_afterwards, get_loss, load_loss_file, loss_names
 from ..losses.registry import Loss
-from ..recipe.arguments import NUMBERS, SR_PROMPT, takes_ld_alpha
+from ..recipe.arguments import SR_PROMPT
+from ..recipe.keys import NUMBERS, takes_ld_alpha
 from . import errors
 
 TRI_STATE = {"auto": None, "true": True, "false": False}

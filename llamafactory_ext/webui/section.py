@@ -16,7 +16,7 @@ from llamafactory.webui.common import get_save_dir
 
 from ..losses import STOCK_LOSSES
 from ..plots import reward_figure
-from ..recipe.arguments import keys_of
+from ..recipe.keys import keys_of
 from ..training.monitors import problem, read_trainer_log, stopped_at
 from . import texts
 from .errors import joined

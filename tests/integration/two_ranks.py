@@ -30,8 +30,8 @@ def end_rank() -> None:
     os._exit(0)
 
 
-# For the loss file of a run of the real command on two ranks: the same, once `run_exp` has left the process group. A rank
-# that failed is still in it, and ends with its error.
+# For the loss file of a run of the real command on two ranks: the same, once `run_exp` has left the process group. A
+# rank that failed is still in it, and ends with its error.
 ENDS_AT_ONCE = """
 import atexit, os, sys
 import torch.distributed

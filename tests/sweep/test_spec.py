@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from llamafactory_ext.errors import UserError
 from llamafactory_ext.losses.lookup import loss_names
-from llamafactory_ext.recipe.arguments import keys_not_taken
+from llamafactory_ext.recipe.keys import keys_not_taken
 from llamafactory_ext.recipe.reading import parse_recipe
 from llamafactory_ext.sweep.spec import Sweep, read_sweep
 

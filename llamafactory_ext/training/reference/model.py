@@ -167,6 +167,7 @@ def describe(pending: PendingReference, policy: torch.nn.Module, args: Any) -> d
         "settings": {name: str(value) for name, value in settings.items()},
         "ref_model_quantization_bit": finetuning_args.ref_model_quantization_bit,
         "create_new_adapter": finetuning_args.create_new_adapter,
+        "ld_alpha": finetuning_args.ld_alpha if finetuning_args.ld_alpha_reference else None,
         "policy's dtypes": hashes.of_value(_dtypes(policy)),
         "attention": getattr(policy.config, "_attn_implementation", None),
         "shared prefix": finetuning_args.share_prefix is not False,
