@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from ..recipe.keys import split
 from ..sweep.results import Result
 from ..sweep.spec import written
 
@@ -31,7 +32,7 @@ class Variant:
     """A loss and the settings of its own that the sweep varies.
 
     Args:
-        loss: as `pref_loss` names it; of another stage than dpo, the stage.
+        loss: as `pref_loss` names it, several with commas between; of another stage than dpo, the stage.
         values: key and value of each other axis but the learning rate, `pref_beta` and seeds. A mapping is flattened:
             `("pref_loss_args.tau", 0.5)`. Sorted by key, the number of pairs last.
     """
@@ -41,7 +42,7 @@ class Variant:
 
     @property
     def name(self) -> str:
-        return NAMES.get(self.loss, self.loss)
+        return " + ".join(NAMES.get(name, name) for name in split(self.loss))
 
     @property
     def size(self) -> int | None:

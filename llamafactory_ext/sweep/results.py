@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..recipe.keys import split
 from ..scoring.file import read_scores
 from ..scoring.summary import Summary, summarize
 from .records import Record, Step, read_object, read_record
@@ -44,9 +45,9 @@ class Result:
 
     @property
     def loss(self) -> str:
-        """The loss; of another stage than dpo, the stage."""
+        """The loss, several with commas between; of another stage than dpo, the stage."""
         stage = str(self.recipe.get("stage", "sft"))
-        return str(self.recipe.get("pref_loss", "sigmoid")) if stage == "dpo" else stage
+        return ",".join(map(str, split(self.recipe.get("pref_loss", "sigmoid")))) if stage == "dpo" else stage
 
     @property
     def model(self) -> Path:

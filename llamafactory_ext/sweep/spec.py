@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from ..errors import UserError
 from ..losses.lookup import get_loss
-from ..recipe.keys import keys_not_taken
+from ..recipe.keys import keys_not_taken, split
 from ..recipe.reading import Settings, read_recipe
 
 SHORT = {"pref_loss": "", "learning_rate": "lr", "pref_beta": "beta", "num_train_epochs": "epochs"}
@@ -166,7 +166,8 @@ class Cell:
 
     @property
     def has_reference(self) -> bool:
-        return self.is_preference and get_loss(self.settings.get("pref_loss", "sigmoid")).needs_reference
+        names = split(self.settings.get("pref_loss", "sigmoid"))
+        return self.is_preference and any(get_loss(name).needs_reference for name in names)
 
     @property
     def data_folder(self) -> str:
@@ -256,4 +257,6 @@ def _unused(name: str, taken: Container[str]) -> str:
 
 def written(value: Any) -> str:
     """A value of an axis, as names of cells and methods have it."""
+    if isinstance(value, list):
+        return ",".join(map(written, value))
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -157,30 +157,35 @@ RANGES: dict[str, dict[str, str]] = {
         "nonnegative": "a number of at least 0",
         "below_half": "a number of at least 0 and below 0.5",
         "finite": "a finite number",
+        "count": "a whole number of at least 1",
     },
     "ru": {
         "positive": "число больше 0",
         "nonnegative": "число не меньше 0",
         "below_half": "число не меньше 0 и меньше 0.5",
         "finite": "конечное число",
+        "count": "целое число не меньше 1",
     },
     "zh": {
         "positive": "大于 0 的数",
         "nonnegative": "不小于 0 的数",
         "below_half": "不小于 0 且小于 0.5 的数",
         "finite": "有限的数",
+        "count": "不小于 1 的整数",
     },
     "ko": {
         "positive": "0보다 큰 수",
         "nonnegative": "0 이상의 수",
         "below_half": "0 이상 0.5 미만의 수",
         "finite": "유한한 수",
+        "count": "1 이상의 정수",
     },
     "ja": {
         "positive": "0 より大きい数",
         "nonnegative": "0 以上の数",
         "below_half": "0 以上 0.5 未満の数",
         "finite": "有限の数",
+        "count": "1 以上の整数",
     },
 }
 QUOTES = {"en": "“{}”", "ru": "«{}»", "zh": "“{}”", "ko": "‘{}’", "ja": "「{}」"}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from ..losses import STOCK_LOSSES
 from ..losses.lookup import forgotten_afterwards, get_loss, load_loss_file, loss_names
 from ..losses.registry import Loss
 from ..recipe.arguments import SR_PROMPT
-from ..recipe.keys import NUMBERS, takes_ld_alpha
+from ..recipe.keys import NUMBERS, divergence_names, split, takes_ld_alpha
 from . import errors
 
 TRI_STATE = {"auto": None, "true": True, "false": False}
@@ -35,12 +35,12 @@ class Field:
 
     Args:
         kind: the component's class.
-        belongs_to: whether a loss has it.
+        belongs_to: whether the chosen losses have it.
         properties: more for the component; its words come with the language.
     """
 
     kind: type[Component]
-    belongs_to: Callable[[Loss], bool]
+    belongs_to: Callable[[Sequence[Loss]], bool]
     properties: Mapping[str, Any]
 
     @property
@@ -50,7 +50,7 @@ class Field:
 
     def can_give(self, value: Any) -> bool:
         """Whether a page can send this value; whoever reaches the board can send any."""
-        if self.is_flag:
+        if "choices" in self.properties:
             return isinstance(value, str) and value in self.properties["choices"]
         if self.kind is gr.Checkbox:
             return isinstance(value, bool)
@@ -61,7 +61,7 @@ class Field:
     @property
     def is_flag(self) -> bool:
         """Whether it is true, false or left to the plugin; false means something then."""
-        return "choices" in self.properties
+        return self.properties.get("choices") == list(TRI_STATE)
 
     def to_yaml(self, value: Any) -> Any:
         """The value of the key; None for the default."""
@@ -78,27 +78,36 @@ class Field:
         return self.empty if self.to_yaml(value) is None else value
 
 
-def _takes(keyword: str) -> Callable[[Loss], bool]:
-    return lambda loss: keyword in loss.parameters
+def _any_is(condition: Callable[[Loss], bool]) -> Callable[[Sequence[Loss]], bool]:
+    return lambda losses: any(map(condition, losses))
+
+
+def _takes(keyword: str) -> Callable[[Sequence[Loss]], bool]:
+    return _any_is(lambda loss: keyword in loss.parameters)
 
 
 def _is_users(loss: Loss) -> bool:
     return loss.is_users
 
 
-def _has_reference(loss: Loss) -> bool:
-    return loss.needs_reference
+_has_reference = _any_is(lambda loss: loss.needs_reference)
 
 
-def _takes_ld_alpha(loss: Loss) -> bool:
-    return takes_ld_alpha(loss) and not loss.defaults().get("sr_lambda")
+def _takes_divergence(losses: Sequence[Loss]) -> bool:
+    """As the arguments do: all that have a reference must compare scores."""
+    can = all(loss.takes_divergence or not loss.needs_reference for loss in losses)
+    return can and _has_reference(losses) and not any(loss.defaults().get("sr_lambda") for loss in losses)
 
 
-def _any(loss: Loss) -> bool:
+def _can_take_ld_alpha(losses: Sequence[Loss]) -> bool:
+    return all(takes_ld_alpha(loss) or loss.needs_reference for loss in losses)
+
+
+def _always(losses: Sequence[Loss]) -> bool:
     return True
 
 
-def _number(belongs_to: Callable[[Loss], bool], step: float, default: str = "auto") -> Field:
+def _number(belongs_to: Callable[[Sequence[Loss]], bool], step: float, default: str = "auto") -> Field:
     # Without a placeholder, gradio would show 0.
     return Field(gr.Number, belongs_to, {"value": None, "placeholder": default, "step": step})
 
@@ -113,6 +122,8 @@ _PROMPT: dict[str, Any] = {
     "autoscroll": False,
 }
 _AUTO: dict[str, Any] = {"choices": list(TRI_STATE), "value": "auto"}
+_DIVERGENCE: dict[str, Any] = {"choices": divergence_names(), "value": "reverse_kl"}
+_COLUMN: dict[str, Any] = {"value": ""}
 
 # In the board's order: first those that depend on the loss, then those of the stage.
 LOSS_FIELDS: dict[str, Field] = {
@@ -121,24 +132,45 @@ LOSS_FIELDS: dict[str, Field] = {
     "dpop_lambda": _number(_takes("dpop_lambda"), step=1),  # its default is 50
     "sr_lambda": _number(_takes("sr_lambda"), step=0.1),
     "ipo_length_normalize": Field(gr.Dropdown, _takes("length_normalize"), _AUTO),
-    "ld_alpha": _number(_takes_ld_alpha, step=0.1, default="1"),  # the same as unset
+    "odpo_alpha": _number(_takes("odpo_alpha"), step=0.1),
+    "pref_margin_column": Field(gr.Textbox, _any_is(lambda loss: loss.needs_scores), _COLUMN),
+    "rrhf_weight": _number(_takes("rrhf_weight"), step=1),
+    "cringe_alpha": _number(_takes("cringe_alpha"), step=0.1),
+    "cringe_bias": _number(_takes("cringe_bias"), step=1),
+    "cringe_tau": _number(_takes("cringe_tau"), step=1),
+    "cringe_top_k": _number(_takes("cringe_top_k"), step=1),
+    "f_divergence": Field(gr.Dropdown, _takes_divergence, _DIVERGENCE),
+    "f_divergence_alpha": _number(_takes_divergence, step=0.1, default="0.5"),
+    "ld_alpha": _number(_can_take_ld_alpha, step=0.1, default="1"),  # the same as unset
+    "ld_alpha_reference": Field(gr.Checkbox, _has_reference, {"value": False}),
     "pref_bco_weight": _number(_has_reference, step=0.1, default="0"),
-    "pref_loss_args": Field(gr.Textbox, _is_users, {"value": "", "placeholder": '{"tau": 0.5}', "scale": 2}),
+    "pref_loss_weights": Field(gr.Textbox, lambda losses: len(losses) > 1, {"value": "", "placeholder": "1.0,0.1"}),
+    "pref_wpo": Field(gr.Checkbox, _always, {"value": False}),
+    "pref_weight_column": Field(gr.Textbox, _always, _COLUMN),
+    "pref_loss_args": Field(gr.Textbox, _any_is(_is_users), {"value": "", "placeholder": '{"tau": 0.5}', "scale": 2}),
     "sr_prompt": Field(gr.Textbox, _takes("sr_lambda"), _PROMPT),
 }
 STAGE_FIELDS: dict[str, Field] = {
     "ref_model": Field(gr.Textbox, _has_reference, {"value": ""}),
     "precompute_ref_log_probs": Field(gr.Dropdown, _has_reference, _AUTO),
     "ref_log_probs_cache_dir": Field(gr.Textbox, _has_reference, {"value": ""}),
-    "share_prefix": Field(gr.Dropdown, _any, _AUTO),
-    "pref_loss_file": Field(gr.Textbox, _any, {"value": ""}),
-    "pref_stop_on_degeneration": Field(gr.Checkbox, _any, {"value": False}),
+    "share_prefix": Field(gr.Dropdown, _always, _AUTO),
+    "pref_loss_file": Field(gr.Textbox, _always, {"value": ""}),
+    "pref_stop_on_degeneration": Field(gr.Checkbox, _always, {"value": False}),
 }
 FIELDS = LOSS_FIELDS | STAGE_FIELDS
 TEXT_KEYS = [key for key, field in FIELDS.items() if field.kind is gr.Textbox]
 FLAGS = [key for key, field in FIELDS.items() if field.is_flag]
 
-RANGES = {"pref_beta": "positive", "dpo_label_smoothing": "below_half", "simpo_gamma": "finite"}  # others: nonnegative
+RANGES = {  # others: nonnegative
+    "pref_beta": "positive",
+    "dpo_label_smoothing": "below_half",
+    "simpo_gamma": "finite",
+    "cringe_bias": "finite",
+    "f_divergence_alpha": "finite",
+    "cringe_tau": "positive",
+    "cringe_top_k": "count",
+}
 # Keys that errors name, which the board shows under a label: in backticks, perhaps with a value, or bare but not a part
 # of a path or of another word.
 _KEY = "|".join(sorted({*FIELDS, *NUMBERS, "pref_loss"}, key=len, reverse=True))
@@ -168,48 +200,54 @@ def losses_of(stage: str, loss_file: str) -> tuple[dict[str, Loss], ValueError |
         return {name: get_loss(name) for name in names}, error
 
 
-def gathered(extra_args: str, values: Mapping[str, Any], stage: str, loss: Loss | None) -> str:
+def gathered(extra_args: str, values: Mapping[str, Any], stage: str, chosen: Sequence[Loss]) -> str:
     """The extra arguments with what is set in the fields that this stage and loss have.
 
     Args:
         extra_args: JSON as the user typed it; left alone if it is none, because the board says so itself.
         values: what the fields hold, by key.
         stage: the board's name of the training stage.
-        loss: the chosen loss; None if there is none of that name.
+        chosen: the losses; empty if there is none of one of the names.
     """
-    settings = _settings(values, stage, loss)
+    settings = _settings(values, stage, chosen)
     extra = _parsed(extra_args)
     return json.dumps(extra | settings, ensure_ascii=False) if settings and extra is not None else extra_args
 
 
-def spread(extra_args: str, stage: Any, loss: Loss | None) -> tuple[str, dict[str, Any]]:
+def spread(extra_args: str, stage: Any, chosen: Sequence[Loss]) -> tuple[str, dict[str, Any]]:
     """The extra arguments without what moves to the fields of this stage and loss, and what all fields then hold.
 
     Keys without a field there stay: KTO takes a `ref_model`, too.
     """
     extra = _parsed(extra_args) or {}
-    moving = {key for key in extra if key in FIELDS and is_shown(key, stage, loss)}
+    moving = {key for key in extra if key in FIELDS and is_shown(key, stage, chosen)}
     values = {key: field.from_yaml(extra[key] if key in moving else None) for key, field in FIELDS.items()}
     others = {key: value for key, value in extra.items() if key not in moving}
     return (json.dumps(others, ensure_ascii=False) if moving else extra_args), values
 
 
-def set_twice(extra_args: str, values: Mapping[str, Any], stage: str, loss: Loss | None) -> str | None:
+def set_twice(extra_args: str, values: Mapping[str, Any], stage: str, chosen: Sequence[Loss]) -> str | None:
     """A key that stands in the extra arguments and is set in its field, too."""
-    return next(iter((_parsed(extra_args) or {}).keys() & _settings(values, stage, loss)), None)
+    return next(iter((_parsed(extra_args) or {}).keys() & _settings(values, stage, chosen)), None)
 
 
-def _settings(values: Mapping[str, Any], stage: str, loss: Loss | None) -> dict[str, Any]:
+def _settings(values: Mapping[str, Any], stage: str, chosen: Sequence[Loss]) -> dict[str, Any]:
     """The keys that are set in the fields of this stage and loss."""
-    settings = {key: field.to_yaml(values[key]) for key, field in FIELDS.items() if is_shown(key, stage, loss)}
+    settings = {key: field.to_yaml(values[key]) for key, field in FIELDS.items() if is_shown(key, stage, chosen)}
     return {key: value for key, value in settings.items() if value is not None}
 
 
-def is_shown(key: str, stage: Any, loss: Loss | None) -> bool:
-    """Whether a field is for this stage (the board's name of it) and loss; an unknown loss has those of the stage."""
+def is_shown(key: str, stage: Any, chosen: Sequence[Loss]) -> bool:
+    """Whether a field is for this stage (the board's name of it) and losses; unknown ones have those of the stage."""
     if not is_dpo(stage):
         return False
-    return key in STAGE_FIELDS if loss is None else FIELDS[key].belongs_to(loss)
+    return FIELDS[key].belongs_to(chosen) if chosen else key in STAGE_FIELDS
+
+
+def chosen_losses(name: Any, losses: Mapping[str, Loss]) -> list[Loss]:
+    """The losses that are chosen, several separated by commas; none if one of them is not among `losses`."""
+    found = [losses.get(each) for each in split(name)] if isinstance(name, str) else []
+    return [] if None in found else [loss for loss in found if loss is not None]
 
 
 def _parsed(extra_args: str) -> dict[str, Any] | None:
@@ -249,13 +287,14 @@ def why_not(name: str, losses: Mapping[str, Loss], error: ValueError | None, lan
     """
     if error is not None:
         return reason(error, lang)
-    of_file = [each for each, loss in losses.items() if _is_users(loss)]
-    if of_file and name not in of_file:
+    of_file, names = [each for each, loss in losses.items() if _is_users(loss)], split(name)
+    unknown = next((each for each in names if each not in losses), None)
+    if of_file and not set(of_file) & set(names):
         return alert("not_in_file", lang, loss=name, names=", ".join(of_file))
-    return None if name in losses else alert("unknown_loss", lang, loss=name)
+    return None if unknown is None else alert("unknown_loss", lang, loss=unknown)
 
 
-def wrong_value(args: Mapping[str, Any], loss: Loss, lang: str) -> str | None:
+def wrong_value(args: Mapping[str, Any], chosen: Sequence[Loss], lang: str) -> str | None:
     """What the board itself finds wrong with the settings of a DPO run; the arguments find the rest.
 
     Args:
@@ -273,6 +312,9 @@ def wrong_value(args: Mapping[str, Any], loss: Loss, lang: str) -> str | None:
     referring = next((key for key in TEXT_KEYS if "${" in str(args.get(key))), None)
     if referring is not None:
         return alert("refers", lang, field=label(referring, lang))
-    weight = loss.defaults().get("sr_lambda") if args.get("sr_lambda") is None else args["sr_lambda"]
-    has_term = "sr_lambda" in loss.parameters
-    return alert("unused_prompt", lang) if has_term and args.get("sr_prompt") is not None and not weight else None
+    refined = [loss for loss in chosen if "sr_lambda" in loss.parameters]
+    weights = (
+        [loss.defaults()["sr_lambda"] for loss in refined] if args.get("sr_lambda") is None else [args["sr_lambda"]]
+    )
+    is_unused = bool(refined) and args.get("sr_prompt") is not None and not any(weights)
+    return alert("unused_prompt", lang) if is_unused else None

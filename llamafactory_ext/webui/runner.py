@@ -21,6 +21,7 @@ from ..training.monitors import read_trainer_log, stopped_at
 from .fields import (
     FIELDS,
     alert,
+    chosen_losses,
     gathered,
     is_dpo,
     label,
@@ -81,8 +82,8 @@ class PreferenceRunner(Runner):
         if no_number is not None:
             elem = self._elem(no_number)
             return alert("no_number", lang, field=label(no_number, lang), value=data[elem], like=elem.value)
-        values, stage, loss = self._chosen(data)
-        twice = set_twice(extra_args, values, stage, loss)
+        values, stage, chosen = self._chosen(data)
+        twice = set_twice(extra_args, values, stage, chosen)
         if twice is not None:
             return alert("twice", lang, field=label(twice, lang))
         try:
@@ -109,23 +110,22 @@ class PreferenceRunner(Runner):
         losses, error = self._losses_of(stage, file)
         if not (is_dpo(stage) and args["stage"] == "dpo" and isinstance(name, str) and isinstance(file, str)):
             return None
-        return why_not(name, losses, error, lang) or wrong_value(args, losses[name], lang)
+        return why_not(name, losses, error, lang) or wrong_value(args, chosen_losses(name, losses), lang)
 
     def _losses_of(self, stage: Any, loss_file: Any) -> tuple[dict[str, Loss], ValueError | None]:
         """As `losses_of`, of the file as it is now."""
         self.loss_files.read(loss_file)
         return losses_of(stage, loss_file if isinstance(loss_file, str) else "")
 
-    def _chosen(self, data: Data) -> tuple[dict[str, Any], str, Loss | None]:
-        """What the fields hold, the stage, and the loss, as `fields` takes them."""
+    def _chosen(self, data: Data) -> tuple[dict[str, Any], str, list[Loss]]:
+        """What the fields hold, the stage, and the losses, as `fields` takes them."""
         values = {key: data[elem] for key, elem in self._fields().items()}
         wrong = next((key for key, value in values.items() if not FIELDS[key].can_give(value)), None)
         if wrong is not None:
             raise gr.Error(f"`{wrong}` has a value that its field cannot give.", print_exception=False)
         stage = data[self._elem("training_stage")]
         losses, _ = self._losses_of(stage, values["pref_loss_file"])  # `_wrong_setting` says what is wrong with a file
-        name = data[self._elem("pref_loss")]
-        return values, stage, losses.get(name) if isinstance(name, str) else None
+        return values, stage, chosen_losses(data[self._elem("pref_loss")], losses)
 
     # --- to the page: how a training goes -----------------------------------------------------------------------------
 
@@ -157,10 +157,9 @@ class PreferenceRunner(Runner):
         if extra_args not in update:
             return update
         stage, name = update.get(self._elem("training_stage")), update.get(self._elem("pref_loss"))
-        _, of_stage = spread(update[extra_args], stage, None)
+        _, of_stage = spread(update[extra_args], stage, [])
         losses, _ = self._losses_of(stage, of_stage["pref_loss_file"])
-        loss = losses.get(name) if isinstance(name, str) else None
-        others, values = spread(update[extra_args], stage, loss)
+        others, values = spread(update[extra_args], stage, chosen_losses(name, losses))
         return update | {extra_args: others} | {elem: values[key] for key, elem in self._fields().items()}
 
     def _fields(self) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from ..recipe.keys import keys_of
 from ..training.monitors import problem, read_trainer_log, stopped_at
 from . import texts
 from .errors import joined
-from .fields import FIELDS, LOSS_FIELDS, STAGE_FIELDS, alert, is_dpo, is_shown, losses_of, why_not
+from .fields import FIELDS, LOSS_FIELDS, STAGE_FIELDS, alert, chosen_losses, is_dpo, is_shown, losses_of, why_not
 from .loss_files import LossFiles
 
 if TYPE_CHECKING:
@@ -128,23 +128,23 @@ class _Section:
         """The same, with a loss of the file chosen that has been read."""
         offered = self.offer(stage, name, loss_file)
         losses, error = losses_of(stage, loss_file)
-        is_taken = loss_file and error is None and name not in losses
+        is_taken = loss_file and error is None and not chosen_losses(name, losses)
         return gr.Dropdown(choices=list(losses), value=list(losses)[-1]) if is_taken else offered
 
     def show(self, lang: str, stage: str, name: str, loss_file: str) -> Update:
         """What the loss is or why it cannot be trained, and its fields."""
         refuse_unless_texts(lang, stage, name, loss_file)
         losses, error = losses_of(stage, loss_file)
-        loss = losses.get(name)
+        chosen = chosen_losses(name, losses)
         about = ""
         if is_dpo(stage):
             wrong = why_not(name, losses, error, lang)
-            described = loss and (texts.about_loss(name, lang) or loss.description.splitlines()[0])
-            about = f"⚠️ {wrong}" if wrong else described or ""
+            described = (texts.about_loss(loss.name, lang) or loss.description.splitlines()[0] for loss in chosen)
+            about = f"⚠️ {wrong}" if wrong else " + ".join(described)
         update: Update = {self.about: gr.Markdown(about, visible=bool(about))}
-        defaults = keys_of(loss) if loss else {}
+        defaults = {key: value for loss in reversed(chosen) for key, value in keys_of(loss).items()}
         for key, component in self.fields.items():
-            shown: dict[str, Any] = {"visible": is_shown(key, stage, loss)}
+            shown: dict[str, Any] = {"visible": is_shown(key, stage, chosen)}
             if isinstance(component, gr.Number) and key in defaults:
                 default = defaults[key]
                 shown["placeholder"] = f"{default:g}" if isinstance(default, (int, float)) else str(default)
