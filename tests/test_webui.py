@@ -85,8 +85,8 @@ def test_every_language_has_all_words():
         for lang, translated in words.items():
             assert set(translated) == set(words["en"]), lang
             assert lang == "en" or all(translated[name] != text for name, text in words["en"].items())
-    # The board shows the first line of the docstring of the others.
-    assert set(texts.LOSSES["en"]) < {name for name in lookup.loss_names() if not lookup.get_loss(name).is_users}
+    # The board shows the first line of the docstring of a user's.
+    assert set(texts.LOSSES["en"]) == {name for name in lookup.loss_names() if not lookup.get_loss(name).is_users}
     assert set(errors.QUOTES) == set(errors.ALERTS)
     for alerts in errors.ALERTS.values():
         for name, sentence in alerts.items():
@@ -206,7 +206,7 @@ from llamafactory_ext import register_loss
 
 print("words of the file's own")
 
-@register_loss("mine", needs_reference=False)
+@register_loss("mine", needs_reference=False, needs_batch=True)
 def mine(pairs, *, beta: float, tau: float = 1.0, kinds: tuple = (1, 2)):
     '''Mine.
 
@@ -272,7 +272,7 @@ def test_what_is_known_of_a_loss_of_a_file(tmp_path, loss_files):
     loss_files.read(str(path))
     loss = losses_of("DPO", str(path))[0]["mine"]
     assert "llamafactory_ext_loss_file_described" not in sys.modules, "it was run in this process"
-    assert (loss.needs_reference, loss.description) == (False, "Mine.\nMore of it.")
+    assert (loss.needs_reference, loss.needs_batch, loss.description) == (False, True, "Mine.\nMore of it.")
     assert loss.defaults() == {"tau": 1.0, "kinds": "(1, 2)"}
     assert {name: each.annotation for name, each in loss.parameters.items()} == {
         "beta": "float",

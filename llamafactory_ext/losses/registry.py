@@ -22,7 +22,7 @@ MetricsFunction = Callable[..., "dict[str, Tensor]"]
 class Loss:
     """A registered preference loss: call it with `PairLogps` and its hyper-parameters as keywords.
 
-    Returns one loss per pair, shape `(batch,)`.
+    Returns one loss per pair, shape `(batch,)`. `needs_reference` and `needs_batch` are those of `register_loss`.
 
     Raises:
         TypeError: for an unknown hyper-parameter.
@@ -33,6 +33,7 @@ class Loss:
     function: LossFunction
     needs_reference: bool
     metrics: MetricsFunction | None
+    needs_batch: bool = False
 
     def __call__(self, pairs: PairLogps, **hyperparameters: Any) -> Tensor:
         return self._per_pair("", self.function(pairs, **hyperparameters), pairs)
@@ -65,17 +66,37 @@ class Loss:
         """Whether a user has registered it, and not this package."""
         return not str(getattr(self.function, "__module__", "")).startswith(f"{__package__}.")
 
+    @property
+    def family(self) -> str:
+        """The module of this package that it is in, such as `logistic`; `yours` for a user's."""
+        return "yours" if self.is_users else self.function.__module__.rpartition(".")[2]
+
+    @property
+    def needs(self) -> list[str]:
+        """What a training must give it, in a word or two each."""
+        needed = {"batch > 1": self.needs_batch}
+        reference = "reference" if self.needs_reference else "no reference"
+        return [reference, *(words for words, is_needed in needed.items() if is_needed)]
+
+    @property
+    def file(self) -> str:
+        """The file of its function; the module's name where there is none."""
+        return _file(self.function)
+
     @functools.cached_property
     def parameters(self) -> Mapping[str, inspect.Parameter]:
         """The hyper-parameters by name: all parameters of the function except the first."""
         return dict(list(inspect.signature(self.function).parameters.items())[1:])
 
     @property
+    def docstring(self) -> str:
+        """The function's docstring, without its indentation."""
+        return (inspect.getdoc(self.function) or "(no docstring)").encode(errors="replace").decode()  # lone surrogates
+
+    @property
     def description(self) -> str:
         """The function's docstring, one line per paragraph: the equation first, then remarks and the source."""
-        text = (inspect.getdoc(self.function) or "(no docstring)").encode(errors="replace").decode()  # lone surrogates
-        paragraphs = text.split("\n\n")
-        return "\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+        return "\n".join(" ".join(paragraph.split()) for paragraph in self.docstring.split("\n\n"))
 
     def defaults(self) -> dict[str, Any]:
         """The defaults of the hyper-parameters that have one."""
@@ -86,7 +107,7 @@ LOSSES: dict[str, Loss] = {}  # by name
 
 
 def register_loss(
-    name: str, *, needs_reference: bool = True, metrics: MetricsFunction | None = None
+    name: str, *, needs_reference: bool = True, metrics: MetricsFunction | None = None, needs_batch: bool = False
 ) -> Callable[[LossFunction], LossFunction]:
     """Decorate `f(pairs: PairLogps, *, beta: float, ...) -> Tensor` of shape `(batch,)`; `pref_loss: name` trains it.
 
@@ -96,6 +117,8 @@ def register_loss(
             loaded then, and rewards are beta times the policy's means per token, as in LLaMA-Factory.
         metrics: called like the loss; returns tensors of shape `(batch,)` to log, by name. The names may depend on
             the hyper-parameters but not on the batch: every rank must log the same ones.
+        needs_batch: True for a loss that compares a pair with statistics of its micro-batch, and so needs several pairs
+            there (`per_device_train_batch_size`). It says so in lists of losses, and changes nothing.
 
     Raises:
         ValueError: if the name is invalid, or another file has registered it.
@@ -113,7 +136,7 @@ def register_loss(
                 f"the name {name!r} is taken by the loss in {_file(previous.function)}: "
                 "register yours under another name."
             )
-        LOSSES[name] = Loss(name, function, needs_reference, metrics)
+        LOSSES[name] = Loss(name, function, needs_reference, metrics, needs_batch=needs_batch)
         return function
 
     return register

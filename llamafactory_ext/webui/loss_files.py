@@ -195,6 +195,7 @@ def _description(loss: Loss) -> dict[str, Any]:
     return {
         "name": loss.name,
         "needs_reference": loss.needs_reference,
+        "needs_batch": loss.needs_batch,
         "description": inspect.getdoc(loss.function),
         "parameters": parameters,
     }
@@ -217,7 +218,8 @@ def _stand_in(described: dict[str, Any]) -> Loss:
     pairs = inspect.Parameter("pairs", inspect.Parameter.POSITIONAL_OR_KEYWORD)
     function.__signature__ = inspect.Signature([pairs, *_parameters(described["parameters"])])  # type: ignore[attr-defined]
     function.__doc__ = described["description"]
-    return Loss(described["name"], function, described["needs_reference"], None)
+    known = {name: described[name] for name in ("needs_reference", "needs_batch")}
+    return Loss(described["name"], function, metrics=None, **known)
 
 
 def _parameters(described: Iterable[dict[str, Any]]) -> list[inspect.Parameter]:
