@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -91,39 +92,32 @@ def examples(
 
 @app.command()
 def losses(
-    name: Annotated[str | None, typer.Argument(help="Show this one only.")] = None,
+    name: Annotated[str | None, typer.Argument(help="Show this one, whole.")] = None,
     pref_loss_file: Annotated[str | None, typer.Option(help="Also the losses of this file, as in the recipe.")] = None,
 ) -> None:
-    """List every `pref_loss`: its equation, source, and YAML keys with their defaults.
+    """List every `pref_loss`, or show one whole: its equation, source, and lines to copy into a recipe.
 
     llamafactory-ext losses
 
+    llamafactory-ext losses minor_dpo
+
     llamafactory-ext losses my_loss --pref-loss-file my_loss.py
     """
-    from .losses.lookup import get_loss, load_loss_file, loss_names
-    from .recipe.keys import keys_of
+    from .losses.lookup import all_losses, get_loss, load_loss_file
+    from .recipe.display import show_all, show_one
 
-    if pref_loss_file is not None:
-        try:
-            load_loss_file(pref_loss_file)
-        except ValueError as error:
-            raise UserError(str(error)) from error
-    table = Table("pref_loss", "loss per pair", "keys", show_lines=True)
-    for each in [name] if name is not None else loss_names():
-        try:
-            loss = get_loss(each)
-        except ValueError as error:
-            raise UserError(str(error)) from error
-        keys = "\n".join(f"{key}: {_as_yaml(value)}" for key, value in keys_of(loss).items())
-        table.add_row(each, escape(loss.description), escape(keys))
-    console.print(table)
-    console.print(
-        "D_w, D_l: log pi/pi_ref of the chosen and the rejected response; sigma: the logistic function.", markup=False
-    )
-
-
-def _as_yaml(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    try:
+        of_file = load_loss_file(pref_loss_file) if pref_loss_file is not None else []
+        loss = get_loss(name) if name is not None else None
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if loss is not None:
+        show_one(loss, console, pref_loss_file if loss.name in of_file else None)
+        return
+    show_all(all_losses(), console)
+    also = f" --pref-loss-file {shlex.quote(pref_loss_file)}" if pref_loss_file is not None else ""
+    hint = f"One loss whole, with lines for a recipe: llamafactory-ext losses NAME{also}"
+    console.print(hint, soft_wrap=True, markup=False, highlight=False)
 
 
 @app.command()

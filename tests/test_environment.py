@@ -314,33 +314,3 @@ def test_keys_are_those_of_the_recipe():
     for name in (*STOCK_LOSSES, "minor_dpo", "dpop", "sr_dpo", "sr_ipo"):
         for key in keys_of(get_loss(name)):
             assert key in FinetuningArguments.__dataclass_fields__, (name, key)
-
-
-@pytest.mark.slow
-def test_losses_are_listed_with_equation_and_keys(tmp_path):
-    file = tmp_path / "mine.py"
-    file.write_text(
-        "from llamafactory_ext import register_loss\n"
-        '@register_loss("mine")\n'
-        "def mine(pairs, *, beta: float, tau: float, kappa: float = 2.0):\n"
-        '    """tau kappa [D_w]."""\n',
-        encoding="utf-8",
-    )
-    shown = run("losses", "--pref-loss-file", str(file), COLUMNS="200").stdout
-    for text in (
-        *STOCK_LOSSES,
-        "minor_dpo",
-        "sr_dpo",
-        "sr_ipo",
-        "-log sigma(beta D_w - beta relu(D_l))",
-        "dpop_lambda: 50.0",
-        "arXiv 2408.09834",
-    ):
-        assert text in shown
-    for text in ("tau kappa [D_w].", "pref_loss_args.tau: (required)", "pref_loss_args.kappa: 2.0"):
-        assert text in shown
-
-    wrong = run("losses", "--pref-loss-file", "absent.py")
-    assert wrong.returncode == 2
-    assert "is not a file" in wrong.stderr
-    assert len(wrong.stderr.strip().splitlines()) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import subprocess
 import sys
@@ -47,6 +48,40 @@ def test_own_losses():
     own = {name for name, module in modules.items() if module.startswith("llamafactory_ext.losses.")}
     assert own == expected
     assert {name for name in expected if not lookup.get_loss(name).needs_reference} == {"orpo", "simpo", "sft"}
+
+
+def test_losses_that_need_a_batch_are_those_that_look_at_other_pairs():
+    generator = torch.Generator().manual_seed(0)
+    columns = {field.name: torch.rand(4, generator=generator) for field in dataclasses.fields(PairLogps)}
+    columns |= {name: -8 * column for name, column in columns.items() if name.startswith(("policy", "reference"))}
+    columns |= {name: torch.full((4,), 8) for name in columns if name.endswith("length")}
+    pairs = PairLogps(**columns)
+
+    def looks_at_others(loss):
+        given = {"beta": 0.1, **loss.defaults()}
+        given = {name: given[name] for name in loss.parameters}
+        alone = torch.cat([loss(each, **given) for each in pairs.split([1] * 4)])
+        return not torch.allclose(loss(pairs, **given), alone)
+
+    own = [loss for loss in lookup.all_losses() if not loss.is_users]
+    found = {loss.name for loss in own if looks_at_others(loss)}
+    assert found == {loss.name for loss in own if loss.needs_batch} == {"aot", "aot_unpaired", "kto_pair"}
+
+
+def test_what_is_said_of_a_loss(tmp_path):
+    body = """
+        @register_loss("plain")
+        def plain(pairs): return pairs.margin
+        @register_loss("batch", needs_reference=False, needs_batch=True)
+        def batch(pairs): return pairs.policy_chosen
+    """
+    path = write_loss(tmp_path, body)
+    lookup.load_loss_file(str(path))
+    plain, batch = lookup.get_loss("plain"), lookup.get_loss("batch")
+    assert (plain.family, plain.needs, plain.file) == ("yours", ["reference"], str(path.resolve()))
+    assert batch.needs == ["no reference", "batch > 1"]
+    assert [lookup.get_loss(name).family for name in ("dpop", "ipo", "sft")] == ["logistic", "margin", "reference_free"]
+    assert [loss.name for loss in lookup.all_losses()][-2:] == ["plain", "batch"]
 
 
 @pytest.mark.parametrize(("wrong", "nearest"), [("minordpo", "minor_dpo"), ("dpo_p", "dpop"), ("sigmod", "sigmoid")])

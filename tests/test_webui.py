@@ -31,7 +31,9 @@ from llamafactory_ext.webui.errors import BoardError
 from llamafactory_ext.webui.fields import (
     FIELDS,
     RANGES,
+    STAGE_FIELDS,
     alert,
+    chosen_losses,
     gathered,
     is_shown,
     label,
@@ -44,7 +46,7 @@ from llamafactory_ext.webui.fields import (
 from llamafactory_ext.webui.loss_files import FOLDERS, LossFiles
 from llamafactory_ext.webui.section import _Curves, about_run
 
-LOSSES = losses_of("DPO", "")[0]
+LOSSES = {name: [loss] for name, loss in losses_of("DPO", "")[0].items()}
 EMPTY = {key: field.empty for key, field in FIELDS.items()}
 NUMBER = st.one_of(st.none(), st.integers(0, 99), st.floats(0, 99))
 SET = {key: NUMBER for key, field in FIELDS.items() if field.kind is gr.Number} | {
@@ -57,6 +59,12 @@ SET = {key: NUMBER for key, field in FIELDS.items() if field.kind is gr.Number} 
     "ref_log_probs_cache_dir": st.sampled_from(["", "/somewhere", "two words"]),
     "pref_loss_file": st.sampled_from(["", "losses.py"]),
     "pref_stop_on_degeneration": st.booleans(),
+    "pref_wpo": st.booleans(),
+    "ld_alpha_reference": st.booleans(),
+    "f_divergence": st.sampled_from(["reverse_kl", "forward_kl", "js", "alpha"]),
+    "pref_loss_weights": st.sampled_from(["", "1.0,0.1"]),
+    "pref_weight_column": st.sampled_from(["", "weight"]),
+    "pref_margin_column": st.sampled_from(["", "gap", "chosen_score,rejected_score"]),
 }
 
 
@@ -78,8 +86,8 @@ def test_every_language_has_all_words():
         for lang, translated in words.items():
             assert set(translated) == set(words["en"]), lang
             assert lang == "en" or all(translated[name] != text for name, text in words["en"].items())
-    # The board shows the first line of the docstring of the others.
-    assert set(texts.LOSSES["en"]) < {name for name in lookup.loss_names() if not lookup.get_loss(name).is_users}
+    # The board shows the first line of the docstring of a user's.
+    assert set(texts.LOSSES["en"]) == {name for name in lookup.loss_names() if not lookup.get_loss(name).is_users}
     assert set(errors.QUOTES) == set(errors.ALERTS)
     for alerts in errors.ALERTS.values():
         for name, sentence in alerts.items():
@@ -117,17 +125,38 @@ def test_the_boards_ranges_are_the_arguments(key):
 
 def test_fields_are_the_stages_and_the_losses_own():
     shown = {name: {key for key in FIELDS if is_shown(key, "DPO", loss)} for name, loss in LOSSES.items()}
-    common_to_all = {"share_prefix", "pref_loss_file", "pref_stop_on_degeneration"}
+    common_to_all = {"share_prefix", "pref_loss_file", "pref_stop_on_degeneration", "pref_weight_column"}
     with_reference = {"precompute_ref_log_probs", "ref_log_probs_cache_dir", "ref_model", "pref_bco_weight"}
-    cached = common_to_all | with_reference
-    assert shown["orpo"] == common_to_all | {"ld_alpha"}
+    cached = common_to_all | with_reference | {"ld_alpha", "ld_alpha_reference"}
+    in_scores, refined = {"f_divergence", "f_divergence_alpha"}, {"sr_lambda", "sr_prompt"}
+    assert shown["rrhf"] == common_to_all | {"pref_wpo", "rrhf_weight"}
+    assert shown["orpo"] == common_to_all | {"pref_wpo", "ld_alpha"}
     assert shown["simpo"] == shown["orpo"] | {"simpo_gamma"}
-    assert shown["hinge"] == shown["kto_pair"] == cached | {"ld_alpha"}
-    assert shown["sigmoid"] == shown["hinge"] | {"dpo_label_smoothing"}
+    assert shown["kto_pair"] == cached
+    assert shown["hinge"] == cached | in_scores | {"pref_wpo"}
+    assert shown["sigmoid"] == shown["hinge"] | refined | {"dpo_label_smoothing"}
+    assert shown["odpo"] == shown["hinge"] | refined | {"odpo_alpha", "pref_margin_column"}
     assert shown["ipo"] == shown["hinge"] | {"ipo_length_normalize"}
-    assert shown["minor_dpo"] == shown["sr_dpo"] == cached | {"sr_lambda", "sr_prompt"}
+    assert shown["minor_dpo"] == shown["sr_dpo"] == cached | refined | {"pref_wpo"}
     assert shown["dpop"] == shown["minor_dpo"] | {"dpop_lambda"}
     assert shown["sr_ipo"] == shown["minor_dpo"] | {"ipo_length_normalize"}
+
+
+def test_several_losses_have_the_fields_of_each():
+    def of(name):
+        return {key for key in FIELDS if is_shown(key, "DPO", chosen_losses(name, losses_of("DPO", "")[0]))}
+
+    assert of("minor_dpo, sft") == of("minor_dpo") | {"pref_loss_weights"}
+    of_each = of("sigmoid") | of("dpop") | {"pref_loss_weights"}
+    assert of("sigmoid,dpop") == of_each - {"f_divergence", "f_divergence_alpha"}
+    assert of("sigmoid,rrhf") == of("sigmoid") | of("rrhf") | {"pref_loss_weights"}
+    assert of("hinge,ipo") >= {"f_divergence", "f_divergence_alpha", "ipo_length_normalize", "pref_loss_weights"}
+    assert of("minor_dpo,nothing") == of("nothing") == set(STAGE_FIELDS)
+    assert why_not("minor_dpo,sft", losses_of("DPO", "")[0], None, "en") is None
+    assert "'nothing'" in why_not("minor_dpo,nothing", losses_of("DPO", "")[0], None, "en")
+
+
+def test_other_stages_have_no_fields():
     for stage in set(TRAINING_STAGES) - {"DPO"}:
         assert not any(is_shown(key, stage, LOSSES["dpop"]) for key in FIELDS)
 
@@ -135,8 +164,10 @@ def test_fields_are_the_stages_and_the_losses_own():
 @pytest.mark.parametrize("name", LOSSES)
 def test_fields_are_shown_where_the_arguments_take_them(name):
     keys = [key for key in FIELDS if not key.startswith("pref_loss_")]  # a loss file's losses are not among these
-    not_taken = keys_not_taken({"pref_loss": name} | dict.fromkeys(keys, 0.1))
-    assert not_taken == [key for key in keys if not is_shown(key, "DPO", LOSSES[name])]
+    divergence = [key for key in keys if key.startswith("f_divergence")]  # not with an sr_lambda
+    for some in ([key for key in keys if key not in divergence], divergence):
+        not_taken = keys_not_taken({"pref_loss": name} | dict.fromkeys(some, 0.1))
+        assert not_taken == [key for key in some if not is_shown(key, "DPO", LOSSES[name])]
 
 
 @given(st.fixed_dictionaries(SET), st.sampled_from(list(LOSSES)))
@@ -162,7 +193,7 @@ def test_extra_arguments_are_left_alone_where_nothing_is_set(extra_args):
 def test_extra_arguments_without_a_field_stay(stage, loss):
     """KTO and PPO take a reference model, too."""
     extra_args = '{"dpop_lambda": 7}' if loss is None and stage == "DPO" else '{"ref_model": "other"}'
-    assert spread(extra_args, stage, LOSSES.get(loss)) == (extra_args, EMPTY)
+    assert spread(extra_args, stage, LOSSES.get(loss, [])) == (extra_args, EMPTY)
 
 
 @pytest.mark.parametrize("typed", [SR_PROMPT, "", "  \n"])
@@ -199,7 +230,7 @@ from llamafactory_ext import register_loss
 
 print("words of the file's own")
 
-@register_loss("mine", needs_reference=False)
+@register_loss("mine", needs_reference=False, needs_batch=True)
 def mine(pairs, *, beta: float, tau: float = 1.0, kinds: tuple = (1, 2)):
     '''Mine.
 
@@ -265,7 +296,7 @@ def test_what_is_known_of_a_loss_of_a_file(tmp_path, loss_files):
     loss_files.read(str(path))
     loss = losses_of("DPO", str(path))[0]["mine"]
     assert "llamafactory_ext_loss_file_described" not in sys.modules, "it was run in this process"
-    assert (loss.needs_reference, loss.description) == (False, "Mine.\nMore of it.")
+    assert (loss.needs_reference, loss.needs_batch, loss.description) == (False, True, "Mine.\nMore of it.")
     assert loss.defaults() == {"tau": 1.0, "kinds": "(1, 2)"}
     assert {name: each.annotation for name, each in loss.parameters.items()} == {
         "beta": "float",

@@ -29,7 +29,7 @@ def exo_pair(pairs: PairLogps, *, beta: float, label_smoothing: float = 1e-3) ->
     return chosen + log_rejected.exp() * (log_rejected - math.log(label_smoothing))
 
 
-@register_loss("aot")
+@register_loss("aot", needs_batch=True)
 def aot(pairs: PairLogps, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
     """AOT: DPO's loss of m_(k) - r_(k), the k-th smallest margin of the policy and of the reference in the micro-batch.
 
@@ -42,7 +42,7 @@ def aot(pairs: PairLogps, *, beta: float, label_smoothing: float = 0.0) -> Tenso
     return smoothed(beta * (policy - _at_ranks_of(policy, reference)), label_smoothing)
 
 
-@register_loss("aot_unpaired")
+@register_loss("aot_unpaired", needs_batch=True)
 def aot_unpaired(pairs: PairLogps, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
     """Unpaired AOT: DPO's loss of D_w,(k) - D_l,(k), the k-th smallest log-ratios in the micro-batch.
 

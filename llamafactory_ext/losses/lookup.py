@@ -23,6 +23,12 @@ def loss_names() -> list[str]:
     return sorted(LOSSES)
 
 
+def all_losses() -> list[Loss]:
+    """The same losses, by family: the package's own as their modules have them, then those of loaded loss files."""
+    families = list(dict.fromkeys(loss.family for loss in LOSSES.values()))
+    return sorted(LOSSES.values(), key=lambda loss: (loss.is_users, families.index(loss.family)))
+
+
 def get_loss(name: str) -> Loss:
     """Look up a loss: `get_loss("minor_dpo")(pairs, beta=0.1)` returns the loss of each pair, shape `(batch,)`.
 

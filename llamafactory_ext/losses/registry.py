@@ -22,7 +22,8 @@ MetricsFunction = Callable[..., "dict[str, Tensor]"]
 class Loss:
     """A registered preference loss: call it with `PairLogps` and its hyper-parameters as keywords.
 
-    Returns one loss per pair, shape `(batch,)`.
+    Returns one loss per pair, shape `(batch,)`. The fields after the function are those of
+    `register_loss`.
 
     Raises:
         TypeError: for an unknown hyper-parameter.
@@ -33,6 +34,7 @@ class Loss:
     function: LossFunction
     needs_reference: bool
     metrics: MetricsFunction | None
+    needs_batch: bool = False
     needs_scores: bool = False
     needs_contrast: bool = False
     on_means: bool = False
@@ -73,17 +75,37 @@ class Loss:
         """Whether a user has registered it, and not this package."""
         return not str(getattr(self.function, "__module__", "")).startswith(f"{__package__}.")
 
+    @property
+    def family(self) -> str:
+        """The module of this package that it is in, such as `logistic`; `yours` for a user's."""
+        return "yours" if self.is_users else self.function.__module__.rpartition(".")[2]
+
+    @property
+    def needs(self) -> list[str]:
+        """What a training must give it, in a word or two each."""
+        needed = {"batch > 1": self.needs_batch, "scores": self.needs_scores}
+        reference = "reference" if self.needs_reference else "no reference"
+        return [reference, *(words for words, is_needed in needed.items() if is_needed)]
+
+    @property
+    def file(self) -> str:
+        """The file of its function; the module's name where there is none."""
+        return _file(self.function)
+
     @functools.cached_property
     def parameters(self) -> Mapping[str, inspect.Parameter]:
         """The hyper-parameters by name: all parameters of the function except the first."""
         return dict(list(inspect.signature(self.function).parameters.items())[1:])
 
     @property
+    def docstring(self) -> str:
+        """The function's docstring, without its indentation."""
+        return (inspect.getdoc(self.function) or "(no docstring)").encode(errors="replace").decode()  # lone surrogates
+
+    @property
     def description(self) -> str:
         """The function's docstring, one line per paragraph: the equation first, then remarks and the source."""
-        text = (inspect.getdoc(self.function) or "(no docstring)").encode(errors="replace").decode()  # lone surrogates
-        paragraphs = text.split("\n\n")
-        return "\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+        return "\n".join(" ".join(paragraph.split()) for paragraph in self.docstring.split("\n\n"))
 
     def defaults(self) -> dict[str, Any]:
         """The defaults of the hyper-parameters that have one."""
@@ -91,6 +113,8 @@ class Loss:
 
 
 LOSSES: dict[str, Loss] = {}  # by name
+# The fields of a loss that say what it needs and allows.
+FLAGS = ("needs_reference", "needs_batch", "needs_scores", "needs_contrast", "on_means", "takes_divergence")
 
 
 def register_loss(
@@ -98,6 +122,7 @@ def register_loss(
     *,
     needs_reference: bool = True,
     metrics: MetricsFunction | None = None,
+    needs_batch: bool = False,
     needs_scores: bool = False,
     needs_contrast: bool = False,
     on_means: bool = False,
@@ -111,6 +136,8 @@ def register_loss(
             loaded then, and rewards are beta times the policy's means per token, as in LLaMA-Factory.
         metrics: called like the loss; returns tensors of shape `(batch,)` to log, by name. The names may depend on
             the hyper-parameters but not on the batch: every rank must log the same ones.
+        needs_batch: True for a loss that compares a pair with statistics of its micro-batch, and so needs several pairs
+            there (`per_device_train_batch_size`). It says so in lists of losses, and changes nothing.
         needs_scores: whether the loss reads `pairs.score_gap`; the recipe must then name a `pref_margin_column`.
         needs_contrast: whether it reads `pairs.contrast`, which costs a search of each rejected token's logits.
         on_means: whether it compares means per token; the refinement term then does, too.
@@ -125,6 +152,7 @@ def register_loss(
 
     _check_name(name)
     about = {
+        "needs_batch": needs_batch,
         "needs_scores": needs_scores,
         "needs_contrast": needs_contrast,
         "on_means": on_means,

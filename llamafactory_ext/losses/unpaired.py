@@ -14,14 +14,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@register_loss("kto_pair")
+@register_loss("kto_pair", needs_batch=True)
 def kto_pair(pairs: PairLogps, *, beta: float) -> Tensor:
     """Pairwise KTO: the mean of 1 - sigma(beta(D_w - KL_l)) and 1 - sigma(beta(KL_w - D_l)).
 
     A bounded loss: pairs that the model does not learn lose their influence. Beta in the authors' example: 0.1
     (github.com/ContextualAI/HALOs).
     KL_w = relu(mean D_w) and KL_l = relu(mean D_l) over the micro-batch, with gradient, as in TRL <= 0.9, from which
-    LLaMA-Factory has this loss. TRL returns `2 * batch` losses with the same mean. Source: arXiv 2402.01306, Eq. 7.
+    LLaMA-Factory has this loss. TRL returns `2 * batch` losses with the same mean.
+    Source: arXiv 2402.01306, Eq. 7.
     """
     chosen, rejected = pairs.chosen_logratio, pairs.rejected_logratio
     chosen_kl, rejected_kl = chosen.mean().clamp(min=0), rejected.mean().clamp(min=0)

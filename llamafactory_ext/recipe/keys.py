@@ -125,7 +125,7 @@ def keys_not_taken(settings: Mapping[str, Any]) -> list[str]:
     several = len(losses) > 1
     foreign = set.intersection(*not_taken) | (set() if several else {"pref_loss_weights"})
     # These must suit each of the losses.
-    foreign |= set.union(*(each & {"f_divergence", "f_divergence_alpha", "ld_alpha"} for each in not_taken))
+    foreign |= set.union(*(each & {"f_divergence", "f_divergence_alpha", "ld_alpha", "pref_wpo"} for each in not_taken))
     return [key for key in settings if key in foreign]
 
 
@@ -142,6 +142,7 @@ def _not_taken(settings: Mapping[str, Any], loss: Loss, is_of_file: bool) -> lis
         "f_divergence": in_scores,
         "f_divergence_alpha": in_scores,
         "pref_margin_column": loss.needs_scores,
+        "pref_wpo": not loss.needs_batch,
         "pref_loss_file": is_of_file,
         "pref_loss_args": is_of_file,
         "precompute_ref_log_probs": loss.needs_reference,

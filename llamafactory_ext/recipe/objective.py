@@ -206,6 +206,15 @@ def _check_ld_alpha(args: PreferenceArguments, objective: Objective) -> None:
         )
 
 
+def _check_wpo(args: PreferenceArguments, objective: Objective) -> None:
+    of_batch = next((loss.name for loss in objective.losses if loss.needs_batch), None)
+    if args.pref_wpo and of_batch is not None:
+        raise ValueError(
+            f"pref_loss {of_batch!r} compares the pairs of a micro-batch with one another, so that weights of single "
+            "pairs mean nothing: remove `pref_wpo`."
+        )
+
+
 def _check_reference(args: PreferenceArguments, objective: Objective) -> None:
     if args.precompute_ref_log_probs and not objective.needs_reference:
         raise ValueError(f"pref_loss {objective.name!r} has no reference: remove `precompute_ref_log_probs: true`.")
@@ -216,5 +225,6 @@ CHECKS: tuple[Callable[[PreferenceArguments, Objective], None], ...] = (
     _check_scores,
     _check_refinement,
     _check_ld_alpha,
+    _check_wpo,
     _check_reference,
 )

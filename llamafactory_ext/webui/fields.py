@@ -145,7 +145,7 @@ LOSS_FIELDS: dict[str, Field] = {
     "ld_alpha_reference": Field(gr.Checkbox, _has_reference, {"value": False}),
     "pref_bco_weight": _number(_has_reference, step=0.1, default="0"),
     "pref_loss_weights": Field(gr.Textbox, lambda losses: len(losses) > 1, {"value": "", "placeholder": "1.0,0.1"}),
-    "pref_wpo": Field(gr.Checkbox, _always, {"value": False}),
+    "pref_wpo": Field(gr.Checkbox, lambda losses: not any(loss.needs_batch for loss in losses), {"value": False}),
     "pref_weight_column": Field(gr.Textbox, _always, _COLUMN),
     "pref_loss_args": Field(gr.Textbox, _any_is(_is_users), {"value": "", "placeholder": '{"tau": 0.5}', "scale": 2}),
     "sr_prompt": Field(gr.Textbox, _takes("sr_lambda"), _PROMPT),

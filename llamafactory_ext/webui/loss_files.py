@@ -23,7 +23,7 @@ from typing import Any
 import psutil
 
 from ..losses import lookup
-from ..losses.registry import Loss
+from ..losses.registry import FLAGS, Loss
 from .errors import BoardError
 
 FOLDERS = "LLAMAFACTORY_EXT_LOSS_FOLDERS"  # as PATH is written
@@ -194,7 +194,7 @@ def _description(loss: Loss) -> dict[str, Any]:
     ]
     return {
         "name": loss.name,
-        "needs_reference": loss.needs_reference,
+        **{flag: getattr(loss, flag) for flag in FLAGS},
         "description": inspect.getdoc(loss.function),
         "parameters": parameters,
     }
@@ -217,7 +217,7 @@ def _stand_in(described: dict[str, Any]) -> Loss:
     pairs = inspect.Parameter("pairs", inspect.Parameter.POSITIONAL_OR_KEYWORD)
     function.__signature__ = inspect.Signature([pairs, *_parameters(described["parameters"])])  # type: ignore[attr-defined]
     function.__doc__ = described["description"]
-    return Loss(described["name"], function, described["needs_reference"], None)
+    return Loss(described["name"], function, metrics=None, **{flag: described[flag] for flag in FLAGS})
 
 
 def _parameters(described: Iterable[dict[str, Any]]) -> list[inspect.Parameter]:

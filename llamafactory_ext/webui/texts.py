@@ -40,6 +40,22 @@ FIELDS: dict[str, dict[str, Field]] = {
             "Stop on degeneration",
             "If the run degenerates, save a checkpoint and stop.",
         ),
+        "odpo_alpha": ("ODPO alpha", "Weight of the offset from the data's scores."),
+        "rrhf_weight": ("RRHF weight", "Weight of the hinge, beside SFT."),
+        "cringe_alpha": ("CRINGE alpha", "Weight of the contrast of rejected tokens, beside SFT."),
+        "cringe_bias": ("CRINGE bias", "Margin in nats at which the gate is half closed."),
+        "cringe_tau": ("CRINGE tau", "Temperature of the gate, in nats. The smaller, the more abruptly it closes."),
+        "cringe_top_k": ("CRINGE top k", "The contrast draws from this many of the model's most likely tokens."),
+        "f_divergence": ("f-divergence", "Divergence from the reference. reverse_kl: as in DPO."),
+        "f_divergence_alpha": ("Divergence alpha", "Alpha of the alpha-divergence."),
+        "pref_wpo": ("WPO", "Weights pairs by how likely the policy itself writes them."),
+        "ld_alpha_reference": ("LD alpha for the reference", "Weight the reference's extra tokens by LD alpha, too."),
+        "pref_weight_column": ("Weight column", "Column of the data with the weight of each pair."),
+        "pref_margin_column": (
+            "Score columns",
+            "Columns of the data with the scores of the chosen and rejected response, or one with their difference.",
+        ),
+        "pref_loss_weights": ("Loss weights", "A weight for each of several losses, separated by commas."),
         "reward_viewer": ("Normalized rewards", ""),
     },
     "ru": {
@@ -76,6 +92,22 @@ FIELDS: dict[str, dict[str, Field]] = {
             "Остановка при вырождении",
             "Если обучение вырождается, сохранить контрольную точку и остановиться.",
         ),
+        "odpo_alpha": ("Альфа ODPO", "Вес сдвига, который даёт разность оценок из данных."),
+        "rrhf_weight": ("Вес RRHF", "Вес кусочно-линейного штрафа рядом с SFT."),
+        "cringe_alpha": ("Альфа CRINGE", "Вес контраста отвергнутых токенов рядом с SFT."),
+        "cringe_bias": ("Сдвиг CRINGE", "Отрыв в натах, при котором затвор закрыт наполовину."),
+        "cringe_tau": ("Тау CRINGE", "Температура затвора в натах. Чем меньше, тем резче он закрывается."),
+        "cringe_top_k": ("Top k CRINGE", "Из скольких вероятнейших токенов модели выбирается токен для контраста."),
+        "f_divergence": ("f-расхождение", "Расхождение с эталонной моделью. reverse_kl: как в DPO."),
+        "f_divergence_alpha": ("Альфа расхождения", "Альфа альфа-расхождения."),
+        "pref_wpo": ("Взвешивание WPO", "Взвешивает пары по тому, насколько вероятно, что модель сама их напишет."),
+        "ld_alpha_reference": ("Альфа LD для эталона", "Взвешивать лишние токены и у эталонной модели."),
+        "pref_weight_column": ("Столбец весов", "Столбец данных с весом каждой пары."),
+        "pref_margin_column": (
+            "Столбцы оценок",
+            "Столбцы данных с оценками выбранного и отвергнутого ответа или один с их разностью.",
+        ),
+        "pref_loss_weights": ("Веса функций потерь", "Вес каждой из нескольких функций потерь, через запятую."),
         "reward_viewer": ("Нормированные награды", ""),
     },
     "zh": {
@@ -97,6 +129,19 @@ FIELDS: dict[str, dict[str, Field]] = {
         "share_prefix": ("共享前缀", "两个回答的共享前缀只计算一次。auto：在不改变结果时启用。"),
         "pref_loss_file": ("损失函数文件", "注册自定义损失函数的 Python 文件。按回车读取。"),
         "pref_stop_on_degeneration": ("退化时停止", "训练退化时保存检查点并停止。"),
+        "odpo_alpha": ("ODPO 的 alpha", "由数据评分得出的偏移量的权重。"),
+        "rrhf_weight": ("RRHF 权重", "合页损失相对于 SFT 的权重。"),
+        "cringe_alpha": ("CRINGE 的 alpha", "被拒词元对比项相对于 SFT 的权重。"),
+        "cringe_bias": ("CRINGE 的偏置", "门控半关时的间隔，单位为 nat。"),
+        "cringe_tau": ("CRINGE 的 tau", "门控的温度，单位为 nat。越小，关闭越急。"),
+        "cringe_top_k": ("CRINGE 的 top k", "对比词元取自模型概率最高的多少个词元。"),
+        "f_divergence": ("f 散度", "相对参考模型的散度。reverse_kl：与 DPO 相同。"),
+        "f_divergence_alpha": ("散度的 alpha", "alpha 散度的 alpha。"),
+        "pref_wpo": ("WPO 加权", "按策略模型自身写出样本对的概率加权。"),
+        "ld_alpha_reference": ("参考模型的 LD alpha", "对参考模型中多出的词元也按 LD alpha 加权。"),
+        "pref_weight_column": ("权重列", "数据中各样本对权重所在的列。"),
+        "pref_margin_column": ("评分列", "数据中被选回答与被拒回答的评分所在的两列，或二者之差所在的一列。"),
+        "pref_loss_weights": ("损失权重", "多个损失各自的权重，以逗号分隔。"),
         "reward_viewer": ("归一化奖励", ""),
     },
     "ko": {
@@ -124,6 +169,22 @@ FIELDS: dict[str, dict[str, Field]] = {
         ),
         "pref_loss_file": ("로스 파일", "사용자 로스를 등록하는 Python 파일. Enter를 누르면 읽습니다."),
         "pref_stop_on_degeneration": ("퇴화 시 중지", "학습이 퇴화하면 체크포인트를 저장하고 중지합니다."),
+        "odpo_alpha": ("ODPO 알파", "데이터의 점수에서 얻은 오프셋의 가중치."),
+        "rrhf_weight": ("RRHF 가중치", "SFT에 더하는 힌지 로스의 가중치."),
+        "cringe_alpha": ("CRINGE 알파", "SFT에 더하는 거부된 토큰의 대비의 가중치."),
+        "cringe_bias": ("CRINGE 편향", "게이트가 절반 닫히는 마진 (nat)."),
+        "cringe_tau": ("CRINGE 타우", "게이트의 온도 (nat). 작을수록 급격하게 닫힙니다."),
+        "cringe_top_k": ("CRINGE top k", "대비할 토큰을 모델의 상위 몇 개 토큰에서 뽑을지 정합니다."),
+        "f_divergence": ("f-발산", "참조 모델에 대한 발산. reverse_kl: DPO와 같습니다."),
+        "f_divergence_alpha": ("발산의 알파", "알파 발산의 알파."),
+        "pref_wpo": ("WPO 가중", "정책 모델이 스스로 쓸 확률에 따라 쌍에 가중치를 줍니다."),
+        "ld_alpha_reference": ("참조 모델의 LD 알파", "참조 모델의 초과 토큰에도 LD 알파 가중치를 줍니다."),
+        "pref_weight_column": ("가중치 열", "각 쌍의 가중치가 있는 데이터의 열."),
+        "pref_margin_column": (
+            "점수 열",
+            "선택된 응답과 거부된 응답의 점수가 있는 데이터의 두 열, 또는 그 차이가 있는 한 열.",
+        ),
+        "pref_loss_weights": ("로스 가중치", "여러 로스 각각의 가중치. 쉼표로 구분합니다."),
         "reward_viewer": ("정규화된 보상", ""),
     },
     "ja": {
@@ -151,6 +212,25 @@ FIELDS: dict[str, dict[str, Field]] = {
         ),
         "pref_loss_file": ("損失関数ファイル", "独自の損失関数を登録する Python ファイル。Enter で読み込みます。"),
         "pref_stop_on_degeneration": ("退化時に停止", "学習が退化したらチェックポイントを保存して停止します。"),
+        "odpo_alpha": ("ODPO アルファ", "データのスコアから得たオフセットの重み。"),
+        "rrhf_weight": ("RRHF の重み", "SFT に加えるヒンジ損失の重み。"),
+        "cringe_alpha": ("CRINGE アルファ", "SFT に加える、拒否されたトークンの対比の重み。"),
+        "cringe_bias": ("CRINGE バイアス", "ゲートが半分閉じるマージン（nat）。"),
+        "cringe_tau": ("CRINGE タウ", "ゲートの温度（nat）。小さいほど急に閉じます。"),
+        "cringe_top_k": ("CRINGE の top k", "対比するトークンを、モデルの上位何個のトークンから選ぶか。"),
+        "f_divergence": ("f ダイバージェンス", "参照モデルに対するダイバージェンス。reverse_kl：DPO と同じ。"),
+        "f_divergence_alpha": ("ダイバージェンスのアルファ", "アルファダイバージェンスのアルファ。"),
+        "pref_wpo": ("WPO の重み付け", "方策モデル自身が書く確率に応じてペアに重みを付けます。"),
+        "ld_alpha_reference": (
+            "参照モデルの LD アルファ",
+            "参照モデルの超過トークンにも LD アルファの重みを付けます。",
+        ),
+        "pref_weight_column": ("重みの列", "各ペアの重みが入ったデータの列。"),
+        "pref_margin_column": (
+            "スコアの列",
+            "選ばれた応答と拒否された応答のスコアが入ったデータの 2 列、またはその差の 1 列。",
+        ),
+        "pref_loss_weights": ("損失の重み", "複数の損失それぞれの重み。カンマで区切ります。"),
         "reward_viewer": ("正規化報酬", ""),
     },
 }
@@ -167,6 +247,24 @@ LOSSES: dict[str, dict[str, str]] = {
         "dpop": "DPO-Positive: DPO with a penalty when the chosen response is less likely than under the reference.",
         "sr_dpo": "Sr-DPO: DPO whose target margin the model refines by judging both responses under a quality prompt.",
         "sr_ipo": "Sr-IPO: IPO whose target margin the model refines by judging both responses under a quality prompt.",
+        "robust": "Robust DPO: DPO without the bias of swapped labels, whose share label smoothing sets.",
+        "sigmoid_norm": "Length-normalized DPO: DPO on means per token, so that length does not count.",
+        "exo_pair": "EXO: minimizes the reverse KL divergence from the preference; DPO minimizes the forward one.",
+        "aot": "AOT: raises the sorted margins of a batch above the reference's. It needs several pairs in a batch.",
+        "aot_unpaired": (
+            "Unpaired AOT: raises chosen above rejected responses by rank. It needs several pairs in a batch."
+        ),
+        "nca_pair": "NCA: lowers the rejected response, and keeps the chosen one from falling below the reference.",
+        "bco_pair": "BCO: classifies each response by itself as chosen or rejected, with its reward as the logit.",
+        "sppo_hard": "SPPO: moves the chosen response's log-ratio to 1/(2 beta), the rejected one's to -1/(2 beta).",
+        "apo_zero": "APO-zero: raises chosen, lowers rejected responses. For chosen ones better than the model's own.",
+        "apo_down": "APO-down: lowers both responses, the rejected more. For chosen ones worse than the model's own.",
+        "sft": "SFT: supervised fine-tuning on the chosen responses. It needs no reference model.",
+        "odpo": "ODPO: DPO whose margin must exceed an offset, which grows with the difference of the data's scores.",
+        "cringe": "Pairwise CRINGE: SFT plus a contrast of rejected tokens with the model's top ones, gated by margin.",
+        "rrhf": "RRHF: SFT plus a hinge on the likelihoods per token. It needs no reference model.",
+        "squared_po": "SquaredPO: f-DPO with f(t) = (log t)^2 / 2. It resists falling chosen probabilities.",
+        "minor_sft": "MinorSFT: SFT whose force fades as the response becomes more likely than under the reference.",
     },
     "ru": {
         "sigmoid": "DPO: неограниченно увеличивает отрыв выбранного ответа от отвергнутого.",
@@ -179,6 +277,30 @@ LOSSES: dict[str, dict[str, str]] = {
         "dpop": "DPO-Positive: DPO со штрафом за выбранные ответы, ставшие менее вероятными, чем у эталонной модели.",
         "sr_dpo": "Sr-DPO: DPO, где целевой отрыв уточняет сама модель, оценивая оба ответа при запросе качества.",
         "sr_ipo": "Sr-IPO: IPO, где целевой отрыв уточняет сама модель, оценивая оба ответа при запросе качества.",
+        "robust": "Робастный DPO: DPO без смещения от перепутанных ответов, долю которых задаёт сглаживание меток.",
+        "sigmoid_norm": "DPO с нормировкой по длине: DPO на средних по токенам, чтобы длина ответа не влияла.",
+        "exo_pair": "EXO: минимизирует обратное KL-расхождение с предпочтением пары, а не прямое, как DPO.",
+        "aot": "AOT: поднимает упорядоченные отрывы пакета над отрывами эталона. В пакете нужно несколько пар.",
+        "aot_unpaired": (
+            "Непарный AOT: ставит выбранные ответы выше отвергнутых по рангу. В пакете нужно несколько пар."
+        ),
+        "nca_pair": "NCA: понижает отвергнутый ответ и не даёт выбранному стать менее вероятным, чем у эталона.",
+        "bco_pair": "BCO: относит каждый ответ отдельно к выбранным или отвергнутым; логитом служит его награда.",
+        "sppo_hard": (
+            "SPPO: приближает логарифм отношения у выбранного ответа к 1/(2 beta), у отвергнутого к -1/(2 beta)."
+        ),
+        "apo_zero": (
+            "APO-zero: повышает выбранный ответ, понижает отвергнутый. Подходит, если выбранный лучше ответов модели."
+        ),
+        "apo_down": (
+            "APO-down: понижает оба ответа, отвергнутый сильнее. Подходит, если выбранный хуже ответов модели."
+        ),
+        "sft": "SFT: дообучение с учителем на выбранных ответах. Эталонная модель не нужна.",
+        "odpo": "ODPO: DPO, где отрыв должен превысить сдвиг, растущий с разностью оценок из данных.",
+        "cringe": "Парный CRINGE: SFT и контраст отвергнутых токенов с вероятнейшими у модели, включаемые отрывом.",
+        "rrhf": "RRHF: SFT и кусочно-линейный штраф на правдоподобиях на токен. Эталонная модель не нужна.",
+        "squared_po": "SquaredPO: f-DPO с f(t) = (log t)^2 / 2, противится падению вероятностей выбранных ответов.",
+        "minor_sft": "MinorSFT: SFT, сила которого слабеет, когда ответ становится вероятнее, чем у эталонной модели.",
     },
     "zh": {
         "sigmoid": "DPO：不断拉大被选回答与被拒回答之间的间隔，没有上限。",
@@ -191,6 +313,22 @@ LOSSES: dict[str, dict[str, str]] = {
         "dpop": "DPO-Positive：在 DPO 上惩罚概率低于参考模型的被选回答。",
         "sr_dpo": "Sr-DPO：模型在质量提示下评判两个回答，以修正 DPO 的目标间隔。",
         "sr_ipo": "Sr-IPO：模型在质量提示下评判两个回答，以修正 IPO 的目标间隔。",
+        "robust": "稳健 DPO：消除标注颠倒所致偏差的 DPO，颠倒比例由标签平滑设定。",
+        "sigmoid_norm": "长度归一化 DPO：在每个词元的平均值上做 DPO，使回答长度不产生影响。",
+        "exo_pair": "EXO：最小化与样本对偏好的反向 KL 散度，而不是像 DPO 那样的正向 KL 散度。",
+        "aot": "AOT：把批内排序后的间隔抬到参考模型的间隔之上。每批需要多个样本对。",
+        "aot_unpaired": "非成对 AOT：按排名把被选回答抬到被拒回答之上。每批需要多个样本对。",
+        "nca_pair": "NCA：压低被拒回答，并防止被选回答的概率低于参考模型。",
+        "bco_pair": "BCO：以奖励为 logit，分别判断每个回答是被选还是被拒。",
+        "sppo_hard": "SPPO：使被选回答的对数概率比趋近 1/(2 beta)，被拒回答的趋近 -1/(2 beta)。",
+        "apo_zero": "APO-zero：抬高被选回答，压低被拒回答。适用于被选回答优于模型自身回答的情形。",
+        "apo_down": "APO-down：压低两个回答，被拒回答压得更多。适用于被选回答不如模型自身回答的情形。",
+        "sft": "SFT：在被选回答上做监督微调。不需要参考模型。",
+        "odpo": "ODPO：间隔须超过偏移量的 DPO，偏移量随数据评分之差增大。",
+        "cringe": "成对 CRINGE：SFT 加上被拒词元与模型自身高概率词元的对比，二者由间隔软门控。",
+        "rrhf": "RRHF：SFT 加每个词元似然的合页损失。不需要参考模型。",
+        "squared_po": "SquaredPO：取 f(t) = (log t)^2 / 2 的 f-DPO，可抑制被选回答的概率下降。",
+        "minor_sft": "MinorSFT：回答的概率超过参考模型越多，作用力越弱的 SFT。",
     },
     "ko": {
         "sigmoid": "DPO: 선택된 응답과 거부된 응답의 마진을 제한 없이 넓힙니다.",
@@ -203,6 +341,26 @@ LOSSES: dict[str, dict[str, str]] = {
         "dpop": "DPO-Positive: 선택된 응답의 확률이 참조 모델보다 낮아지면 페널티를 주는 DPO.",
         "sr_dpo": "Sr-DPO: 모델이 품질 프롬프트에서 두 응답을 평가해 DPO의 목표 마진을 다듬습니다.",
         "sr_ipo": "Sr-IPO: 모델이 품질 프롬프트에서 두 응답을 평가해 IPO의 목표 마진을 다듬습니다.",
+        "robust": "강건한 DPO: 뒤바뀐 레이블이 만드는 편향을 없앤 DPO. 그 비율은 레이블 스무딩으로 정합니다.",
+        "sigmoid_norm": "길이 정규화 DPO: 토큰 평균으로 계산하여 길이의 영향을 없앤 DPO.",
+        "exo_pair": "EXO: 쌍의 선호에 대한 역방향 KL 발산을 최소화합니다. DPO는 순방향을 최소화합니다.",
+        "aot": "AOT: 배치의 정렬된 마진을 참조 모델의 마진보다 높입니다. 배치에 여러 쌍이 필요합니다.",
+        "aot_unpaired": "비쌍 AOT: 순위별로 선택된 응답을 거부된 응답보다 높입니다. 배치에 여러 쌍이 필요합니다.",
+        "nca_pair": "NCA: 거부된 응답을 낮추고, 선택된 응답의 확률이 참조 모델보다 낮아지지 않게 합니다.",
+        "bco_pair": "BCO: 보상을 로짓으로 하여 각 응답을 따로 선택 또는 거부로 분류합니다.",
+        "sppo_hard": "SPPO: 로그 확률비를 선택된 응답은 1/(2 beta), 거부된 응답은 -1/(2 beta)에 가깝게 합니다.",
+        "apo_zero": (
+            "APO-zero: 선택된 응답을 높이고 거부된 응답을 낮춥니다. 선택된 응답이 모델의 응답보다 나을 때 씁니다."
+        ),
+        "apo_down": (
+            "APO-down: 두 응답을 낮추되 거부된 응답을 더 낮춥니다. 선택된 응답이 모델의 응답보다 못할 때 씁니다."
+        ),
+        "sft": "SFT: 선택된 응답으로 지도 미세 조정을 합니다. 참조 모델이 필요 없습니다.",
+        "odpo": "ODPO: 마진이 오프셋을 넘어야 하는 DPO. 오프셋은 데이터의 점수 차이에 따라 커집니다.",
+        "cringe": "쌍 단위 CRINGE: SFT에 거부된 토큰과 모델의 상위 토큰의 대비를 더하고, 마진으로 켜고 끕니다.",
+        "rrhf": "RRHF: SFT에 토큰당 우도의 힌지 로스를 더합니다. 참조 모델이 필요 없습니다.",
+        "squared_po": "SquaredPO: f(t) = (log t)^2 / 2인 f-DPO. 선택된 응답의 확률이 떨어지는 것을 억제합니다.",
+        "minor_sft": "MinorSFT: 응답의 확률이 참조 모델보다 높아질수록 힘이 약해지는 SFT.",
     },
     "ja": {
         "sigmoid": "DPO：選ばれた応答と拒否された応答のマージンを際限なく広げます。",
@@ -215,12 +373,35 @@ LOSSES: dict[str, dict[str, str]] = {
         "dpop": "DPO-Positive：選ばれた応答の確率が参照モデルを下回るとペナルティを加える DPO。",
         "sr_dpo": "Sr-DPO：モデルが品質プロンプトで両方の応答を評価し、DPO の目標マージンを調整します。",
         "sr_ipo": "Sr-IPO：モデルが品質プロンプトで両方の応答を評価し、IPO の目標マージンを調整します。",
+        "robust": "ロバスト DPO：逆のラベルによる偏りを除いた DPO。その割合はラベルスムージングで決まります。",
+        "sigmoid_norm": "長さを正規化した DPO：トークンの平均で計算し、長さの影響を除きます。",
+        "exo_pair": "EXO：ペアの選好に対する逆方向の KL ダイバージェンスを最小化します。DPO は順方向を最小化します。",
+        "aot": "AOT：バッチの並べ替えたマージンを参照モデルのマージンより高くします。バッチに複数のペアが必要です。",
+        "aot_unpaired": (
+            "非ペアの AOT：順位ごとに、選ばれた応答を拒否された応答より高くします。バッチに複数のペアが必要です。"
+        ),
+        "nca_pair": "NCA：拒否された応答を下げ、選ばれた応答の確率が参照モデルを下回らないようにします。",
+        "bco_pair": "BCO：報酬をロジットとして、各応答を個別に、選ばれたものか拒否されたものかに分類します。",
+        "sppo_hard": "SPPO：対数確率比を、選ばれた応答では 1/(2 beta)、拒否された応答では -1/(2 beta) に近づけます。",
+        "apo_zero": (
+            "APO-zero：選ばれた応答を上げ、拒否された応答を下げます。選ばれた応答がモデルの応答に勝る場合に使います。"
+        ),
+        "apo_down": (
+            "APO-down：両方の応答を、拒否された応答をより大きく下げます。"
+            "選ばれた応答がモデルの応答に劣る場合に使います。"
+        ),
+        "sft": "SFT：選ばれた応答で教師ありファインチューニングを行います。参照モデルは不要です。",
+        "odpo": "ODPO：マージンがオフセットを超えることを求める DPO。オフセットはデータのスコアの差とともに増えます。",
+        "cringe": "ペア単位の CRINGE：SFT に、拒否されたトークンと上位トークンの対比を加え、マージンで切り替えます。",
+        "rrhf": "RRHF：SFT にトークンあたりの尤度のヒンジ損失を加えます。参照モデルは不要です。",
+        "squared_po": "SquaredPO：f(t) = (log t)^2 / 2 の f-DPO。選ばれた応答の確率の低下を抑えます。",
+        "minor_sft": "MinorSFT：応答の確率が参照モデルを上回るにつれて力が弱まる SFT。",
     },
 }
 
 
 def about_loss(name: str, lang: str) -> str | None:
-    """What a loss does, for those of the papers that this package is about and LLaMA-Factory's; None for others."""
+    """What a loss of the package does; None for a user's."""
     return in_language(lang, LOSSES).get(name)
 
 
