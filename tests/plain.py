@@ -47,6 +47,10 @@ def plain_loss(name: str, pairs: PairLogps, **hyper: Any) -> Tensor:
         return ((1 - 1 / (1 + torch.exp(-beta * (d_w - kl_l)))) + (1 - 1 / (1 + torch.exp(-beta * (kl_w - d_l))))) / 2
     if name in ("robust", "exo_pair", "aot", "aot_unpaired"):
         return _plain_with_smoothing(name, pairs, beta, hyper["label_smoothing"])
+    if name == "discopop":
+        rho = beta * (d_w - d_l)
+        m = 1 / (1 + torch.exp(-rho / hyper["discopop_tau"]))
+        return (1 - m) * -log_sigma(rho) + m * torch.exp(-rho)
     sigma_w, sigma_l = (1 / (1 + torch.exp(-beta * d)) for d in (d_w, d_l))
     others = {
         "sigmoid_norm": lambda: -log_sigma(beta * (d_w / n_w - d_l / n_l)),

@@ -31,6 +31,7 @@ LOSSES = {
     "sr_dpo": {"beta": 0.1, "sr_lambda": 0.3},
     "sr_ipo": {"beta": 0.1, "sr_lambda": 0.3, "length_normalize": False},
     "robust": {"beta": 0.1, "label_smoothing": 0.0},
+    "discopop": {"beta": 0.1, "discopop_tau": 0.05},
     "sigmoid_norm": {"beta": 0.1},
     "exo_pair": {"beta": 0.1, "label_smoothing": 1e-3},
     "aot": {"beta": 0.1, "label_smoothing": 0.0},

@@ -134,6 +134,7 @@ def test_fields_are_the_stages_and_the_losses_own():
     assert shown["ipo"] == shown["hinge"] | {"ipo_length_normalize"}
     assert shown["minor_dpo"] == shown["sr_dpo"] == cached | {"sr_lambda", "sr_prompt"}
     assert shown["dpop"] == shown["minor_dpo"] | {"dpop_lambda"}
+    assert shown["discopop"] == cached | {"discopop_tau"}
     assert shown["sr_ipo"] == shown["minor_dpo"] | {"ipo_length_normalize"}
     for stage in set(TRAINING_STAGES) - {"DPO"}:
         assert not any(is_shown(key, stage, LOSSES["dpop"]) for key in FIELDS)

@@ -24,7 +24,12 @@ OTHER_TRAINERS = {"USE_MCA": "has losses of its own", "USE_MEGATRON_BRIDGE": "ha
 
 # YAML key -> the keyword that a loss function takes it by. The plugin's own keys are null unless the user sets them;
 # LLaMA-Factory's have a default, and count as set where they differ from it.
-OWN_KEYS = {"dpop_lambda": "dpop_lambda", "sr_lambda": "sr_lambda", "ipo_length_normalize": "length_normalize"}
+OWN_KEYS = {
+    "dpop_lambda": "dpop_lambda",
+    "discopop_tau": "discopop_tau",
+    "sr_lambda": "sr_lambda",
+    "ipo_length_normalize": "length_normalize",
+}
 OTHER_OWN_KEYS = (
     "sr_prompt",
     "share_prefix",
@@ -46,6 +51,7 @@ NUMBERS: dict[str, tuple[str, Callable[[float], bool]]] = {
     "dpo_label_smoothing": ("a number of at least 0 and below 0.5", lambda value: 0 <= value < 0.5),
     "simpo_gamma": ("a finite number", lambda value: True),
     "dpop_lambda": ("a finite number of at least 0", lambda value: value >= 0),
+    "discopop_tau": ("a number above 0", lambda value: value > 0),
     "sr_lambda": ("a finite number of at least 0", lambda value: value >= 0),
     "ld_alpha": ("a number of at least 0", lambda value: value >= 0),
 }
@@ -75,6 +81,15 @@ class PreferenceArguments(FinetuningArguments):
         default=None,
         metadata={
             "help": "The weight of DPOP's penalty on a chosen response that falls below the reference (dpop: 50)."
+        },
+    )
+    discopop_tau: float | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "How soon DiscoPOP's loss turns from DPO's to the exponential one as beta times the margin grows "
+                "(discopop: 0.05)."
+            )
         },
     )
     ipo_length_normalize: bool | None = field(

@@ -118,6 +118,7 @@ LOSS_FIELDS: dict[str, Field] = {
     "dpo_label_smoothing": _number(_takes("label_smoothing"), step=0.05),
     "simpo_gamma": _number(_takes("simpo_gamma"), step=0.1),
     "dpop_lambda": _number(_takes("dpop_lambda"), step=1),  # its default is 50
+    "discopop_tau": _number(_takes("discopop_tau"), step=0.01),
     "sr_lambda": _number(_takes("sr_lambda"), step=0.1),
     "ipo_length_normalize": Field(gr.Dropdown, _takes("length_normalize"), _AUTO),
     "ld_alpha": _number(_takes_ld_alpha, step=0.1, default="1"),  # the same as unset
@@ -137,7 +138,12 @@ FIELDS = LOSS_FIELDS | STAGE_FIELDS
 TEXT_KEYS = [key for key, field in FIELDS.items() if field.kind is gr.Textbox]
 FLAGS = [key for key, field in FIELDS.items() if field.is_flag]
 
-RANGES = {"pref_beta": "positive", "dpo_label_smoothing": "below_half", "simpo_gamma": "finite"}  # others: nonnegative
+RANGES = {  # of the others: nonnegative
+    "pref_beta": "positive",
+    "discopop_tau": "positive",
+    "dpo_label_smoothing": "below_half",
+    "simpo_gamma": "finite",
+}
 # Keys that errors name, which the board shows under a label: in backticks, perhaps with a value, or bare but not a part
 # of a path or of another word.
 _KEY = "|".join(sorted({*FIELDS, *NUMBERS, "pref_loss"}, key=len, reverse=True))
