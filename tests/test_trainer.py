@@ -157,6 +157,8 @@ def test_every_loss_trains(name, tuning, train):
         "lora": {"finetuning_type": "lora"},
         "qlora": {"finetuning_type": "lora", "quantization_bit": 4},
     }[tuning]
+    if name == "discopop":
+        changes["discopop_tau"] = 0.5  # with its default, first steps lower margins: the loss has a valley below 0
     output = train(pref_loss=name, max_steps=12, learning_rate=5e-3, **changes)
     logs = [log for log in history(output) if "loss" in log]
     assert logs[-1]["rewards/margins"] > logs[0]["rewards/margins"] + 1e-3
