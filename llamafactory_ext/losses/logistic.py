@@ -2,7 +2,7 @@
 
 D_w, D_l: log-ratio of the chosen and of the rejected response, in nats (`PairLogps.chosen_logratio`,
 `.rejected_logratio`); sigma: the logistic function; sg: stop-gradient; relu'(0) = 0. The gradient of each loss has the
-factor beta * sigma(-argument), its coefficient. `robust` and `discopop` are made of such terms.
+factor beta * sigma(-argument), its coefficient; but `robust` and `discopop` are sums of two terms.
 """
 
 from __future__ import annotations
