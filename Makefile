@@ -30,7 +30,8 @@ help:
 	@echo "make test-oldest  the same with the oldest torch; test-newest: the newest; test-dev: LLaMA-Factory's main"
 	@echo "make test-wheel   build the wheel and test it outside the checkout"
 	@echo "make test-compat  run all tests with LLaMA-Factory 0.9.4"
-	@echo "make test-all     test, test-compat, and all environments above: run it before a release"
+	@echo "make test-trl     compare losses and gradients with TRL's own, in an environment of TRL's, and print a table"
+	@echo "make test-all     test, test-trl, test-compat, and all environments above: run it before a release"
 	@echo "make eval         score a model on GSM8K with vLLM: MODEL=, DATA=, ARGS= (make eval-env, test-eval, bench-eval)"
 	@echo "make reproduce    the papers' studies at small scale, with a verdict per claim: 75 to 90 minutes on two cores (with a GPU: GSM8K=)"
 	@echo "make bench        speed and memory, LLaMA-Factory's DPO stage and TRL against the plugin: two hours on two cores (ARGS=--quick)"
@@ -106,7 +107,7 @@ $(LEGS:%=test-%): test-%:
 run-leg: venv
 	$(PYTEST) -m "$(MARKS_$(TESTS))"
 
-test-all: test $(LEGS:%=test-%) test-compat
+test-all: test test-trl $(LEGS:%=test-%) test-compat
 
 check: venv
 	$(BIN)/ruff check .
@@ -190,3 +191,8 @@ $(TRL_VENV)/.ready: Makefile
 	$(TRL_BIN)/uv pip install --python $(TRL_BIN)/python $(FIND_LINKS_$(BUILD)) --override $(TRL_VENV)/never.txt \
 		$(COMPILED) $(foreach package,$(firstword $(TORCH)) $(TRL_PACKAGES),"$(package)")
 	touch $@
+
+.PHONY: test-trl
+test-trl: venv trl-env
+	TRL_PYTHON="$(TRL_BIN)/python" $(BIN)/python -m pytest tests/parity
+	@$(BIN)/python tests/parity/trl_parity.py "$(TRL_BIN)/python"

@@ -67,6 +67,10 @@ def plain_loss(name: str, pairs: PairLogps, **hyper: Any) -> Tensor:
         e, argument = hyper["label_smoothing"], beta * (d_w - d_l) - refined
         clean, swapped = -log_sigma(argument), -log_sigma(-argument)
         return (1 - e) * clean + e * swapped if name == "sigmoid" else ((1 - e) * clean - e * swapped) / (1 - 2 * e)
+    if name == "discopop":
+        rho = beta * (d_w - d_l) - refined
+        m = 1 / (1 + torch.exp(-rho / hyper["discopop_tau"]))
+        return (1 - m) * -log_sigma(rho) + m * torch.exp(-rho)
     if name == "sigmoid_norm":
         return -log_sigma(beta * (d_w / n_w - d_l / n_l) - refined)
     if name == "odpo":

@@ -29,6 +29,7 @@ HYPER = {
     "odpo": {"beta": 0.5, "odpo_alpha": 0.7, "sr_lambda": 0.4},
     "squared_po": {"beta": 0.5},
     "minor_sft": {"beta": 0.5},
+    "discopop": {"beta": 0.5, "discopop_tau": 0.5, "sr_lambda": 0.4},
     "exo_pair": {"beta": 0.5, "label_smoothing": 0.01},
     "aot": {"beta": 0.5, "label_smoothing": 0.2},
     "aot_unpaired": {"beta": 0.5, "label_smoothing": 0.2},
@@ -106,6 +107,16 @@ GOLDEN = [
     ("dpop", {"beta": 0.5, "dpop_lambda": 5.0, "sr_lambda": 0.5}, 2.0, -1.0, softplus(-0.5)),  # 1.5 - 1
     ("robust", {"beta": 0.5, "label_smoothing": 0.1}, 2.0, -1.0, (0.9 * softplus(-1.5) - 0.1 * softplus(1.5)) / 0.8),
     ("robust", {"beta": 0.5}, 2.0, -1.0, softplus(-1.5)),  # labels that are certain: DPO
+    # rho = 1.5 and tau = 0.5: m = sigma(3), so (1 - m) = 1 / (1 + e^3)
+    (
+        "discopop",
+        {"beta": 0.5, "discopop_tau": 0.5},
+        2.0,
+        -1.0,
+        softplus(-1.5) / (1 + math.exp(3)) + math.exp(-1.5) / (1 + math.exp(-3)),
+    ),
+    ("discopop", {"beta": 0.1}, -1.0, -1.0, (math.log(2) + 1) / 2),  # without a margin, half of each
+    ("discopop", {"beta": 0.5}, -1.0, 2.0, softplus(1.5)),  # tau 0.05: m = sigma(-30), and e^(1.5 - 30) is 0
     ("sigmoid_norm", {"beta": 0.5}, 2.0, -1.0, softplus(-0.5)),  # means 2/4 and -1/2: 0.5 * 1
     # q_w = sigma(0.5 * 3) against p_w = 0.9; without a margin, both are 1/2 against 0.9 and 0.1
     ("exo_pair", {"beta": 0.5, "label_smoothing": 0.1}, 0.0, 0.0, -math.log(2) - (math.log(0.9) + math.log(0.1)) / 2),
@@ -400,6 +411,16 @@ def test_extremes_stay_finite(name, dtype):
     pairs = pairs_of(d_w, d_l, dtype=dtype)
     loss = get_loss(name)(pairs, **HYPER[name])
     assert all(torch.isfinite(values).all() for values in (loss, *gradients_of(loss, pairs)))
+
+
+@pytest.mark.parametrize("tau", [0.001, 0.05, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_discopop_where_its_exponential_alone_is_infinite(dtype, tau):
+    """At rho = -1e4 and 1e4: DPO's loss there, as m exp(-rho) is 0, but 1 with tau = 1; and 0."""
+    pairs = pairs_of([-1e4, 1e4], [0.0, 0.0], dtype=dtype)
+    loss = get_loss("discopop")(pairs, beta=1.0, discopop_tau=tau)
+    assert loss.tolist() == pytest.approx([1e4 + (tau == 1), 0.0])
+    assert gradients_of(loss, pairs)[0].tolist() == pytest.approx([-1.0, 0.0])
 
 
 # --- what the callables promise --------------------------------------------------------------------------------------

@@ -175,7 +175,7 @@ def test_the_documentation_shows_a_part_of_it(losses):
 
 @pytest.mark.parametrize(
     ("words", "message"),
-    [(["--pref-loss-file", "absent.py"], "is not a file"), (["dpo_p"], "Did you mean 'dpop'?")],
+    [(["--pref-loss-file", "absent.py"], "is not a file"), (["dpo_p"], "Did you mean 'dpop' or 'odpo'?")],
 )
 def test_what_cannot_be_shown_is_a_sentence(words, message):
     wrong = CliRunner().invoke(cli.app, ["losses", *words], prog_name="llamafactory-ext")

@@ -43,11 +43,13 @@ def test_public_names():
 def test_own_losses():
     expected = {"sigmoid", "hinge", "ipo", "kto_pair", "orpo", "simpo", "minor_dpo", "dpop", "sr_dpo", "sr_ipo"}
     expected |= {"robust", "sigmoid_norm", "exo_pair", "aot", "aot_unpaired", "nca_pair", "bco_pair", "sppo_hard"}
-    expected |= {"apo_zero", "apo_down", "sft"}
+    expected |= {"apo_zero", "apo_down", "sft", "discopop", "odpo", "squared_po", "minor_sft"}
+    without_reference = {"orpo", "simpo", "sft", "rrhf", "cringe"}
+    expected |= without_reference
     modules = {name: lookup.get_loss(name).function.__module__ for name in lookup.loss_names()}
     own = {name for name, module in modules.items() if module.startswith("llamafactory_ext.losses.")}
     assert own == expected
-    assert {name for name in expected if not lookup.get_loss(name).needs_reference} == {"orpo", "simpo", "sft"}
+    assert {name for name in expected if not lookup.get_loss(name).needs_reference} == without_reference
 
 
 def test_losses_that_need_a_batch_are_those_that_look_at_other_pairs():

@@ -31,6 +31,7 @@ LOSSES = {
     "sr_dpo": {"beta": 0.1, "sr_lambda": 0.3},
     "sr_ipo": {"beta": 0.1, "sr_lambda": 0.3, "length_normalize": False},
     "robust": {"beta": 0.1, "label_smoothing": 0.0},
+    "discopop": {"beta": 0.1, "discopop_tau": 0.05},
     "sigmoid_norm": {"beta": 0.1},
     "exo_pair": {"beta": 0.1, "label_smoothing": 1e-3},
     "aot": {"beta": 0.1, "label_smoothing": 0.0},
@@ -156,6 +157,8 @@ def test_every_loss_trains(name, tuning, train):
         "lora": {"finetuning_type": "lora"},
         "qlora": {"finetuning_type": "lora", "quantization_bit": 4},
     }[tuning]
+    if name == "discopop":
+        changes["discopop_tau"] = 0.5  # with its default, first steps lower margins: the loss has a valley below 0
     output = train(pref_loss=name, max_steps=12, learning_rate=5e-3, **changes)
     logs = [log for log in history(output) if "loss" in log]
     assert logs[-1]["rewards/margins"] > logs[0]["rewards/margins"] + 1e-3

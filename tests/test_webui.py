@@ -119,6 +119,7 @@ def test_the_boards_ranges_are_the_arguments(key):
         "nonnegative": lambda value: value >= 0,
         "below_half": lambda value: 0 <= value < 0.5,
         "finite": lambda value: True,
+        "count": lambda value: value in (1, 50),
     }[RANGES.get(key, "nonnegative")]
     assert [accepts(value) for value in tries] == [NUMBERS[key][1](value) for value in tries]
 
@@ -129,11 +130,13 @@ def test_fields_are_the_stages_and_the_losses_own():
     with_reference = {"precompute_ref_log_probs", "ref_log_probs_cache_dir", "ref_model", "pref_bco_weight"}
     cached = common_to_all | with_reference | {"ld_alpha", "ld_alpha_reference"}
     in_scores, refined = {"f_divergence", "f_divergence_alpha"}, {"sr_lambda", "sr_prompt"}
-    assert shown["rrhf"] == common_to_all | {"pref_wpo", "rrhf_weight"}
+    assert shown["sft"] == common_to_all | {"pref_wpo"}
+    assert shown["rrhf"] == shown["sft"] | {"rrhf_weight"}
     assert shown["orpo"] == common_to_all | {"pref_wpo", "ld_alpha"}
     assert shown["simpo"] == shown["orpo"] | {"simpo_gamma"}
     assert shown["kto_pair"] == cached
     assert shown["hinge"] == cached | in_scores | {"pref_wpo"}
+    assert shown["discopop"] == shown["hinge"] | refined | {"discopop_tau"}
     assert shown["sigmoid"] == shown["hinge"] | refined | {"dpo_label_smoothing"}
     assert shown["odpo"] == shown["hinge"] | refined | {"odpo_alpha", "pref_margin_column"}
     assert shown["ipo"] == shown["hinge"] | {"ipo_length_normalize"}
@@ -146,10 +149,11 @@ def test_several_losses_have_the_fields_of_each():
     def of(name):
         return {key for key in FIELDS if is_shown(key, "DPO", chosen_losses(name, losses_of("DPO", "")[0]))}
 
-    assert of("minor_dpo, sft") == of("minor_dpo") | {"pref_loss_weights"}
+    assert of("minor_dpo, hinge") == of("minor_dpo") | {"pref_loss_weights"}
     of_each = of("sigmoid") | of("dpop") | {"pref_loss_weights"}
     assert of("sigmoid,dpop") == of_each - {"f_divergence", "f_divergence_alpha"}
-    assert of("sigmoid,rrhf") == of("sigmoid") | of("rrhf") | {"pref_loss_weights"}
+    # LLaMA-Factory's `ld_alpha` is refused with the package's own losses without a reference.
+    assert of("sigmoid,rrhf") == (of("sigmoid") | of("rrhf") | {"pref_loss_weights"}) - {"ld_alpha"}
     assert of("hinge,ipo") >= {"f_divergence", "f_divergence_alpha", "ipo_length_normalize", "pref_loss_weights"}
     assert of("minor_dpo,nothing") == of("nothing") == set(STAGE_FIELDS)
     assert why_not("minor_dpo,sft", losses_of("DPO", "")[0], None, "en") is None
@@ -247,7 +251,7 @@ def test_losses_of_a_file_are_this_sessions_own(tmp_path, loss_files):
     losses, error = losses_of("DPO", str(path))
     assert error is None
     assert list(losses)[-1] == "mine"
-    assert is_shown("pref_loss_args", "DPO", losses["mine"])
+    assert is_shown("pref_loss_args", "DPO", [losses["mine"]])
     assert "mine" not in losses_of("DPO", "")[0]
     other = tmp_path / "other.py"  # another session's, of the same name
     other.write_text(path.read_text())
@@ -680,7 +684,7 @@ def test_fields_follow_the_arguments():
     assert all(defaults[key] is None for key in FIELDS if key in defaults)
     assert all(field.to_yaml(field.empty) is None for field in FIELDS.values())
     assert all(
-        field.properties["step"] < 1 or key == "dpop_lambda"
+        field.properties["step"] < 1 or key in ("dpop_lambda", "rrhf_weight") or key.startswith("cringe_")
         for key, field in FIELDS.items()
         if "step" in field.properties
     )

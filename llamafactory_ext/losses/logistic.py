@@ -2,7 +2,7 @@
 
 D_w, D_l: log-ratio of the chosen and of the rejected response, in nats (`PairLogps.chosen_logratio`,
 `.rejected_logratio`); sigma: the logistic function; sg: stop-gradient; relu'(0) = 0. The gradient of each loss has the
-factor beta * sigma(-argument), its coefficient.
+factor beta * sigma(-argument), its coefficient; but `robust` and `discopop` are sums of two terms.
 """
 
 from __future__ import annotations
@@ -104,6 +104,22 @@ def robust(pairs: PairLogps, *, beta: float, label_smoothing: float = 0.0, sr_la
     argument = refined_argument(pairs, beta=beta, sr_lambda=sr_lambda)
     clean, swapped = -F.logsigmoid(argument), -F.logsigmoid(-argument)
     return ((1 - label_smoothing) * clean - label_smoothing * swapped) / (1 - 2 * label_smoothing)
+
+
+@register_loss("discopop", takes_divergence=True)
+def discopop(pairs: PairLogps, *, beta: float, discopop_tau: float = 0.05, sr_lambda: float = 0.0) -> Tensor:
+    """DiscoPOP: (1-m) (-log sigma(rho)) + m exp(-rho), rho = beta(D_w-D_l), m = sigma(rho / tau), tau = discopop_tau.
+
+    DPO's loss where a pair is ordered wrongly, an exponential one where it is ordered rightly. Usual beta: 0.05, like
+    tau. sr_lambda > 0 adds sr_dpo's refinement term to rho.
+    Source: arXiv 2406.08414, Eq. 5. Unlike TRL's, it stays finite where rho is far below 0; with tau > 1 it grows there
+    like exp(-(1-1/tau) rho), and overflows.
+    """
+    argument = refined_argument(pairs, beta=beta, sr_lambda=sr_lambda)
+    mixing = argument / discopop_tau
+    # exp(-rho) alone overflows where m is 0. As one power, m exp(-rho) goes to 0 there, for tau < 1.
+    exponential = torch.exp(F.logsigmoid(mixing) - argument)
+    return torch.sigmoid(-mixing) * -F.logsigmoid(argument) + exponential
 
 
 @register_argument("sigmoid_norm", on_means=True, takes_divergence=True)

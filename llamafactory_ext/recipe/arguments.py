@@ -51,6 +51,15 @@ class PreferenceArguments(FinetuningArguments):
             "help": "The weight of DPOP's penalty on a chosen response that falls below the reference (dpop: 50)."
         },
     )
+    discopop_tau: float | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "How soon DiscoPOP's loss turns from DPO's to the exponential one as beta times the margin grows "
+                "(discopop: 0.05)."
+            )
+        },
+    )
     ipo_length_normalize: bool | None = field(
         default=None,
         metadata={

@@ -15,6 +15,7 @@ PREF_BETA = 0.1  # LLaMA-Factory's default
 # LLaMA-Factory's have a default, and count as set where they differ from it.
 OWN_KEYS = {
     "dpop_lambda": "dpop_lambda",
+    "discopop_tau": "discopop_tau",
     "sr_lambda": "sr_lambda",
     "ipo_length_normalize": "length_normalize",
     "odpo_alpha": "odpo_alpha",
@@ -61,6 +62,7 @@ NUMBERS: dict[str, Allowed] = {
     "simpo_gamma": ("a finite number", lambda value: True),
     "dpop_lambda": ("a finite number of at least 0", lambda value: value >= 0),
     "sr_lambda": ("a finite number of at least 0", lambda value: value >= 0),
+    "discopop_tau": _POSITIVE,
     "ld_alpha": _NOT_NEGATIVE,
     "odpo_alpha": _NOT_NEGATIVE,
     "rrhf_weight": _NOT_NEGATIVE,
@@ -126,6 +128,8 @@ def keys_not_taken(settings: Mapping[str, Any]) -> list[str]:
     foreign = set.intersection(*not_taken) | (set() if several else {"pref_loss_weights"})
     # These must suit each of the losses.
     foreign |= set.union(*(each & {"f_divergence", "f_divergence_alpha", "ld_alpha", "pref_wpo"} for each in not_taken))
+    if not any(loss.needs_reference for loss in losses):
+        foreign |= {"f_divergence", "f_divergence_alpha"}
     return [key for key in settings if key in foreign]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..losses import STOCK_LOSSES
 from ..losses.divergence import Divergence
@@ -15,15 +15,15 @@ from ..losses.registry import Loss
 from .keys import OBJECTIVE_KEYS, OWN_KEYS, STOCK_KEYS, divergence_names, keys_of, split, takes_ld_alpha
 from .loss_args import from_loss_args, is_number, listed, shown
 
-if TYPE_CHECKING:
-    from .arguments import PreferenceArguments
-
 # LLaMA-Factory's switches for trainers in which the plugin has no say.
 OTHER_TRAINERS = {"USE_MCA": "has losses of its own", "USE_MEGATRON_BRIDGE": "has no preference losses"}
 
 
-def objective_of(args: PreferenceArguments) -> Objective:
+def objective_of(args: Any) -> Objective:
     """The losses that the arguments name, with a value for each of their hyper-parameters.
+
+    Args:
+        args: `PreferenceArguments`.
 
     Raises:
         ValueError: with one sentence that says what to write instead.
@@ -47,7 +47,7 @@ def objective_of(args: PreferenceArguments) -> Objective:
 # --- which losses ----------------------------------------------------------------------------------------------------
 
 
-def _find_losses(args: PreferenceArguments) -> tuple[list[Loss], list[str]]:
+def _find_losses(args: Any) -> tuple[list[Loss], list[str]]:
     """The losses of `pref_loss`, and the names of those that `pref_loss_file` registers and the recipe trains."""
     names = split(args.pref_loss)
     if twice := next((name for name in names if names.count(name) > 1), None):
@@ -65,7 +65,7 @@ def _find_losses(args: PreferenceArguments) -> tuple[list[Loss], list[str]]:
     return [get_loss(name) for name in names], of_file
 
 
-def _weights(args: PreferenceArguments, losses: Sequence[Loss]) -> list[float]:
+def _weights(args: Any, losses: Sequence[Loss]) -> list[float]:
     if args.pref_loss_weights is None:
         return [1.0] * len(losses)
     if len(losses) == 1:
@@ -90,7 +90,7 @@ def _number(value: Any) -> float | None:
     return float(value) if is_number(value) else None
 
 
-def _check_backend(args: PreferenceArguments, losses: Sequence[Loss]) -> None:
+def _check_backend(args: Any, losses: Sequence[Loss]) -> None:
     for switch, why in OTHER_TRAINERS.items():
         if os.environ.get(switch, "0").lower() not in ("1", "true", "y"):
             continue
@@ -108,7 +108,7 @@ def _check_backend(args: PreferenceArguments, losses: Sequence[Loss]) -> None:
 # --- their hyper-parameters ------------------------------------------------------------------------------------------
 
 
-def _from_keys(args: PreferenceArguments, losses: Sequence[Loss]) -> dict[str, Any]:
+def _from_keys(args: Any, losses: Sequence[Loss]) -> dict[str, Any]:
     own = {key: keyword for key, keyword in OWN_KEYS.items() if getattr(args, key) is not None}
     stock = {key: keyword for key, (keyword, default) in STOCK_KEYS.items() if getattr(args, key) != default}
     given = {**own, **stock}
@@ -130,7 +130,7 @@ def _check_complete(loss: Loss, hyperparameters: dict[str, Any]) -> None:
         )
 
 
-def _divergence(args: PreferenceArguments) -> Divergence:
+def _divergence(args: Any) -> Divergence:
     name = args.f_divergence or "reverse_kl"
     if name not in divergence_names():
         raise ValueError(f"`f_divergence` is {shown(name)}: write one of {', '.join(divergence_names())}.")
@@ -144,7 +144,7 @@ def _divergence(args: PreferenceArguments) -> Divergence:
 # --- what does not combine -------------------------------------------------------------------------------------------
 
 
-def _check_divergence(args: PreferenceArguments, objective: Objective) -> None:
+def _check_divergence(args: Any, objective: Objective) -> None:
     if objective.divergence.name == "reverse_kl":
         return
     for part in objective.parts:
@@ -161,7 +161,7 @@ def _check_divergence(args: PreferenceArguments, objective: Objective) -> None:
         raise ValueError(f"pref_loss {objective.name!r} has no reference to diverge from: remove `f_divergence`.")
 
 
-def _check_scores(args: PreferenceArguments, objective: Objective) -> None:
+def _check_scores(args: Any, objective: Objective) -> None:
     needing = [loss.name for loss in objective.losses if loss.needs_scores]
     if needing and args.pref_margin_column is None:
         raise ValueError(
@@ -175,7 +175,7 @@ def _check_scores(args: PreferenceArguments, objective: Objective) -> None:
         )
 
 
-def _check_refinement(args: PreferenceArguments, objective: Objective) -> None:
+def _check_refinement(args: Any, objective: Objective) -> None:
     if args.sr_prompt is None:
         return
     if not args.sr_prompt.strip():
@@ -190,7 +190,7 @@ def _check_refinement(args: PreferenceArguments, objective: Objective) -> None:
         )
 
 
-def _check_ld_alpha(args: PreferenceArguments, objective: Objective) -> None:
+def _check_ld_alpha(args: Any, objective: Objective) -> None:
     if args.ld_alpha_reference:
         if args.ld_alpha is None:
             raise ValueError("`ld_alpha_reference: true` needs `ld_alpha`, the weight itself: write it, too.")
@@ -206,7 +206,7 @@ def _check_ld_alpha(args: PreferenceArguments, objective: Objective) -> None:
         )
 
 
-def _check_wpo(args: PreferenceArguments, objective: Objective) -> None:
+def _check_wpo(args: Any, objective: Objective) -> None:
     of_batch = next((loss.name for loss in objective.losses if loss.needs_batch), None)
     if args.pref_wpo and of_batch is not None:
         raise ValueError(
@@ -215,12 +215,12 @@ def _check_wpo(args: PreferenceArguments, objective: Objective) -> None:
         )
 
 
-def _check_reference(args: PreferenceArguments, objective: Objective) -> None:
+def _check_reference(args: Any, objective: Objective) -> None:
     if args.precompute_ref_log_probs and not objective.needs_reference:
         raise ValueError(f"pref_loss {objective.name!r} has no reference: remove `precompute_ref_log_probs: true`.")
 
 
-CHECKS: tuple[Callable[[PreferenceArguments, Objective], None], ...] = (
+CHECKS: tuple[Callable[[Any, Objective], None], ...] = (
     _check_divergence,
     _check_scores,
     _check_refinement,

@@ -130,6 +130,7 @@ LOSS_FIELDS: dict[str, Field] = {
     "dpo_label_smoothing": _number(_takes("label_smoothing"), step=0.05),
     "simpo_gamma": _number(_takes("simpo_gamma"), step=0.1),
     "dpop_lambda": _number(_takes("dpop_lambda"), step=1),  # its default is 50
+    "discopop_tau": _number(_takes("discopop_tau"), step=0.01),
     "sr_lambda": _number(_takes("sr_lambda"), step=0.1),
     "ipo_length_normalize": Field(gr.Dropdown, _takes("length_normalize"), _AUTO),
     "odpo_alpha": _number(_takes("odpo_alpha"), step=0.1),
@@ -169,6 +170,7 @@ RANGES = {  # others: nonnegative
     "cringe_bias": "finite",
     "f_divergence_alpha": "finite",
     "cringe_tau": "positive",
+    "discopop_tau": "positive",
     "cringe_top_k": "count",
 }
 # Keys that errors name, which the board shows under a label: in backticks, perhaps with a value, or bare but not a part

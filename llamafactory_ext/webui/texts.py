@@ -16,6 +16,7 @@ FIELDS: dict[str, dict[str, Field]] = {
             "DPOP lambda",
             "Weight of the penalty when the chosen response is less likely than under the reference.",
         ),
+        "discopop_tau": ("DiscoPOP tau", "The smaller, the sharper the change from DPO's loss to the exponential one."),
         "sr_lambda": ("Refinement lambda", "Weight of the refinement term. 0 turns it off."),
         "ipo_length_normalize": ("Length normalization", "true: average over tokens. false: sum over tokens."),
         "ld_alpha": ("LD alpha", "Weight of the longer response's extra tokens (LD-DPO)."),
@@ -65,6 +66,7 @@ FIELDS: dict[str, dict[str, Field]] = {
             "Лямбда DPOP",
             "Вес штрафа за выбранные ответы, которые стали менее вероятными, чем у эталонной модели.",
         ),
+        "discopop_tau": ("Тау DiscoPOP", "Чем меньше, тем резче переход от функции потерь DPO к экспоненциальной."),
         "sr_lambda": ("Лямбда уточнения", "Вес уточняющего слагаемого. 0 отключает его."),
         "ipo_length_normalize": ("Нормировка по длине", "true: среднее по токенам. false: сумма по токенам."),
         "ld_alpha": ("Альфа LD", "Вес лишних токенов более длинного ответа (LD-DPO)."),
@@ -114,6 +116,7 @@ FIELDS: dict[str, dict[str, Field]] = {
         "dpo_label_smoothing": ("标签平滑", "预计标注颠倒的样本对所占比例。"),
         "simpo_gamma": ("SimPO gamma", "被选回答与被拒回答之间的目标间隔。"),
         "dpop_lambda": ("DPOP lambda", "被选回答的概率低于参考模型时的惩罚权重。"),
+        "discopop_tau": ("DiscoPOP 的 tau", "越小，从 DPO 损失到指数损失的过渡越急。"),
         "sr_lambda": ("修正项 lambda", "修正项的权重。0 表示关闭。"),
         "ipo_length_normalize": ("长度归一化", "true：对词元取平均。false：对词元求和。"),
         "ld_alpha": ("LD alpha", "较长回答多出的词元的权重（LD-DPO）。"),
@@ -148,6 +151,7 @@ FIELDS: dict[str, dict[str, Field]] = {
         "dpo_label_smoothing": ("레이블 스무딩", "레이블이 뒤바뀌었을 것으로 예상되는 쌍의 비율."),
         "simpo_gamma": ("SimPO 감마", "선택된 응답과 거부된 응답 사이의 목표 마진."),
         "dpop_lambda": ("DPOP 람다", "선택된 응답의 확률이 참조 모델보다 낮을 때의 페널티 가중치."),
+        "discopop_tau": ("DiscoPOP 타우", "작을수록 DPO 로스에서 지수 로스로 급격하게 바뀝니다."),
         "sr_lambda": ("개선 항 람다", "개선 항의 가중치. 0이면 사용하지 않습니다."),
         "ipo_length_normalize": ("길이 정규화", "true: 토큰 평균. false: 토큰 합."),
         "ld_alpha": ("LD 알파", "더 긴 응답에서 초과하는 토큰의 가중치 (LD-DPO)."),
@@ -191,6 +195,7 @@ FIELDS: dict[str, dict[str, Field]] = {
         "dpo_label_smoothing": ("ラベルスムージング", "ラベルが逆になっていると見込むペアの割合。"),
         "simpo_gamma": ("SimPO ガンマ", "選ばれた応答と拒否された応答の間の目標マージン。"),
         "dpop_lambda": ("DPOP ラムダ", "選ばれた応答の確率が参照モデルを下回ったときのペナルティの重み。"),
+        "discopop_tau": ("DiscoPOP タウ", "小さいほど、DPO の損失から指数損失へ急に切り替わります。"),
         "sr_lambda": ("改善項のラムダ", "改善項の重み。0 で無効になります。"),
         "ipo_length_normalize": ("長さの正規化", "true：トークンの平均。false：トークンの合計。"),
         "ld_alpha": ("LD アルファ", "長い方の応答で超過するトークンの重み（LD-DPO）。"),
@@ -265,6 +270,7 @@ LOSSES: dict[str, dict[str, str]] = {
         "rrhf": "RRHF: SFT plus a hinge on the likelihoods per token. It needs no reference model.",
         "squared_po": "SquaredPO: f-DPO with f(t) = (log t)^2 / 2. It resists falling chosen probabilities.",
         "minor_sft": "MinorSFT: SFT whose force fades as the response becomes more likely than under the reference.",
+        "discopop": "DiscoPOP: blends DPO's logistic loss with an exponential one, by the size of the margin.",
     },
     "ru": {
         "sigmoid": "DPO: неограниченно увеличивает отрыв выбранного ответа от отвергнутого.",
@@ -301,6 +307,7 @@ LOSSES: dict[str, dict[str, str]] = {
         "rrhf": "RRHF: SFT и кусочно-линейный штраф на правдоподобиях на токен. Эталонная модель не нужна.",
         "squared_po": "SquaredPO: f-DPO с f(t) = (log t)^2 / 2, противится падению вероятностей выбранных ответов.",
         "minor_sft": "MinorSFT: SFT, сила которого слабеет, когда ответ становится вероятнее, чем у эталонной модели.",
+        "discopop": "DiscoPOP: смешивает логистическую функцию потерь DPO с экспоненциальной по величине отрыва.",
     },
     "zh": {
         "sigmoid": "DPO：不断拉大被选回答与被拒回答之间的间隔，没有上限。",
@@ -329,6 +336,7 @@ LOSSES: dict[str, dict[str, str]] = {
         "rrhf": "RRHF：SFT 加每个词元似然的合页损失。不需要参考模型。",
         "squared_po": "SquaredPO：取 f(t) = (log t)^2 / 2 的 f-DPO，可抑制被选回答的概率下降。",
         "minor_sft": "MinorSFT：回答的概率超过参考模型越多，作用力越弱的 SFT。",
+        "discopop": "DiscoPOP：按间隔大小混合 DPO 的逻辑斯谛损失与指数损失。",
     },
     "ko": {
         "sigmoid": "DPO: 선택된 응답과 거부된 응답의 마진을 제한 없이 넓힙니다.",
@@ -361,6 +369,7 @@ LOSSES: dict[str, dict[str, str]] = {
         "rrhf": "RRHF: SFT에 토큰당 우도의 힌지 로스를 더합니다. 참조 모델이 필요 없습니다.",
         "squared_po": "SquaredPO: f(t) = (log t)^2 / 2인 f-DPO. 선택된 응답의 확률이 떨어지는 것을 억제합니다.",
         "minor_sft": "MinorSFT: 응답의 확률이 참조 모델보다 높아질수록 힘이 약해지는 SFT.",
+        "discopop": "DiscoPOP: 마진의 크기에 따라 DPO의 로지스틱 로스와 지수 로스를 섞습니다.",
     },
     "ja": {
         "sigmoid": "DPO：選ばれた応答と拒否された応答のマージンを際限なく広げます。",
@@ -396,6 +405,7 @@ LOSSES: dict[str, dict[str, str]] = {
         "rrhf": "RRHF：SFT にトークンあたりの尤度のヒンジ損失を加えます。参照モデルは不要です。",
         "squared_po": "SquaredPO：f(t) = (log t)^2 / 2 の f-DPO。選ばれた応答の確率の低下を抑えます。",
         "minor_sft": "MinorSFT：応答の確率が参照モデルを上回るにつれて力が弱まる SFT。",
+        "discopop": "DiscoPOP：マージンの大きさに応じて、DPO のロジスティック損失と指数損失を混ぜ合わせます。",
     },
 }
 

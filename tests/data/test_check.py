@@ -370,7 +370,7 @@ def test_pairs_of_a_refinement_term_are_counted_as_trained(settings):
         ({"adapter_name_or_path": "./none", "finetuning_type": "lora"}, "there is no ./none: write an existing folder"),
         ({"finetuning_type": "full", "adapter_name_or_path": "."}, "`finetuning_type: lora` only"),
         ({"cutof_len": 5}, "'cutof_len' is not a key.* Did you mean 'cutoff_len'"),
-        ({"pref_loss": "minor"}, "Did you mean 'minor_dpo'"),
+        ({"pref_loss": "minor_d"}, "Did you mean 'minor_dpo'"),
         ({"model_name_or_path": "no/such-model"}, "the tokenizer of 'no/such-model' cannot be used"),
     ],
 )

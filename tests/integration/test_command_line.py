@@ -44,7 +44,7 @@ def test_wrong_value_stops_before_the_weights(model, data, tmp_path):
     file = write_recipe(tmp_path, recipe(model, data, tmp_path / "out", pref_loss="minor_dp"))
     run = command_line(tmp_path, "train", file)
     assert run.returncode != 0
-    assert "Did you mean 'minor_dpo'?" in run.stderr.strip().splitlines()[-1]
+    assert "Did you mean 'minor_dpo'" in run.stderr.strip().splitlines()[-1]
     assert "Loading" not in run.stdout + run.stderr
     assert not (tmp_path / "out").exists()
 
