@@ -105,10 +105,31 @@ def _plain_with_smoothing(name: str, pairs: PairLogps, beta: float, e: float) ->
 
 def plain_logps(model: torch.nn.Module, tokenizer: Any, prompt: str, response: str) -> tuple[float, int]:
     """The summed log-probability of one response after one prompt, alone and without padding, and its length."""
+    logits, tokens = plain_logits(model, tokenizer, prompt, response)
+    logps = torch.log(torch.softmax(logits, dim=-1))
+    return sum(logps[i, token].item() for i, token in enumerate(tokens)), len(tokens)
+
+
+def plain_logits(model: torch.nn.Module, tokenizer: Any, prompt: str, response: str) -> tuple[torch.Tensor, list[int]]:
+    """The logits that predict each token of a response, in float64, and the tokens."""
     prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     response_ids = tokenizer(response, add_special_tokens=False)["input_ids"]
     with torch.no_grad():
         logits = model(torch.tensor([prompt_ids + response_ids])).logits[0].double()
-    logps = torch.log(torch.softmax(logits, dim=-1))
-    first = len(prompt_ids) - 1  # the position that predicts the first response token
-    return sum(logps[first + i, token].item() for i, token in enumerate(response_ids)), len(response_ids)
+    return logits[len(prompt_ids) - 1 : -1], response_ids
+
+
+def plain_contrast(logits: torch.Tensor, tokens: list[int]) -> float:
+    """CRINGE's contrast of tokens with the most likely other one: -log(e^s* / (e^s* + e^s)), summed."""
+    total = 0.0
+    for row, token in zip(logits, tokens, strict=True):
+        other = max(value.item() for index, value in enumerate(row) if index != token)
+        total -= torch.log(torch.sigmoid(other - row[token])).item()
+    return total
+
+
+def plain_weight(logits: torch.Tensor, tokens: list[int]) -> float:
+    """WPO's weight of a response: the geometric mean over tokens of p(y_t) / sum_v p(v)^2."""
+    p = torch.softmax(logits, dim=-1)
+    ratios = [p[i, token] / (p[i] ** 2).sum() for i, token in enumerate(tokens)]
+    return torch.stack(ratios).log().mean().exp().item()

@@ -15,14 +15,14 @@ import pytest
 import torch
 from llamafactory.hparams import get_train_args
 from llamafactory.train import tuner
-from plain import plain_logps, plain_loss
+from plain import plain_contrast, plain_logits, plain_logps, plain_loss
 from tiny import make_model, recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llamafactory_ext import PairLogps
+from llamafactory_ext import PairLogps, get_loss
 
 LOSSES = {
-    "sigmoid": {"beta": 0.1, "label_smoothing": 0.0},
+    "sigmoid": {"beta": 0.1, "label_smoothing": 0.0, "sr_lambda": 0.0},
     "hinge": {"beta": 0.1},
     "ipo": {"beta": 0.1, "length_normalize": True},
     "kto_pair": {"beta": 0.1},
@@ -30,9 +30,12 @@ LOSSES = {
     "dpop": {"beta": 0.1, "dpop_lambda": 50.0, "sr_lambda": 0.0},
     "sr_dpo": {"beta": 0.1, "sr_lambda": 0.3},
     "sr_ipo": {"beta": 0.1, "sr_lambda": 0.3, "length_normalize": False},
-    "robust": {"beta": 0.1, "label_smoothing": 0.0},
-    "discopop": {"beta": 0.1, "discopop_tau": 0.05},
-    "sigmoid_norm": {"beta": 0.1},
+    "robust": {"beta": 0.1, "label_smoothing": 0.0, "sr_lambda": 0.0},
+    "discopop": {"beta": 0.1, "discopop_tau": 0.05, "sr_lambda": 0.0},
+    "sigmoid_norm": {"beta": 0.1, "sr_lambda": 0.0},
+    "odpo": {"beta": 0.1, "odpo_alpha": 1.0, "sr_lambda": 0.0},
+    "squared_po": {"beta": 0.1},
+    "minor_sft": {"beta": 0.1},
     "exo_pair": {"beta": 0.1, "label_smoothing": 1e-3},
     "aot": {"beta": 0.1, "label_smoothing": 0.0},
     "aot_unpaired": {"beta": 0.1, "label_smoothing": 0.0},
@@ -44,8 +47,13 @@ LOSSES = {
     "orpo": {"beta": 0.1},
     "sft": {},
     "simpo": {"beta": 0.1, "simpo_gamma": 0.5},
+    "rrhf": {"rrhf_weight": 1.0},
+    # Of one token, which is then no matter of chance.
+    "cringe": {"cringe_alpha": 1.0, "cringe_bias": 0.0, "cringe_tau": 1.0, "cringe_top_k": 1},
 }
-WITH_REFERENCE = [name for name in LOSSES if name not in ("orpo", "sft", "simpo")]
+# What a loss needs beside its name.
+NEEDED = {"odpo": {"pref_margin_column": "gap"}, "cringe": {"cringe_top_k": 1}}
+WITH_REFERENCE = [name for name in LOSSES if get_loss(name).needs_reference]
 NORMALIZED = [f"normalized_rewards/{curve}" for curve in ("chosen", "rejected", "margins")]
 
 
@@ -69,6 +77,7 @@ def train(model, data, tmp_path):
     def run(**changes: Any) -> Path:
         if changes.get("pref_loss") in ("sr_dpo", "sr_ipo"):
             changes = {"sr_prompt": SR_PROMPT, **changes}
+        changes = NEEDED.get(changes.get("pref_loss", ""), {}) | changes
         output = tmp_path / f"run{next(count)}"
         tuner.run_exp(recipe(model, data, output, **changes))
         return output
@@ -98,6 +107,9 @@ def plain_pairs(model: Path, other_model: Path, data: Path, sr_prompt: str) -> P
                 total, length = plain_logps(scorer, tokenizer, prompt, row[side] + "<|im_end|>\n")
                 columns.setdefault(f"{name}_{side}", []).append(total)
             columns.setdefault(f"{side}_length", []).append(length)
+        columns.setdefault("score_gap", []).append(row["gap"])
+        rejected = plain_logits(policy, tokenizer, prompt, row["rejected"] + "<|im_end|>\n")
+        columns.setdefault("contrast", []).append(plain_contrast(*rejected))
     return PairLogps(**{name: torch.tensor(values, dtype=torch.float64) for name, values in columns.items()})
 
 
@@ -122,7 +134,7 @@ def test_trained_loss_is_the_formula(name, train, other_model, first_pairs):
     log = history(output)[0]
     assert log["loss"] == pytest.approx(plain_loss(name, first_pairs, **LOSSES[name]).mean().item(), rel=1e-4)
 
-    scored = first_pairs.per_token() if name in ("ipo", "orpo", "sft", "simpo") else first_pairs
+    scored = first_pairs.per_token() if name == "ipo" or name not in WITH_REFERENCE else first_pairs
     assert log["logps/chosen"] == pytest.approx(scored.policy_chosen.mean().item(), rel=1e-4)
     if name in WITH_REFERENCE:
         assert log["rewards/rejected"] == pytest.approx(0.1 * scored.rejected_logratio.mean().item(), rel=1e-3)
@@ -161,7 +173,8 @@ def test_every_loss_trains(name, tuning, train):
         changes["discopop_tau"] = 0.5  # with its default, first steps lower margins: the loss has a valley below 0
     output = train(pref_loss=name, max_steps=12, learning_rate=5e-3, **changes)
     logs = [log for log in history(output) if "loss" in log]
-    assert logs[-1]["rewards/margins"] > logs[0]["rewards/margins"] + 1e-3
+    rises = "rewards/chosen" if name == "minor_sft" else "rewards/margins"  # it sees the chosen response only
+    assert logs[-1][rises] > logs[0][rises] + 1e-3
     if name in WITH_REFERENCE:
         assert [logs[0][key] for key in NORMALIZED] == [0.0, 0.0, 0.0]
     weights = "adapter_model.safetensors" if "lora" in tuning else "model.safetensors"

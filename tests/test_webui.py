@@ -26,7 +26,7 @@ from llamafactory.webui.locales import LOCALES
 from llamafactory_ext.losses import STOCK_LOSSES, lookup
 from llamafactory_ext.recipe.arguments import SR_PROMPT, PreferenceArguments
 from llamafactory_ext.recipe.keys import NUMBERS, OTHER_OWN_KEYS, OWN_KEYS, STOCK_KEYS, keys_not_taken
-from llamafactory_ext.webui import errors, texts
+from llamafactory_ext.webui import errors, loss_texts, texts
 from llamafactory_ext.webui.errors import BoardError
 from llamafactory_ext.webui.fields import (
     FIELDS,
@@ -81,19 +81,19 @@ def test_no_field_stands_on_the_board_twice(board):
 
 
 def test_every_language_has_all_words():
-    for words in (texts.FIELDS, texts.LOSSES, errors.ALERTS, errors.RANGES):
+    for words in (texts.FIELDS, loss_texts.LOSSES, errors.ALERTS, errors.RANGES):
         assert set(words) == set(LOCALES["pref_loss"])
         for lang, translated in words.items():
             assert set(translated) == set(words["en"]), lang
             assert lang == "en" or all(translated[name] != text for name, text in words["en"].items())
     # The board shows the first line of the docstring of a user's.
-    assert set(texts.LOSSES["en"]) == {name for name in lookup.loss_names() if not lookup.get_loss(name).is_users}
+    assert set(loss_texts.LOSSES["en"]) == {name for name in lookup.loss_names() if not lookup.get_loss(name).is_users}
     assert set(errors.QUOTES) == set(errors.ALERTS)
     for alerts in errors.ALERTS.values():
         for name, sentence in alerts.items():
             assert _names(sentence) == _names(errors.ALERTS["en"][name]), sentence
     assert LOCALES["dpop_lambda"]["zh"]["label"] == "DPOP lambda"
-    assert texts.about_loss("dpop", "a language of the future") == texts.LOSSES["en"]["dpop"]
+    assert loss_texts.about_loss("dpop", "a language of the future") == loss_texts.LOSSES["en"]["dpop"]
 
 
 def _names(sentence):

@@ -22,6 +22,8 @@ def make_pairs(path: Path, count: int) -> None:
                 "input": "",
                 "chosen": f"{a} + {b} = {a + b}.",
                 "rejected": f"{a} plus {b} is equal to {a + b + 1}.",
+                "gap": a / 4,
+                "weight": b / 4,
             }
         )
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

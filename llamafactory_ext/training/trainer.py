@@ -159,12 +159,25 @@ class PreferenceTrainer(CustomDPOTrainer):
 
         for each in weights.values():
             losses = losses * each
-        loss = losses.mean()
-        if self.finetuning_args.router_loss_weight and policy.router_loss is not None:
-            loss = loss + self.finetuning_args.router_loss_weight * policy.router_loss
-            metrics["router/loss"] = policy.router_loss
+        loss, router_loss = losses.mean(), self._router_loss(model, policy)
+        if router_loss is not None:
+            loss = loss + self.finetuning_args.router_loss_weight * router_loss
+            metrics["router/loss"] = router_loss
         prefix = "eval_" if train_eval == "eval" else ""
         return loss, {f"{prefix}{name}": values.detach() for name, values in metrics.items()}
+
+    def _router_loss(self, model: Any, policy: ResponseLogps) -> Tensor | None:
+        """The load-balancing loss of a mixture of experts, which LLaMA-Factory drops; None if it cannot be trained."""
+        if not self.finetuning_args.router_loss_weight:
+            return None
+        if policy.router_loss is None:
+            why = f"{type(inner_model(model)).__name__} returns no loss of a router"
+        elif torch.is_grad_enabled() and not policy.router_loss.requires_grad:
+            why = "checkpointed layers give routers no gradient, unless the recipe says `use_reentrant_gc: false`"
+        else:
+            return policy.router_loss
+        logger.warning_rank0_once(f"`moe_aux_loss_coef` has no effect: {why}.")
+        return None
 
     def _lay_out(self, batch: Batch) -> Layout:
         if self.sharing.is_on is None:

@@ -18,10 +18,10 @@ from ..losses import STOCK_LOSSES
 from ..plots import reward_figure
 from ..recipe.keys import keys_of
 from ..training.monitors import problem, read_trainer_log, stopped_at
-from . import texts
 from .errors import joined
 from .fields import FIELDS, LOSS_FIELDS, STAGE_FIELDS, alert, chosen_losses, is_dpo, is_shown, losses_of, why_not
 from .loss_files import LossFiles
+from .loss_texts import about_loss
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -139,7 +139,7 @@ class _Section:
         about = ""
         if is_dpo(stage):
             wrong = why_not(name, losses, error, lang)
-            described = (texts.about_loss(loss.name, lang) or loss.description.splitlines()[0] for loss in chosen)
+            described = (about_loss(loss.name, lang) or loss.description.splitlines()[0] for loss in chosen)
             about = f"⚠️ {wrong}" if wrong else " + ".join(described)
         update: Update = {self.about: gr.Markdown(about, visible=bool(about))}
         defaults = {key: value for loss in reversed(chosen) for key, value in keys_of(loss).items()}

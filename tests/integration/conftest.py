@@ -30,6 +30,10 @@ def recipe_for(data, tmp_path_factory):
     def recipe_of(name, tuning, output, **changes):
         settings = {"pref_loss": name, "finetuning_type": tuning, "optim": "sgd", "learning_rate": 0.05}
         settings |= {"per_device_train_batch_size": 1, "max_steps": 3}
+        if get_loss(name).needs_scores:
+            settings |= {"pref_margin_column": "gap"}
+        if get_loss(name).needs_contrast:
+            settings |= {"cringe_top_k": 1}  # no matter of chance, which ranks draw by themselves
         if get_loss(name).needs_reference:
             settings |= {"precompute_ref_log_probs": True}
         if tuning == "lora":

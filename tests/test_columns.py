@@ -1,0 +1,79 @@
+"""Weights and scores of the data: read, checked, and with their pair through shuffling and dropped rows."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llamafactory_ext.training.columns import SCORE_GAP, WEIGHT, CarryingProcessor, Columns
+
+ROW = {"instruction": "What is 1 + 1?", "weight": 2, "good": 5.5, "bad": 3, "text": "3", "none": None, "nan": math.nan}
+
+
+@pytest.mark.parametrize(
+    ("columns", "numbers"),
+    [
+        (Columns(), {}),
+        (Columns(weight="weight"), {WEIGHT: 2.0}),
+        (Columns(scores=("good",)), {SCORE_GAP: 5.5}),
+        (Columns(weight="bad", scores=("good", "bad")), {WEIGHT: 3.0, SCORE_GAP: 2.5}),
+    ],
+)
+def test_numbers_of_a_row(columns, numbers):
+    assert columns.numbers(ROW) == numbers
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (
+            Columns(weight="wight"),
+            "`pref_weight_column` names 'wight', but the data has the columns 'instruction', 'weigh",
+        ),
+        (Columns(scores=("good", "evil")), "`pref_margin_column` names 'evil'"),
+        (Columns(weight="text"), "column 'text' .value '3'. of the row that begins with 'What is 1 . 1.' is no number"),
+        (Columns(weight="none"), "column 'none' .value None.*is no number"),
+        (Columns(weight="nan"), "is no number"),
+        (Columns(scores=("bad", "good")), "does not score higher than the rejected one"),
+        (Columns(scores=("good", "good")), "remove such pairs"),
+    ],
+)
+def test_refused_rows(columns, message):
+    with pytest.raises(ValueError, match=message):
+        columns.numbers(ROW)
+
+
+def test_a_negative_weight_is_refused():
+    with pytest.raises(ValueError, match="is negative: write a number of at least 0"):
+        Columns(weight="weight").numbers({**ROW, "weight": -0.1})
+
+
+def test_tokenized_data_without_the_numbers_is_refused():
+    columns = Columns(weight="weight", scores=("good", "bad"))
+    columns.check([{WEIGHT: 1.0, SCORE_GAP: 1.0}])
+    columns.check([])
+    with pytest.raises(ValueError, match="tokenized without the column 'good, bad': name a new folder"):
+        columns.check([{WEIGHT: 1.0}])
+
+
+class Dropping:
+    """A processor that drops pairs as LLaMA-Factory's does, and makes two columns of the others."""
+
+    def preprocess_dataset(self, examples):
+        kept = [prompt for prompt, is_kept in zip(examples["_prompt"], examples["_kept"], strict=True) if is_kept]
+        return {"a": kept, "b": [len(prompt) for prompt in kept]} if kept else {}
+
+    def print_data_example(self, example):
+        pass
+
+
+@given(st.lists(st.tuples(st.text(), st.booleans(), st.floats(0, 9))))
+def test_numbers_stay_with_their_pair_where_others_are_dropped(rows):
+    prompts, kept, weights = ([row[at] for row in rows] for at in range(3))
+    found = CarryingProcessor(Dropping()).preprocess_dataset({"_prompt": prompts, "_kept": kept, WEIGHT: weights})
+    expected = [(prompt, weight) for prompt, is_kept, weight in rows if is_kept]
+    assert list(zip(found.get("a", []), found.get(WEIGHT, []), strict=True)) == expected
+    assert len(found.get("b", [])) == len(expected)
