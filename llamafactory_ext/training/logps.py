@@ -20,10 +20,12 @@ from torch.utils.checkpoint import checkpoint
 
 from .head import HeadOutput, head_output
 from .layout import Layout, inner_model
-from .terms import TokenTerm
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+# More to compute of a token: of logits and their log_softmax, `(scored, vocabulary)`, and the tokens, `(scored,)`.
+TokenTerm = Callable[["Tensor", "Tensor", "Tensor"], "Tensor"]
 
 # The most logits held at once: 256 MiB in float32, three times that in the backward pass. With Qwen's vocabulary of
 # 151,936 that is 441 tokens, enough to keep a matrix product busy.

@@ -5,7 +5,7 @@ A term is computed where the logits are (`logps.py`), so that they need not be k
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..losses.objective import Objective
-    from .logps import ResponseLogps
-
-# From logits and their log_softmax, shape `(scored, vocabulary)`, and the tokens, `(scored,)`: a value each.
-TokenTerm = Callable[["Tensor", "Tensor", "Tensor"], "Tensor"]
+    from .logps import ResponseLogps, TokenTerm
 
 ALIGNMENT, CONTRAST = "alignment", "contrast"
 

@@ -46,7 +46,7 @@ from .terms import CONTRAST, pair_weights, terms_of
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .terms import TokenTerm
+    from .logps import TokenTerm
 
 logger = logging.get_logger()  # LLaMA-Factory's own, whose lines reach the console and the web UI
 
