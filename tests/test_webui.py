@@ -6,6 +6,7 @@ import json
 import math
 import os
 import string
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -43,7 +44,7 @@ from llamafactory_ext.webui.fields import (
     spread,
     why_not,
 )
-from llamafactory_ext.webui.loss_files import FOLDERS, LossFiles
+from llamafactory_ext.webui.loss_files import FOLDERS, LossFiles, describe
 from llamafactory_ext.webui.section import _Curves, about_run
 
 LOSSES = {name: [loss] for name, loss in losses_of("DPO", "")[0].items()}
@@ -227,6 +228,40 @@ def loss_files(tmp_path, monkeypatch):
     return files
 
 
+class Fork:
+    """`describe` in a fork of this process, in place of a new process that spends two seconds on importing torch."""
+
+    def __init__(self, command, stdin, stdout, **reading):
+        begin, end = os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            try:
+                os.dup2(end, 1)
+                sys.stdout, sys.argv = os.fdopen(1, "w", closefd=False), ["-c", command[-1]]
+                lookup.load_files_by(lookup._run_file)  # this process is no board
+                describe()
+            finally:
+                os._exit(0)
+        os.close(end)
+        self.answer = os.fdopen(begin, **reading)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.answer.close()
+        os.waitpid(self.pid, 0)
+
+    def communicate(self, timeout):
+        return self.answer.read(), None
+
+
+@pytest.fixture
+def forks(monkeypatch):
+    """Loss files are read in forks. What a test says of the process itself, it has to say of a real one."""
+    monkeypatch.setattr(subprocess, "Popen", Fork)
+
+
 MINE = """
 from __future__ import annotations
 import sys
@@ -243,7 +278,7 @@ def mine(pairs, *, beta: float, tau: float = 1.0, kinds: tuple = (1, 2)):
 """
 
 
-def test_losses_of_a_file_are_this_sessions_own(tmp_path, loss_files):
+def test_losses_of_a_file_are_this_sessions_own(tmp_path, loss_files, forks):
     path = tmp_path / "mine.py"
     path.write_text(MINE)
     assert "Press Enter in" in str(losses_of("DPO", str(path))[1])
@@ -265,7 +300,7 @@ def test_losses_of_a_file_are_this_sessions_own(tmp_path, loss_files):
 
 
 @pytest.mark.parametrize("default", ["", " = 3.0", " = None"])
-def test_a_loss_of_ones_own_that_takes_the_plugins_keys(board, tmp_path, monkeypatch, default):
+def test_a_loss_of_ones_own_that_takes_the_plugins_keys(board, tmp_path, monkeypatch, forks, default):
     monkeypatch.setenv(FOLDERS, str(tmp_path))
     path = tmp_path / "mine.py"
     path.write_text(
@@ -282,7 +317,7 @@ def test_a_loss_of_ones_own_that_takes_the_plugins_keys(board, tmp_path, monkeyp
     assert shown == {"visible": True, "placeholder": {"": "(required)", " = 3.0": "3", " = None": "None"}[default]}
 
 
-def test_enter_reads_a_file_again_though_only_what_it_needs_has_changed(tmp_path, loss_files):
+def test_enter_reads_a_file_again_though_only_what_it_needs_has_changed(tmp_path, loss_files, forks):
     path, needed = tmp_path / "needing.py", tmp_path / "needed.txt"
     path.write_text(MINE + "from pathlib import Path\nPath(__file__).with_name('needed.txt').read_text()\n")
     loss_files.read(str(path))
@@ -318,30 +353,47 @@ class Odd:
 """
 
 
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        ("import sys\nsys.exit(2)\n", "could not be run: SystemExit: 2"),
-        ("import os\nos._exit(0)\n", "ended the process that imported it"),
-        ("x = 1\n", "registers no loss"),
-        ("from llamafactory_ext import register_loss\nregister_loss('dpop')(lambda pairs, *, beta: 0)\n", "is taken"),
-        (ODD + "register_loss('odd')(lambda pairs, *, beta=Odd(): 0)\n", "cannot be shown: RuntimeError: odd"),
-        ("import mine_too\n", "No module named 'mine_too'"),  # in the working directory, as in trainings
-    ],
-)
-def test_a_loss_file_that_is_none_ends_nothing_but_itself(tmp_path, loss_files, monkeypatch, content, words):
-    path = tmp_path / "script.py"
+# What a loss file may hold, and what is said of it.
+NO_LOSSES = [
+    ("import sys\nsys.exit(2)\n", "could not be run: SystemExit: 2"),
+    ("import os\nos._exit(0)\n", "ended the process that imported it"),
+    ("x = 1\n", "registers no loss"),
+    ("from llamafactory_ext import register_loss\nregister_loss('dpop')(lambda pairs, *, beta: 0)\n", "is taken"),
+    (ODD + "register_loss('odd')(lambda pairs, *, beta=Odd(): 0)\n", "cannot be shown: RuntimeError: odd"),
+]
+
+
+def error_of(content, loss_files, folder):
+    path = folder / "script.py"
     path.write_text(content)
-    (tmp_path / "mine_too.py").touch()
-    monkeypatch.chdir(tmp_path)
     loss_files.read(str(path))
     error = str(losses_of("DPO", "script.py")[1])
-    assert words in error
     assert str(path) not in error or "looked for" in error, "the path is named as it was written"
+    return error
+
+
+@pytest.mark.parametrize(("content", "words"), NO_LOSSES)
+def test_a_loss_file_that_is_none_ends_nothing_but_itself(tmp_path, loss_files, forks, monkeypatch, content, words):
+    monkeypatch.chdir(tmp_path)
+    assert words in error_of(content, loss_files, tmp_path)
+    path = tmp_path / "script.py"
     path.write_text(MINE)
     assert "Press Enter" in str(losses_of("DPO", str(path))[1]), "what was known is not so any more"
     loss_files.read(str(path))
     assert losses_of("DPO", str(path))[1] is None
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("import os\nos._exit(0)\n", "ended the process that imported it"),
+        ("import mine_too\n", "No module named 'mine_too'"),  # in the working directory, as in trainings
+    ],
+)
+def test_the_same_in_a_process_that_is_no_fork(tmp_path, loss_files, monkeypatch, content, words):
+    (tmp_path / "mine_too.py").touch()
+    monkeypatch.chdir(tmp_path)
+    assert words in error_of(content, loss_files, tmp_path)
 
 
 def test_a_file_that_forks_answers_once(tmp_path, loss_files):
@@ -362,7 +414,7 @@ def test_an_import_without_end_is_ended(tmp_path, loss_files, monkeypatch):
     assert not [each for each in psutil.process_iter(["cmdline"]) if f"1234{os.getpid()}" in str(each.info["cmdline"])]
 
 
-def test_loss_files_are_read_from_named_folders_only(tmp_path, loss_files, monkeypatch):
+def test_loss_files_are_read_from_named_folders_only(tmp_path, loss_files, monkeypatch, forks):
     inside, outside = tmp_path / "inside", tmp_path / "outside"
     was_run = f"open({str(tmp_path / 'was_run')!r}, 'w')\n"
     for folder in (inside, outside):
@@ -404,7 +456,7 @@ def test_nothing_is_said_of_paths_outside_of_the_folders(path, tmp_path, loss_fi
     assert str(error) == str(BoardError("forbidden", file=repr(path), variable=FOLDERS))
 
 
-def test_several_events_for_one_file_read_it_together(tmp_path, loss_files):
+def test_several_events_for_one_file_read_it_together(tmp_path, loss_files, forks):
     path = tmp_path / "slow.py"
     count = f"open({str(tmp_path / 'runs')!r}, 'a').write('x')\nimport time\ntime.sleep(1)\n"
     path.write_text(count + MINE.replace("from __future__ import annotations", ""))
@@ -616,7 +668,7 @@ def test_a_configuration_brings_back_what_its_stage_and_loss_have_fields_for(fil
     assert (named["train.extra_args"], named["train.ref_model"]) == ('{"tau": 1}', "other")
 
 
-def test_keys_typed_by_hand_move_to_their_fields(tmp_path, loss_files):
+def test_keys_typed_by_hand_move_to_their_fields(tmp_path, loss_files, forks):
     assert spread('{"dpop_lambda": 7, "share_prefix": true}', "DPO", LOSSES["dpop"])[1] == EMPTY | {
         "dpop_lambda": 7,
         "share_prefix": "true",
@@ -628,7 +680,7 @@ def test_keys_typed_by_hand_move_to_their_fields(tmp_path, loss_files):
     assert spread('{"pref_loss_args": {"tau": 1}}', "DPO", mine)[1] == EMPTY | {"pref_loss_args": '{"tau": 1}'}
 
 
-def test_a_loss_that_is_not_registered_says_why(tmp_path, loss_files):
+def test_a_loss_that_is_not_registered_says_why(tmp_path, loss_files, forks):
     losses, error = losses_of("DPO", "")
     assert why_not("dpop", losses, error, "en") is None
     assert why_not("gentle", losses, error, "en") == (

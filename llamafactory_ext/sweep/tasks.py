@@ -135,7 +135,7 @@ class Agenda:
         """Hashes of the problems and of the files that options name, as a prompt's, where they are local."""
         evaluation = self.sweep.evaluation
         named = [evaluation.data, *evaluation.options.values()] if evaluation else []
-        paths = [Path(each) for each in named if isinstance(each, str)]
+        paths = [Path(each) for each in named if isinstance(each, str) and each]  # an empty path is this folder
         return [hashes.of_data(path) for path in paths if path.exists()]
 
     def _pairs_task(self, cell: Cell) -> Task:

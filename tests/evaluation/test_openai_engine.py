@@ -22,12 +22,13 @@ def invoke(*words: object):
 
 
 @pytest.fixture
-def server(model32, adapters):
+def server(model32, adapters, monkeypatch):
     """The chat API over the tiny model; it answers 500 to the first question, and for good after `broken_after`.
 
     `server.refuse(question)` says with which status, if with any, a question is refused; requests with fields in
     `server.unknown` are refused with `unknown_status`.
     """
+    monkeypatch.setattr("openai._base_client.MAX_RETRY_DELAY", 0.05)
     engine = TransformersEngine(settings(model32, adapters=adapters))
     lock = threading.Lock()
 
@@ -73,7 +74,7 @@ def server(model32, adapters):
     http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     http.requests, http.broken_after, http.key_status, http.refuse = [], math.inf, None, lambda question: None
     http.unknown, http.unknown_status = set(), 400
-    threading.Thread(target=http.serve_forever, daemon=True).start()
+    threading.Thread(target=http.serve_forever, args=(0.02,), daemon=True).start()
     http.url = f"http://127.0.0.1:{http.server_port}/v1"
     yield http
     http.shutdown()
@@ -93,8 +94,7 @@ def test_server_answers_like_the_model_after_a_retry(server, model32, adapters):
     assert engine.parameters() == sent
 
 
-def test_a_server_that_breaks_keeps_what_it_answered(server, model32, data, tmp_path, monkeypatch):
-    monkeypatch.setattr("openai._base_client.MAX_RETRY_DELAY", 0.05)
+def test_a_server_that_breaks_keeps_what_it_answered(server, data, tmp_path):
     server.broken_after = 2  # the first is refused, the second answered
     words = ["--engine", "openai", "--model", "tiny", "--base-url", server.url, "--data", str(data)]
     words += ["--output", str(tmp_path / "out"), "--max-tokens", "12", "--concurrency", "1"]
@@ -215,8 +215,7 @@ def test_what_will_not_pass_stops_at_once(server, data, tmp_path, status, messag
         assert len(server.requests) == 1 + len(asked)
 
 
-def test_what_may_pass_is_asked_again(server, monkeypatch):
-    monkeypatch.setattr("openai._base_client.MAX_RETRY_DELAY", 0.05)
+def test_what_may_pass_is_asked_again(server):
     busy = [429, 503, 408, 409]
     server.refuse = lambda question: busy.pop() if busy else None
     engine = make_engine("openai", settings("tiny", base_url=server.url, concurrency=1))
@@ -232,8 +231,7 @@ def test_nothing_more_is_asked_when_nobody_wants_the_rest(server):
     assert len(server.requests) <= 4  # the first twice, and what was under way
 
 
-def test_wrong_server_or_model_name_is_named(server, monkeypatch):
-    monkeypatch.setattr("openai._base_client.MAX_RETRY_DELAY", 0.05)
+def test_wrong_server_or_model_name_is_named(server):
     with pytest.raises(gsm8k.UserError, match="does not answer"):
         make_engine("openai", settings("tiny", base_url="http://127.0.0.1:1/v1")).versions()
     with pytest.raises(gsm8k.UserError, match="serves tiny, one, two, not large"):

@@ -48,13 +48,13 @@ def write_logs(cell, logs):
     (cell.model / "trainer_state.json").write_text(json.dumps({"log_history": logs}))
 
 
-def train(sweep, cell, value=1.0, metrics=("normalized_rewards/chosen", "normalized_rewards/rejected")):
+def train(sweep, cell, value=1.0, metrics=("normalized_rewards/chosen", "normalized_rewards/rejected"), tasks=None):
     logs = [{"step": step, **dict.fromkeys(metrics, value * step), "monitor/degenerating": 1.0} for step in (1, 2, 3)]
     for log in logs:
         if metrics:
             log["normalized_rewards/margins"] = log[metrics[0]] - log[metrics[1]] / 2
     write_logs(cell, logs)
-    record(sweep, cell.name, "train", Record("done", seconds=90.0))
+    record(sweep, cell.name, "train", Record("done", seconds=90.0), tasks)
 
 
 def score(sweep, name, right, problems=10, sha256="of the problems", tasks=None):

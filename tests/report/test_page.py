@@ -25,6 +25,7 @@ from llamafactory_ext.sweep.tasks import Agenda, write_recipes, write_sweep
 from llamafactory_ext.training.monitors import STOPPED
 
 AXES = {"pref_loss": ["sigmoid", "minor_dpo"], "learning_rate": [1e-5], "pref_beta": [0.02, 0.2]}
+SVG = {"SVG": "svg"}
 
 
 @pytest.fixture
@@ -32,8 +33,11 @@ def sweep(tmp_path):
     return make_sweep(tmp_path, AXES)
 
 
-def report(sweep):
-    page = write_report(sweep.output, sweep.output / "report").read_text(encoding="utf-8")
+def report(sweep, figure_files=SVG):
+    """The page and the rows of the table of cells; the page shows SVG, and other files of figures take far longer."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(page_module, "FIGURE_FILES", figure_files)
+        page = write_report(sweep.output, sweep.output / "report").read_text(encoding="utf-8")
     with (sweep.output / "report" / "cells.csv").open() as file:
         return page, {row["cell"]: row for row in csv.DictReader(file)}
 
@@ -42,7 +46,7 @@ def test_nothing_has_run(sweep):
     page, rows = report(sweep)
     assert '<b class="missing">4</b> cells missing' in page
     assert list(rows) == ["base", *(cell.name for cell in sweep.cells())]
-    assert not (sweep.output / "report" / "scores.png").exists()
+    assert not (sweep.output / "report" / "scores.svg").exists()
 
 
 def test_some_cells_are_missing_and_some_have_failed(sweep):
@@ -222,7 +226,7 @@ def test_every_link_leads_somewhere_and_every_file_is_linked(sweep):
     for cell in sweep.cells():
         train(sweep, cell)
         score(sweep, cell.name, 5)
-    page, _ = report(sweep)
+    page, _ = report(sweep, page_module.FIGURE_FILES)
     links = set(re.findall(r'href="([^"]+)"', page))
     places = {link[1:] for link in links if link.startswith("#")}
     assert places <= set(re.findall(r' id="([^"]+)"', page))

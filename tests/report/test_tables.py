@@ -9,7 +9,7 @@ import shutil
 import subprocess
 
 import pytest
-from recorded_sweeps import make_sweep, score, score_pairs, train
+from recorded_sweeps import make_sweep, score, score_pairs, tasks_of, train
 
 from llamafactory_ext.report.page import write_report
 from llamafactory_ext.report.tabular import STRONG, Entry, Row, Table
@@ -63,10 +63,11 @@ def test_text_is_no_formula_in_a_csv_file():
 # --- whole reports ---------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def latex(tmp_path):
+@pytest.fixture(scope="module")
+def latex(tmp_path_factory):
     """The LaTeX files of a report whose losses, values and cells have every special character in their names."""
-    loss_file = tmp_path / "losses.py"
+    folder = tmp_path_factory.mktemp("latex")
+    loss_file = folder / "losses.py"
     loss_file.write_text(
         f"from llamafactory_ext import register_loss\n\n@register_loss({ODD!r})\n"
         "def odd(pairs, *, beta, tau=0.5, name=''):\n    return -tau * beta * pairs.margin\n"
@@ -77,13 +78,14 @@ def latex(tmp_path):
         {"pref_loss": ODD, "pref_loss_file": str(loss_file), "pref_loss_args": arguments},
         {"pref_loss": "sr_dpo", "sr_lambda": 0.3, "sr_prompt": ["100 % {sure}: ", "$5 & \\more #1_2\n\nLast "]},
     ]
-    sweep = make_sweep(tmp_path, axes, held_out={"dataset": "others"})
+    sweep = make_sweep(folder, axes, held_out={"dataset": "others"})
+    tasks = tasks_of(sweep)
     for cell in sweep.cells():
-        train(sweep, cell)
-        score(sweep, cell.name, 5)
-        score_pairs(sweep, cell, [1, -2])
-    write_report(sweep.output, tmp_path / "report")
-    return sorted((tmp_path / "report").glob("*.tex"))
+        train(sweep, cell, tasks=tasks)
+        score(sweep, cell.name, 5, tasks=tasks)
+        score_pairs(sweep, cell, [1, -2], tasks)
+    write_report(sweep.output, folder / "report")
+    return sorted((folder / "report").glob("*.tex"))
 
 
 def test_no_special_character_of_a_name_reaches_latex(latex):
@@ -101,11 +103,12 @@ def test_no_special_character_of_a_name_reaches_latex(latex):
 
 
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="needs LaTeX: apt-get install texlive-latex-recommended")
-def test_latex_compiles(latex, tmp_path):
+def test_latex_compiles(latex):
+    folder = latex[0].parents[1]
     tables = "\n\n".join(f"\\input{{report/{file.name}}}" for file in latex)
     document = f"\\documentclass{{article}}\\usepackage{{booktabs}}\n\\begin{{document}}\n{tables}\n\\end{{document}}\n"
-    (tmp_path / "all.tex").write_text(document)
+    (folder / "all.tex").write_text(document)
     command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "all.tex"]
-    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, errors="replace")
+    run = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace")
     assert run.returncode == 0, run.stdout[-2000:]
-    assert "Missing character" not in (tmp_path / "all.log").read_text(errors="replace")
+    assert "Missing character" not in (folder / "all.log").read_text(errors="replace")

@@ -7,6 +7,7 @@ import shutil
 import pytest
 from recorded_sweeps import RECIPE, make_sweep, record, score, train
 
+from llamafactory_ext.report import page as page_module
 from llamafactory_ext.report.page import write_report
 from llamafactory_ext.sweep.records import Record
 
@@ -32,7 +33,9 @@ def page(tmp_path_factory):
     for cell in others:
         train(sweep, cell)
         score(sweep, cell.name, 5)
-    address = f"file://{write_report(sweep.output, sweep.output / 'report')}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(page_module, "FIGURE_FILES", {"SVG": "svg"})  # what the page shows
+        address = f"file://{write_report(sweep.output, sweep.output / 'report')}"
     with sync_api.sync_playwright() as running:
         browser = running.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
         opened = browser.new_page()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from itertools import combinations_with_replacement
 from pathlib import Path
 
@@ -26,11 +27,19 @@ from llamafactory_ext.sweep.records import (
 ROOT = Path(__file__).parents[2]
 
 
-def test_from_every_crash_the_sweep_comes_to_the_same_end(tmp_path):
+@pytest.fixture
+def in_memory(tmp_path):
+    """A folder for thousands of small files, which wait for each other on a busy disk."""
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else tmp_path) as folder:
+        yield folder
+
+
+def test_from_every_crash_the_sweep_comes_to_the_same_end(in_memory):
     """The command or everything dies, at any of its file operations and at twenty random moments."""
     places = (ROOT, ROOT / "tests", ROOT / "evaluation")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, places))}
-    command = [sys.executable, str(Path(__file__).with_name("states.py")), str(tmp_path)]
+    command = [sys.executable, str(Path(__file__).with_name("states.py")), in_memory]
     walked = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert walked.returncode == 0, walked.stderr
     assert int(walked.stdout) >= 200

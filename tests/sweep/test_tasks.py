@@ -109,6 +109,16 @@ def test_a_score_belongs_to_the_content_of_its_prompt(make, tmp_path):
     assert task().record().state == "to do"
 
 
+def test_an_empty_option_names_no_files(make, tmp_path, monkeypatch):
+    """An empty path is the working directory, where the sweep itself writes: no score would ever belong to it."""
+    monkeypatch.chdir(tmp_path)
+    found = []
+    for content in ("one", "two"):
+        (tmp_path / "log.txt").write_text(content)
+        found.append(make({"seed": [1]}, options={"system": ""}).score_fingerprint("model"))
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("entry", [None, 3, "pairs.jsonl", [], {}, {"file_name": None}, {"file_name": "gone.jsonl"}])
 def test_an_odd_entry_of_a_data_set_has_no_content(entry, make, tmp_path):
     (tmp_path / "dataset_info.json").write_text(json.dumps({"pairs": entry}))
