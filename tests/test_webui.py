@@ -676,7 +676,7 @@ def test_keys_typed_by_hand_move_to_their_fields(tmp_path, loss_files, forks):
     path = tmp_path / "mine.py"
     path.write_text(MINE)
     loss_files.read(str(path))
-    mine = losses_of("DPO", str(path))[0]["mine"]
+    mine = [losses_of("DPO", str(path))[0]["mine"]]
     assert spread('{"pref_loss_args": {"tau": 1}}', "DPO", mine)[1] == EMPTY | {"pref_loss_args": '{"tau": 1}'}
 
 

@@ -75,6 +75,8 @@ class Field:
             return next((name for name, meaning in TRI_STATE.items() if meaning is value), value)
         if isinstance(value, dict):
             return json.dumps(value, ensure_ascii=False)
+        if isinstance(value, list):
+            return ",".join(map(str, value))
         return self.empty if self.to_yaml(value) is None else value
 
 
