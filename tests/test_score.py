@@ -71,6 +71,33 @@ def test_scores_are_the_numbers_of_a_training_step(settings, tmp_path):
         assert mean == pytest.approx(log[logged], rel=1e-3, abs=1e-4), ours
 
 
+@pytest.mark.parametrize(
+    ("changes", "columns"),
+    [
+        ({"pref_loss": "odpo", "pref_margin_column": ["score_chosen", "bad"], "pref_weight_column": "weight"}, []),
+        ({"pref_loss": "minor_dpo,cringe,sft", "cringe_top_k": 1}, ["loss/minor_dpo", "loss/cringe", "loss/sft"]),
+        ({"pref_loss": "hinge", "f_divergence": "js"}, []),
+    ],
+)
+def test_losses_of_every_kind_are_scored(settings, tmp_path, changes, columns):
+    """As a training logs them, but without weights, which stand beside."""
+    path = tmp_path / "data" / "pairs.jsonl"
+    rows = [json.loads(line) | {"bad": 1.5} for line in path.read_text(encoding="utf-8").splitlines()]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    asked = settings(**changes)
+    scored = [row for row in run(asked, tmp_path / "scores.jsonl", batch_size=4) if not row["skipped"]]
+    recipe = {key: value for key, value in asked.items() if key not in ("infer_dtype", "pref_weight_column")}
+    about = {"max_steps": 1, "per_device_train_batch_size": 4, "learning_rate": 0.0}
+    tuner.run_exp(tiny.recipe(asked["model_name_or_path"], "", tmp_path / "out", **recipe | about))
+    log = json.loads((tmp_path / "out" / "trainer_state.json").read_text(encoding="utf-8"))["log_history"][0]
+    for name in ["loss", *columns]:
+        assert sum(row[name] for row in scored) / 4 == pytest.approx(log[name], rel=1e-3), name
+    if "pref_weight_column" in changes:
+        kept = [row for row in rows if row["rejected"] is not None]
+        assert [row["pair_weight"] for row in scored] == [row["weight"] for row in kept]
+        assert [row["score_gap"] for row in scored] == pytest.approx([row["score_chosen"] - 1.5 for row in kept])
+
+
 def test_rows_keep_their_order_and_the_datas_scores(settings, tmp_path):
     rows = run(settings(), tmp_path / "scores.jsonl", batch_size=2)
     assert [row["index"] for row in rows] == [0, 1, 2, 3, 4]
