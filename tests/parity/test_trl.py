@@ -9,10 +9,10 @@ import copy
 import os
 
 import pytest
-from trl_cases import CASES, SETTINGS
-from trl_parity import COMPARED, DEVIATIONS, OURS_ONLY, compare, lines, trl_table
+from trl_cases import CASES, F_DIVERGENCE, SETTINGS, TABLES, Case
+from trl_parity import DEVIATIONS, OURS_ONLY, compare, lines, ours, trl_table
 
-from llamafactory_ext.losses.lookup import loss_names
+from llamafactory_ext.losses.lookup import all_losses, loss_names
 
 TRL_PYTHON = os.environ.get("TRL_PYTHON")
 pytestmark = [
@@ -32,7 +32,7 @@ def test_cases_can_be_told_apart():
     assert len({case.name for case in CASES}) == len(CASES)
 
 
-@pytest.mark.parametrize("case", COMPARED, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_numbers_are_trls(case, table):
     row = compare(case, table["cases"][case.name]["batches"])
     assert row.is_right, f"value {row.value}, gradient {row.gradient}, allowed {row.allowed}: {row.verdict}"
@@ -48,9 +48,22 @@ def test_every_loss_has_cases_or_a_reason(table):
     assert set(OURS_ONLY) == set(loss_names()) - set(table["losses"])
 
 
+def test_the_same_losses_take_divergences_and_weights():
+    """But for `sft`, which TRL lets have a divergence: it changes nothing there, nor in a sum of ours."""
+    shared = [loss for loss in all_losses() if loss.name in SETTINGS]
+    assert {loss.name for loss in shared if loss.takes_divergence} == set(F_DIVERGENCE) - {"sft"}
+    weighted = {name for case in CASES if case.kind == "use_weighting" for name in case.losses}
+    assert {loss.name for loss in shared if not loss.needs_batch} == weighted
+
+
+def test_no_setting_is_left_out():
+    with pytest.raises(ValueError, match="of TRL's \\['unheard_of'\\]"):
+        ours(Case("loss", ["sigmoid"], {"unheard_of": 1}), TABLES["usual"])
+
+
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_another_number_is_found(where, table):
-    case = COMPARED[0]
+    case = CASES[0]
     changed = copy.deepcopy(table)
     last = changed["cases"][case.name]["batches"][-1]
     if where == "loss":

@@ -5,19 +5,35 @@ Read in both environments, so it imports the standard library only.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+# The vocabulary: what fills rows up, a prompt's token, a response's.
+PADDING, PROMPT, RESPONSE = range(3)
+
 
 @dataclass(frozen=True)
 class Response:
-    """The log-probabilities of a response's tokens, in nats, and log(sum p^2) of each token's distribution."""
+    """The log-probabilities of a response's scored tokens, in nats.
+
+    Args:
+        policy, reference: of each token.
+        share: of the probability that each token leaves, how much the first of the vocabulary's others has.
+    """
 
     policy: list[float]
     reference: list[float]
-    log_sum_sq: list[float]
+    share: list[float]
+
+    @property
+    def log_sum_sq(self) -> list[float]:
+        """log(sum p^2) of the policy's distribution of each token."""
+        rests = [(-math.expm1(logp), share) for logp, share in zip(self.policy, self.share, strict=True)]
+        others = [(rest * share) ** 2 + (rest * (1 - share)) ** 2 for rest, share in rests]
+        return [math.log(math.exp(2 * logp) + other) for logp, other in zip(self.policy, others, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -31,6 +47,12 @@ class Pair:
     @property
     def responses(self) -> tuple[Response, Response]:
         return self.chosen, self.rejected
+
+    def tokens(self) -> tuple[list[int], list[int], list[int]]:
+        """The prompt's, the chosen and the rejected response's. Without prompt, nothing predicts the first token."""
+        unscored = 0 if self.prompt else 1
+        chosen, rejected = ([RESPONSE] * (len(response.policy) + unscored) for response in self.responses)
+        return [PROMPT] * self.prompt, chosen, rejected
 
 
 @dataclass(frozen=True)
@@ -60,7 +82,7 @@ class Case:
 def _response(draw: random.Random, length: int, apart: float) -> Response:
     reference = [draw.uniform(-3, -0.5) for _ in range(length)]
     policy = [min(logp + draw.uniform(-apart, apart), -0.01) for logp in reference]
-    return Response(policy, reference, [draw.uniform(-2.5, -0.1) for _ in range(length)])
+    return Response(policy, reference, [draw.uniform(0.05, 0.95) for _ in range(length)])
 
 
 def _pair(draw: random.Random, prompt: int, lengths: tuple[int, int], apart: float) -> Pair:
@@ -80,7 +102,7 @@ def _cut_off() -> list[Pair]:
 
 def _far() -> list[Pair]:
     """Margins of -1e4 and 1e4 nats."""
-    near, away = Response([-1.0], [-1.0], [-0.5]), Response([-10001.0], [-1.0], [-0.5])
+    near, away = Response([-1.0], [-1.0], [0.5]), Response([-10001.0], [-1.0], [0.5])
     return [Pair(1, away, near), Pair(1, near, away)]
 
 
@@ -150,6 +172,10 @@ def _f_divergences() -> Iterator[Case]:
             # Its bounds are in a table of dtypes without float64, which the limit at 1 does not ask.
             dtype = "float64" if coefficient == 1.0 else "float32"
             yield Case("f_divergence", [loss], {**_settings_of(loss), **alpha}, dtype=dtype)
+    for kind in ("forward_kl", "js_divergence"):
+        yield Case("f_divergence", ["sigmoid"], {"beta": 0.5, "f_divergence_type": kind}, "margins of 1e4 nats")
+    alpha = {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.5}
+    yield Case("f_divergence", ["sigmoid"], {"beta": 0.5, **alpha}, "margins of 1e4 nats", "float32")
 
 
 def _weighted() -> Iterator[Case]:
@@ -157,6 +183,8 @@ def _weighted() -> Iterator[Case]:
     for loss in SETTINGS:
         if loss not in ("aot", "aot_unpaired"):
             yield Case("use_weighting", [loss], {**_settings_of(loss), "use_weighting": True})
+    yield Case("use_weighting", ["sigmoid"], {"beta": 0.5, "use_weighting": True}, "prompts cut off")
+    yield Case("use_weighting", ["sigmoid"], {"beta": 0.5, "use_weighting": True}, dtype="float32")
 
 
 def _length_desensitized() -> Iterator[Case]:
@@ -164,12 +192,14 @@ def _length_desensitized() -> Iterator[Case]:
     for loss in SETTINGS:
         yield Case("ld_alpha", [loss], {**_settings_of(loss), "ld_alpha": 0.5})
     yield from (Case("ld_alpha", ["sigmoid"], {"beta": 0.5, "ld_alpha": alpha}) for alpha in (0.0, 1.0))
+    yield Case("ld_alpha", ["sigmoid"], {"beta": 0.5, "ld_alpha": 0.5}, "prompts cut off")
 
 
 def _combinations() -> Iterator[Case]:
     mixed = {"beta": 0.5, "loss_weights": [1.0, 0.5]}
     yield Case("combination", ["sigmoid", "bco_pair"], {**mixed, "use_weighting": True})
     yield Case("combination", ["sigmoid", "sft"], {**mixed, "ld_alpha": 0.5})
+    yield Case("combination", ["ipo", "bco_pair"], {**mixed, "ld_alpha": 0.5})
     yield Case("combination", ["sigmoid", "sft"], {**mixed, "f_divergence_type": "js_divergence"})
     weighted = {"beta": 0.5, "f_divergence_type": "js_divergence", "use_weighting": True, "ld_alpha": 0.5}
     yield Case("combination", ["robust"], weighted)

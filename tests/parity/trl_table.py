@@ -25,7 +25,7 @@ import torch
 import trl
 from torch import Tensor
 from trl.trainer.dpo_trainer import DataCollatorForPreference, DPOTrainer
-from trl_cases import CASES, TABLES, Case, Pair, Response, batches
+from trl_cases import CASES, PADDING, TABLES, Case, Pair, Response, batches
 
 
 class TableModel(torch.nn.Module):
@@ -91,10 +91,8 @@ def trainer_of(config: trl.DPOConfig, model: TableModel, reference: TableModel) 
 
 
 def example(pair: Pair) -> dict[str, list[int]]:
-    """As TRL's collator takes a pair. Of a response whose prompt was cut off, no model scores the first token."""
-    unscored = 0 if pair.prompt else 1
-    chosen, rejected = ([7] * (len(response.policy) + unscored) for response in pair.responses)
-    return {"prompt_ids": [5] * pair.prompt, "chosen_ids": chosen, "rejected_ids": rejected}
+    """As TRL's collator takes a pair."""
+    return dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), pair.tokens(), strict=True))
 
 
 def rows_of(responses: list[Response], dtype: torch.dtype) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
@@ -114,7 +112,7 @@ def compute(config: trl.DPOConfig, pairs: list[Pair], dtype: torch.dtype) -> dic
     policy, reference = rows_of([pair.chosen for pair in pairs] + [pair.rejected for pair in pairs], dtype)
     model = TableModel(policy)
     trainer = trainer_of(config, model, TableModel(reference))
-    inputs = DataCollatorForPreference(pad_token_id=0)([example(pair) for pair in pairs])
+    inputs = DataCollatorForPreference(pad_token_id=PADDING)([example(pair) for pair in pairs])
     leaves = [row["log_probs"] for row in policy]
     try:
         loss = trainer._compute_loss(model, inputs, return_outputs=False)
@@ -142,9 +140,10 @@ def known_losses() -> list[str]:
     with tempfile.TemporaryDirectory() as folder:
         trainer = trainer_of(config_of(folder), model, model)
     trainer.loss_types = ["unknown"]
-    alone = {"prompt_ids": [5], "chosen_ids": [7], "rejected_ids": [7]}
+    token = Response([-1.0], [-1.0], [0.5])
+    inputs = DataCollatorForPreference(pad_token_id=PADDING)([example(Pair(1, token, token))])
     try:
-        trainer._compute_loss(model, DataCollatorForPreference(pad_token_id=0)([alone]), return_outputs=False)
+        trainer._compute_loss(model, inputs, return_outputs=False)
     except ValueError as error:
         return re.findall(r"'(\w+)'", str(error))
     raise RuntimeError("TRL computed a loss of the name 'unknown'")
