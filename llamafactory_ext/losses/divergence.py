@@ -19,17 +19,24 @@ from .pairs import PairLogps
 if TYPE_CHECKING:
     from torch import Tensor
 
-LARGEST_EXPONENT = 80.0  # in float32, e^80 times a few thousand is finite
+LARGEST_EXPONENT = 15.0  # e^15 is 3e6
 
 
-def _exponential(exponent: Tensor) -> Tensor:
-    """e^x, from `LARGEST_EXPONENT` on constant and without gradient."""
-    return exponent.clamp(max=LARGEST_EXPONENT).exp()
+def exponential(exponent: Tensor) -> Tensor:
+    """e^x, continued as a straight line from `LARGEST_EXPONENT` on, same shape.
+
+    So losses, their squares and norms of their gradients are finite in float32 for any log-ratio of a training, and
+    what lies far out is still pulled back.
+    """
+    largest = torch.full_like(exponent, LARGEST_EXPONENT)
+    # minimum and maximum share the gradient at a tie, which is then that of e^x.
+    beyond = torch.maximum(exponent, largest) - largest
+    return torch.minimum(exponent, largest).exp() + math.exp(LARGEST_EXPONENT) * beyond
 
 
 def forward_kl_score(logratio: Tensor) -> Tensor:
     """f'(t) = 1 - 1/t, f(t) = -log t, same shape as the log-ratios in nats: bounded above, steep below 0."""
-    return 1 - _exponential(-logratio)
+    return 1 - exponential(-logratio)
 
 
 def js_score(logratio: Tensor) -> Tensor:
@@ -44,14 +51,21 @@ def alpha_score(logratio: Tensor, alpha: float) -> Tensor:
     """
     if alpha == 1:
         return logratio
-    exponent = ((alpha - 1) * logratio).clamp(max=LARGEST_EXPONENT)
-    return torch.expm1(exponent) / (alpha - 1)
+    exponent = (alpha - 1) * logratio
+    is_small = exponent < 1  # where expm1 keeps the digits
+    power = torch.where(is_small, torch.expm1(exponent.clamp(max=1)), exponential(exponent) - 1)
+    return power / (alpha - 1)
 
 
 def squared_score(logratio: Tensor) -> Tensor:
-    """f'(t) = log t / t, f(t) = (log t)^2 / 2, same shape (arXiv 2602.06788): largest, 1/e, at D = 1."""
-    bounded = logratio.clamp(min=-LARGEST_EXPONENT)
-    return bounded * torch.exp(-bounded)
+    """f'(t) = log t / t, f(t) = (log t)^2 / 2, same shape (arXiv 2602.06788): largest, 1/e, at D = 1.
+
+    Continued as a straight line below D = -`LARGEST_EXPONENT`, like `exponential`.
+    """
+    least = torch.full_like(logratio, -LARGEST_EXPONENT)
+    inside, below = torch.maximum(logratio, least), torch.minimum(logratio, least) - least
+    slope = (1 + LARGEST_EXPONENT) * math.exp(LARGEST_EXPONENT)
+    return inside * torch.exp(-inside) + slope * below
 
 
 @dataclass(frozen=True)

@@ -152,7 +152,7 @@ def squared_po(pairs: PairLogps, *, beta: float) -> Tensor:
 
     A chosen response that falls below the reference is pulled up ever harder, so that its probability does not fall
     with the rejected one's; nothing is won above e times the reference's.
-    Source: arXiv 2602.06788. s is held constant from D = -80 nats on down.
+    Source: arXiv 2602.06788. Below D = -15 nats, s goes on as a straight line.
     """
     return dpo_argument(in_scores(pairs, squared_score), beta=beta)
 

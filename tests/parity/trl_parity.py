@@ -52,7 +52,10 @@ DEVIATIONS = {
     "sigmoid_norm, beta 0.5, prompts cut off": _UNSCORED,
     "discopop, beta 1.0, margins of 1e4 nats": "TRL's is NaN far below 0, as 0 times infinity; ours is finite",
     "sigmoid, beta 0.5, f_divergence_type forward_kl, margins of 1e4 nats": (
-        "TRL's is infinite far below 0, and its gradient NaN; ours holds the exponent at 80"
+        "TRL's is infinite far below 0, and its gradient NaN; ours goes on as a straight line from e^15 on"
+    ),
+    "sigmoid, beta 0.5, f_divergence_type alpha_divergence, f_alpha_divergence_coef 0.5, margins of 1e4 nats, float32": (
+        "TRL's is constant from e^80 on, and sends no gradient; ours goes on as a straight line from e^15 on"
     ),
     "sft, ld_alpha 0.5": _UNWEIGHTED,
     "sigmoid + sft, beta 0.5, loss_weights [1.0, 0.5], ld_alpha 0.5": _UNWEIGHTED,
