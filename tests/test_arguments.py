@@ -50,6 +50,7 @@ def parse(**settings):
         ({"pref_loss": "ipo"}, "ipo(beta=0.1, length_normalize=True)", True),
         ({"pref_loss": "ipo", "ipo_length_normalize": False}, "ipo(beta=0.1, length_normalize=False)", True),
         ({"pref_loss": "hinge", "ld_alpha": 0.5}, "hinge(beta=0.1)", True),
+        ({"pref_loss": "rrhf", "ld_alpha": 0.5}, "rrhf(rrhf_weight=1.0)", False),
         ({"pref_loss": "robust", "dpo_label_smoothing": 0.2}, "robust(beta=0.1, label_smoothing=0.2, sr_", True),
         ({"pref_loss": "exo_pair"}, "exo_pair(beta=0.1, label_smoothing=0.001)", True),
         ({"pref_loss": "discopop"}, "discopop(beta=0.1, discopop_tau=0.05, sr_lambda=0.0)", True),

@@ -15,6 +15,7 @@ import torch
 import llamafactory_ext
 from llamafactory_ext.losses import lookup
 from llamafactory_ext.losses.pairs import PairLogps
+from llamafactory_ext.losses.registry import register_loss
 
 
 @pytest.fixture(autouse=True)
@@ -38,6 +39,11 @@ def test_public_names():
     assert set(llamafactory_ext.__all__) == {"PairLogps", "__version__", "get_loss", "register_loss"}
     with pytest.raises(AttributeError, match="no attribute 'minor_dpo'"):
         llamafactory_ext.minor_dpo  # noqa: B018
+
+
+def test_a_contrast_without_its_number_of_tokens_is_refused():
+    with pytest.raises(TypeError, match="give it the keyword argument `cringe_top_k`"):
+        register_loss("contrast", needs_reference=False, needs_contrast=True)(lambda pairs: pairs.contrast)
 
 
 def test_own_losses():

@@ -131,9 +131,9 @@ def test_fields_are_the_stages_and_the_losses_own():
     with_reference = {"precompute_ref_log_probs", "ref_log_probs_cache_dir", "ref_model", "pref_bco_weight"}
     cached = common_to_all | with_reference | {"ld_alpha", "ld_alpha_reference"}
     in_scores, refined = {"f_divergence", "f_divergence_alpha"}, {"sr_lambda", "sr_prompt"}
-    assert shown["sft"] == common_to_all | {"pref_wpo"}
+    assert shown["sft"] == common_to_all | {"pref_wpo", "ld_alpha"}
     assert shown["rrhf"] == shown["sft"] | {"rrhf_weight"}
-    assert shown["orpo"] == common_to_all | {"pref_wpo", "ld_alpha"}
+    assert shown["orpo"] == shown["sft"]
     assert shown["simpo"] == shown["orpo"] | {"simpo_gamma"}
     assert shown["kto_pair"] == cached
     assert shown["hinge"] == cached | in_scores | {"pref_wpo"}
@@ -153,8 +153,7 @@ def test_several_losses_have_the_fields_of_each():
     assert of("minor_dpo, hinge") == of("minor_dpo") | {"pref_loss_weights"}
     of_each = of("sigmoid") | of("dpop") | {"pref_loss_weights"}
     assert of("sigmoid,dpop") == of_each - {"f_divergence", "f_divergence_alpha"}
-    # LLaMA-Factory's `ld_alpha` is refused with the package's own losses without a reference.
-    assert of("sigmoid,rrhf") == (of("sigmoid") | of("rrhf") | {"pref_loss_weights"}) - {"ld_alpha"}
+    assert of("sigmoid,rrhf") == of("sigmoid") | of("rrhf") | {"pref_loss_weights"}
     assert of("hinge,ipo") >= {"f_divergence", "f_divergence_alpha", "ipo_length_normalize", "pref_loss_weights"}
     assert of("minor_dpo,nothing") == of("nothing") == set(STAGE_FIELDS)
     assert why_not("minor_dpo,sft", losses_of("DPO", "")[0], None, "en") is None

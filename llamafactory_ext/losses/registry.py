@@ -139,7 +139,8 @@ def register_loss(
         needs_batch: True for a loss that compares a pair with statistics of its micro-batch, and so needs several pairs
             there (`per_device_train_batch_size`). It says so in lists of losses, and changes nothing.
         needs_scores: whether the loss reads `pairs.score_gap`; the recipe must then name a `pref_margin_column`.
-        needs_contrast: whether it reads `pairs.contrast`, which costs a search of each rejected token's logits.
+        needs_contrast: whether it reads `pairs.contrast`, which costs a search of each token's logits. The function
+            must then take `cringe_top_k`.
         on_means: whether it compares means per token; the refinement term then does, too.
         takes_divergence: whether it compares the responses by their log-ratios alone, so that the scores of another
             `f_divergence` may take their place.
@@ -147,7 +148,7 @@ def register_loss(
     Raises:
         ValueError: if the name is invalid, or another file has registered it.
         TypeError: if the name is not a string, or the function does not take the pairs first and then each
-            hyper-parameter by keyword.
+            hyper-parameter by keyword, or a contrast without `cringe_top_k`.
     """
 
     _check_name(name)
@@ -160,7 +161,7 @@ def register_loss(
     }
 
     def register(function: LossFunction) -> LossFunction:
-        _check_signature(name, function)
+        _check_signature(name, function, needs_contrast)
         previous = LOSSES.get(name)
         if previous is not None and _file(previous.function) != _file(function):
             raise ValueError(
@@ -180,13 +181,18 @@ def _check_name(name: Any) -> None:
         raise ValueError(f"a loss cannot be named {name!r}: write letters, digits and underscores, like 'my_loss'.")
 
 
-def _check_signature(name: str, function: LossFunction) -> None:
+def _check_signature(name: str, function: LossFunction, needs_contrast: bool) -> None:
     parameters = list(inspect.signature(function).parameters.values())
     by_keyword = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     if not parameters or any(p.kind not in by_keyword for p in parameters[1:]):
         raise TypeError(
             f"the loss {name!r} must take the pairs first, then each hyper-parameter as a keyword argument, "
             "like `def loss(pairs, *, beta: float)`."
+        )
+    if needs_contrast and "cringe_top_k" not in [p.name for p in parameters]:
+        raise TypeError(
+            f"the loss {name!r} needs a contrast (needs_contrast=True): give it the keyword argument `cringe_top_k`, "
+            "which says of how many tokens the other one is drawn."
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from ..losses import STOCK_LOSSES
 from ..losses.divergence import DIVERGENCES
 from ..losses.lookup import get_loss, load_loss_file
 from ..losses.registry import Loss
@@ -97,14 +98,13 @@ def _key_of(parameter: str) -> str:
 
 
 def takes_ld_alpha(loss: Loss) -> bool:
-    """Whether `ld_alpha` may weight the policy's tokens alone: with LLaMA-Factory's losses, and with the user's.
+    """Whether `ld_alpha` may weight the policy's tokens alone: with LLaMA-Factory's losses, the user's, and those
+    without a reference.
 
-    It moves the 0 with which the package's own compare log-ratios, and makes the difference of two of them one of
+    With others, it would move the 0 with which they compare log-ratios, and make the difference of two of them one of
     unlike things. `ld_alpha_reference: true` weights the reference's tokens as well.
     """
-    from ..losses import STOCK_LOSSES
-
-    return loss.name in STOCK_LOSSES or loss.is_users
+    return loss.name in STOCK_LOSSES or loss.is_users or not loss.needs_reference
 
 
 def divergence_names() -> list[str]:
@@ -127,7 +127,8 @@ def keys_not_taken(settings: Mapping[str, Any]) -> list[str]:
     several = len(losses) > 1
     foreign = set.intersection(*not_taken) | (set() if several else {"pref_loss_weights"})
     # These must suit each of the losses.
-    foreign |= set.union(*(each & {"f_divergence", "f_divergence_alpha", "ld_alpha", "pref_wpo"} for each in not_taken))
+    strict = {"f_divergence", "f_divergence_alpha", "pref_wpo", "ld_alpha"}
+    foreign |= set.union(*(each & strict for each in not_taken))
     if not any(loss.needs_reference for loss in losses):
         foreign |= {"f_divergence", "f_divergence_alpha"}
     return [key for key in settings if key in foreign]

@@ -23,7 +23,7 @@ from ..losses import STOCK_LOSSES
 from ..losses.lookup import forgotten_afterwards, get_loss, load_loss_file, loss_names
 from ..losses.registry import Loss
 from ..recipe.arguments import SR_PROMPT
-from ..recipe.keys import NUMBERS, divergence_names, split, takes_ld_alpha
+from ..recipe.keys import NUMBERS, divergence_names, split
 from . import errors
 
 TRI_STATE = {"auto": None, "true": True, "false": False}
@@ -101,10 +101,6 @@ def _takes_divergence(losses: Sequence[Loss]) -> bool:
     return can and _has_reference(losses) and not any(loss.defaults().get("sr_lambda") for loss in losses)
 
 
-def _can_take_ld_alpha(losses: Sequence[Loss]) -> bool:
-    return all(takes_ld_alpha(loss) or loss.needs_reference for loss in losses)
-
-
 def _always(losses: Sequence[Loss]) -> bool:
     return True
 
@@ -144,7 +140,7 @@ LOSS_FIELDS: dict[str, Field] = {
     "cringe_top_k": _number(_takes("cringe_top_k"), step=1),
     "f_divergence": Field(gr.Dropdown, _takes_divergence, _DIVERGENCE),
     "f_divergence_alpha": _number(_takes_divergence, step=0.1, default="0.5"),
-    "ld_alpha": _number(_can_take_ld_alpha, step=0.1, default="1"),  # the same as unset
+    "ld_alpha": _number(_always, step=0.1, default="1"),  # the same as unset
     "ld_alpha_reference": Field(gr.Checkbox, _has_reference, {"value": False}),
     "pref_bco_weight": _number(_has_reference, step=0.1, default="0"),
     "pref_loss_weights": Field(gr.Textbox, lambda losses: len(losses) > 1, {"value": "", "placeholder": "1.0,0.1"}),

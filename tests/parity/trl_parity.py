@@ -54,9 +54,8 @@ DEVIATIONS = {
     "sigmoid, beta 0.5, f_divergence_type forward_kl, margins of 1e4 nats": (
         "TRL's is infinite far below 0, and its gradient NaN; ours goes on as a straight line from e^15 on"
     ),
-    "sigmoid, beta 0.5, f_divergence_type alpha_divergence, f_alpha_divergence_coef 0.5, margins of 1e4 nats, float32": (
-        "TRL's is constant from e^80 on, and sends no gradient; ours goes on as a straight line from e^15 on"
-    ),
+    "sigmoid, beta 0.5, f_divergence_type alpha_divergence, f_alpha_divergence_coef 0.5, margins of 1e4 nats, "
+    "float32": ("TRL's is constant from e^80 on, and sends no gradient; ours goes on as a straight line from e^15 on"),
     "sft, ld_alpha 0.5": _UNWEIGHTED,
     "sigmoid + sft, beta 0.5, loss_weights [1.0, 0.5], ld_alpha 0.5": _UNWEIGHTED,
     "hinge, beta 0.5, use_weighting True": "TRL fails: it multiplies in place what relu keeps for its gradient",

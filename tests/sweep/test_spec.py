@@ -61,7 +61,7 @@ def test_values_that_are_written_alike_have_cells_of_their_own():
 )
 def test_what_is_left_of_a_recipe_is_never_refused(loss, numbers, others):
     """LLaMA-Factory's own parser takes each cell, whatever the base recipe holds for other losses."""
-    (cell,) = cells({"pref_loss": [loss]}, **numbers, **others)
+    (cell,) = cells({"pref_loss": [loss]}, pref_margin_column="gap", **numbers, **others)
     parse_recipe(cell.recipe)
 
 
@@ -75,6 +75,19 @@ def test_a_loss_file_stays_with_its_own_losses(tmp_path):
     settings = BASE | {"pref_loss_file": str(file), "pref_loss_args": {"tau": 2.0}, "pref_beta": 0.3}
     assert keys_not_taken(settings | {"pref_loss": "of_the_sweep"}) == ["pref_beta"]
     assert keys_not_taken(settings | {"pref_loss": "sigmoid"}) == ["pref_loss_file", "pref_loss_args"]
+
+
+def test_keys_of_a_mixture_are_those_of_any_of_its_losses():
+    settings = {"pref_loss": "minor_dpo,sft", "pref_loss_weights": "1,0.1", "ld_alpha": 0.5, "ld_alpha_reference": True}
+    assert keys_not_taken(settings) == []
+    assert keys_not_taken(settings | {"ld_alpha_reference": False}) == ["ld_alpha", "ld_alpha_reference"]
+    assert keys_not_taken(settings | {"pref_loss": "sft"}) == ["pref_loss_weights", "ld_alpha_reference"]
+    assert keys_not_taken({"pref_loss": ["hinge", "sft"], "f_divergence": "js", "dpop_lambda": 5}) == ["dpop_lambda"]
+    assert keys_not_taken({"pref_loss": "hinge,minor_dpo", "f_divergence": "js"}) == ["f_divergence"]
+    assert keys_not_taken({"pref_loss": "sft,orpo", "f_divergence": "js", "ref_model": "x"}) == [
+        "f_divergence",
+        "ref_model",
+    ]
 
 
 def test_a_recipe_of_another_stage_is_left_as_it_is():
