@@ -82,7 +82,7 @@ def test_every_loss_has_a_page(name):
 def test_every_metric_is_explained():
     folders = (ROOT / "llamafactory_ext" / name for name in ("losses", "training"))
     code = "".join(path.read_text(encoding="utf-8") for folder in folders for path in folder.glob("*.py"))
-    metrics = set(re.findall(r'"((?:normalized_rewards|monitor|dpo|minor_dpo|dpop|sr)/\w+)"', code))
+    metrics = set(re.findall(r'"((?:normalized_rewards|monitor|dpo|minor_dpo|dpop|sr|router)/\w+)"', code))
     assert "dpo/coefficient" in metrics
     text = (DOCS / "losses.md").read_text(encoding="utf-8")
     assert not [metric for metric in metrics if f"`{metric}`" not in text]
