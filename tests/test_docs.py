@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from llamafactory.hparams import FinetuningArguments
+from llamafactory.hparams import FinetuningArguments, ModelArguments
 from pydantic_core import PydanticUndefined
 from typer.main import get_command
 
@@ -82,7 +82,7 @@ def test_every_loss_has_a_page(name):
 def test_every_metric_is_explained():
     folders = (ROOT / "llamafactory_ext" / name for name in ("losses", "training"))
     code = "".join(path.read_text(encoding="utf-8") for folder in folders for path in folder.glob("*.py"))
-    metrics = set(re.findall(r'"((?:normalized_rewards|monitor|dpo|minor_dpo|dpop|sr)/\w+)"', code))
+    metrics = set(re.findall(r'"((?:normalized_rewards|monitor|dpo|minor_dpo|dpop|sr|router)/\w+)"', code))
     assert "dpo/coefficient" in metrics
     text = (DOCS / "losses.md").read_text(encoding="utf-8")
     assert not [metric for metric in metrics if f"`{metric}`" not in text]
@@ -196,8 +196,11 @@ def rows(page: str, heading: str) -> dict[str, list[str]]:
     return tables
 
 
+# A refinement of weight 0 takes no prompt, and `ld_alpha_reference: false` changes nothing.
+TAKEN_WITH = {"sr_prompt": {"sr_lambda": 1.0}, "ld_alpha_reference": {"ld_alpha_reference": True}}
 RECIPE_KEYS = rows("recipe.md", "| Key | Default | Losses | Meaning |")
-STOCK = ("pref_beta", "pref_ftx", "pref_bco_weight", "ld_alpha", "ref_model", *STOCK_KEYS)
+OWN = [key for key, kind in PreferenceArguments.__annotations__.items() if not kind.startswith("ClassVar")]
+STOCK = ("pref_beta", "pref_ftx", "pref_bco_weight", "ld_alpha", "ref_model", "moe_aux_loss_coef", *STOCK_KEYS)
 
 
 def losses_of(cell: str) -> set[str]:
@@ -219,13 +222,12 @@ def default_of(cell: str, loss: str) -> object:
 
 
 def test_every_key_is_in_the_table():
-    assert set(RECIPE_KEYS) == {*PreferenceArguments.__annotations__, *STOCK}
+    assert set(RECIPE_KEYS) == {*OWN, *STOCK}
 
 
 @pytest.mark.parametrize("key", RECIPE_KEYS)
 def test_the_table_says_which_losses_take_a_key(key):
-    # A refinement of weight 0 takes no prompt.
-    settings = {key: None} | ({"sr_lambda": 1.0} if key == "sr_prompt" else {})
+    settings = {key: None} | TAKEN_WITH.get(key, {})
     taken = {name for name in OURS if key not in keys_not_taken({**settings, "pref_loss": name})}
     if key == "pref_loss":
         taken = set(OURS)
@@ -241,7 +243,8 @@ def test_the_table_says_the_default(key):
     if of_losses:
         assert {name: default_of(default, name) for name in of_losses} == of_losses
     else:
-        fields = {field.name: field.default for field in dataclasses.fields(FinetuningArguments)}
+        stock = (*dataclasses.fields(ModelArguments), *dataclasses.fields(FinetuningArguments))
+        fields = {field.name: field.default for field in stock}
         assert default_of(default, "") == fields[key]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 
@@ -10,12 +11,15 @@ from matplotlib.axes import Axes
 
 from llamafactory_ext import PairLogps, get_loss
 from llamafactory_ext.losses.lookup import loss_names
+from llamafactory_ext.losses.reference_free import log_of_rest
 from llamafactory_ext.plots import CURVES, new_figure, save
 
 HERE = Path(__file__).parent
 BETAS = {"simpo": 2.0, "sigmoid_norm": 5.0}  # their papers'
 BETA = 0.1  # of the others
-TOKENS = 20  # of a response, where a loss takes means per token
+TOKENS = 20  # of a response, where a loss depends on them
+REACHES = {"squared_po": 4.0}  # in nats: it is too steep for the others'
+REACH = 60.0
 
 
 def main() -> None:
@@ -28,7 +32,8 @@ def main() -> None:
 
 def draw(name: str, left: Axes, right: Axes) -> None:
     """The loss, and how hard it pushes each response, along a chosen and along a rejected log-ratio."""
-    x = torch.linspace(-60, 60, 481, dtype=torch.float64)
+    reach = REACHES.get(name, REACH)
+    x = torch.linspace(-reach, reach, 481, dtype=torch.float64)
     start = 0.0
     label = "log-ratio of the response, the other's at 0 (nats)"
     if not get_loss(name).needs_reference:
@@ -50,16 +55,29 @@ def draw(name: str, left: Axes, right: Axes) -> None:
 
 
 def along(name: str, chosen: torch.Tensor, rejected: torch.Tensor, side: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Loss and gradient at each point: pair by pair, because kto_pair looks at its whole batch."""
+    """Loss and gradient at each point: pair by pair, because kto_pair looks at its whole batch.
+
+    What else a loss needs is made up: an augmented margin of 10 nats, scores that differ by e, and a vocabulary of two
+    tokens, in which a token of probability p has a logit log(p / (1 - p)) above the other one's.
+    """
     chosen, rejected = chosen.clone().requires_grad_(), rejected.clone().requires_grad_()
-    needs_delta = name in ("sr_dpo", "sr_ipo")
+    loss = get_loss(name)
+    given = {"beta": BETAS.get(name, BETA)} if "beta" in loss.parameters else {}
     losses = []
     for winner, loser in zip(chosen, rejected, strict=True):
         zero, length = torch.zeros(1, dtype=winner.dtype), torch.full((1,), float(TOKENS), dtype=winner.dtype)
-        delta = torch.ones_like(zero) if needs_delta else None  # as if the augmented margin were 10 nats
-        pairs = PairLogps(winner.reshape(1), loser.reshape(1), zero, zero, length, length, delta)
-        loss = get_loss(name)
-        losses.append(loss(pairs, **{"beta": BETAS.get(name, BETA)} if "beta" in loss.parameters else {}))
+        pairs = PairLogps(
+            winner.reshape(1),
+            loser.reshape(1),
+            zero,
+            zero,
+            length,
+            length,
+            refinement=torch.ones_like(zero) if name in ("sr_dpo", "sr_ipo") else None,
+            score_gap=zero + math.e if loss.needs_scores else None,
+            contrast=-length * log_of_rest(loser.reshape(1) / length) if loss.needs_contrast else None,
+        )
+        losses.append(loss(pairs, **given))
     total = torch.cat(losses)
     total.sum().backward()
     gradient = {"chosen": chosen, "rejected": rejected}[side].grad
