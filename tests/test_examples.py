@@ -65,7 +65,7 @@ def test_recipe(path, monkeypatch):
     model_args, data_args, _, finetuning_args = parser.parse_dict(alone)  # unknown keys are an error
 
     tuning = "qlora" if model_args.quantization_bit else finetuning_args.finetuning_type
-    trained = finetuning_args.loss.name if finetuning_args.stage == "dpo" else finetuning_args.stage
+    trained = finetuning_args.objective.name if finetuning_args.stage == "dpo" else finetuning_args.stage
     assert path.stem.endswith(f"_{tuning}_{trained}")
     assert recipe["output_dir"] == f"outputs/{path.stem}"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -74,9 +75,12 @@ def check_pairs(settings: Settings, test_set: TestSet | None = None, key: str = 
         key: which pairs: the recipe's `dataset` or `eval_dataset`.
 
     Raises:
-        UserError: if the recipe is wrong, or the tokenizer or the data cannot be loaded.
+        UserError: if the recipe is wrong, the tokenizer or the data cannot be loaded, or a column that the recipe names
+            is missing or holds no number.
     """
     import datasets
+
+    from ..training.loading import columns_carried
 
     if settings.get("stage", "dpo") not in ("dpo", "rm"):
         raise UserError(f"stage {settings['stage']!r} does not train on pairs: write `stage: dpo` or `stage: rm`.")
@@ -87,9 +91,11 @@ def check_pairs(settings: Settings, test_set: TestSet | None = None, key: str = 
     data_args.streaming = False
 
     tools = load_tokenization(model_args, data_args)
-    pairs = load_pairs(model_args, data_args)
+    is_dpo = settings.get("stage", "dpo") == "dpo"
+    with columns_carried(finetuning_args) if is_dpo else nullcontext():
+        pairs = load_pairs(model_args, data_args)
     difference = _template_difference(pairs, tools)
-    sr_prompt = finetuning_args.refinement_prompt if settings.get("stage", "dpo") == "dpo" else None
+    sr_prompt = finetuning_args.refinement_prompt if is_dpo else None
     context = _context(model_args) if sr_prompt is not None else None
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 from .. import hashes
 from ..data.dialogues import SCORES, number
 from ..errors import UserError, in_a_line
-from ..patching import replaced
 from ..recipe.reading import Settings, data_sets, parse_recipe
 from .file import Row, ScoreFile, check_output
 
@@ -113,8 +112,8 @@ def load_scorer(settings: Settings, reference_settings: Settings) -> Scorer:
     from llamafactory.data.processor import PairwiseDatasetProcessor
 
     from ..recipe.loading import load_pairs, load_tokenization
-    from ..training.columns import CarryingProcessor, Columns, carrying_collator
-    from ..training.loading import carrying
+    from ..training.columns import CarryingProcessor, carrying_collator
+    from ..training.loading import columns_carried
     from ..training.reference.model import match_precision
     from ..training.refinement import AugmentingCollator, AugmentingProcessor
 
@@ -132,10 +131,9 @@ def load_scorer(settings: Settings, reference_settings: Settings) -> Scorer:
         processor, collator_class = PairwiseDatasetProcessor(**about), PairwiseDataCollatorWithPadding
     else:
         processor, collator_class = AugmentingProcessor(**about, sr_prompt=sr_prompt), AugmentingCollator
-    with ExitStack() as replacements:
-        if finetuning_args.data_columns:
-            processor, collator_class = CarryingProcessor(processor), carrying_collator(collator_class)
-            replacements.enter_context(replaced(*carrying(Columns.of_recipe(finetuning_args))))
+    if finetuning_args.data_columns:
+        processor, collator_class = CarryingProcessor(processor), carrying_collator(collator_class)
+    with columns_carried(finetuning_args):
         rows = load_pairs(model_args, data_args)
     policy, reference = (_load_model(each, tools.tokenizer) for each in (settings, reference_settings))
     match_precision(reference, policy, autocast=None)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
+from ..patching import replaced
 from .columns import CarryingConverter, CarryingProcessor, Columns, carrying_collator
 from .refinement import AugmentingCollator, AugmentingProcessor, check_augmented, model_context
 
@@ -32,7 +34,7 @@ def replacements(model_args: Any, finetuning_args: Any) -> list[Replacement]:
         inner, collator = processor, carrying_collator(collator)
         processor = lambda **about: CarryingProcessor(inner(**about))  # noqa: E731
         checks.append(columns.check)
-        found.append(carrying(columns))
+        found.append(_carrying(columns))
     return [
         *found,
         (loader, "PairwiseDatasetProcessor", processor),
@@ -41,7 +43,17 @@ def replacements(model_args: Any, finetuning_args: Any) -> list[Replacement]:
     ]
 
 
-def carrying(columns: Columns) -> Replacement:
+@contextmanager
+def columns_carried(finetuning_args: Any) -> Iterator[None]:
+    """Inside the with block, pairs are loaded with the numbers of the columns that the recipe names, if any."""
+    if not finetuning_args.data_columns:
+        yield
+        return
+    with replaced(*_carrying(Columns.of_recipe(finetuning_args))):
+        yield
+
+
+def _carrying(columns: Columns) -> Replacement:
     """The replacement with which pairs in LLaMA-Factory's standard format have the numbers of the data's columns."""
     from llamafactory.data import converter
 

@@ -17,11 +17,12 @@ from rich.console import Console
 from transformers import AutoTokenizer, GPT2Config
 from typer.testing import CliRunner
 
-from llamafactory_ext import patching, seam
+from llamafactory_ext import patching
 from llamafactory_ext.cli import app
 from llamafactory_ext.data.check import check_pairs, common_prefix, render
 from llamafactory_ext.data.contamination import TestSet
 from llamafactory_ext.errors import UserError
+from llamafactory_ext.training import loading
 from llamafactory_ext.training.refinement import augmented_pair
 
 # One token a byte, and ChatML around: <|im_start|>system\n … <|im_end|>\n and so on.
@@ -58,9 +59,8 @@ def training_data(recipe):
     model_args, data_args, training_args, finetuning_args, _ = get_train_args(dict(recipe))
     tokenizer_module = load_tokenizer(model_args)
     template = get_template_and_fix_tokenizer(tokenizer_module["tokenizer"], data_args)
-    sr_prompt = finetuning_args.refinement_prompt
     with contextlib.ExitStack() as replaced:
-        for module, name, value in seam._augmenting(sr_prompt, model_args) if sr_prompt else []:
+        for module, name, value in loading.replacements(model_args, finetuning_args):
             replaced.enter_context(patching.replaced(module, name, value))
         made = workflow.get_dataset(template, model_args, data_args, training_args, stage="rm", **tokenizer_module)
     return made["train_dataset"]
@@ -351,6 +351,21 @@ def test_pairs_of_a_refinement_term_are_counted_as_trained(settings):
     longer = check_pairs(recipe | {"sr_prompt": "x" * 200})  # the tiny model takes 256 tokens
     assert longer.problems["rows at which the training stops"] == 1
     assert re.match(r"row 2: with `sr_prompt` in front, a pair has 300 tokens, more than the 256", longer.stop)
+
+
+def test_columns_that_the_recipe_names_are_read(settings):
+    """As the training does: one that is missing or holds no number stops it."""
+    rows = [row("1 + 1?", "2", "3") | {"weight": weight} for weight in (1, 0.5)]
+    assert check_pairs(settings(*rows, pref_weight_column="weight")).pairs == 2
+    with pytest.raises(
+        UserError, match="names 'wight', but the data has the columns 'instruction'"
+    ):
+        check_pairs(settings(*rows, pref_weight_column="wight"))
+    rows[1]["weight"] = None
+    with pytest.raises(
+        UserError, match=r"column 'weight' .value None. of the row that begins with .* is no number"
+    ):
+        check_pairs(settings(*rows, pref_weight_column="weight"))
 
 
 @pytest.mark.parametrize(
