@@ -342,6 +342,45 @@ def test_without_lambda_a_refined_loss_is_its_base(name, base, hyper, batch, bet
         assert torch.equal(ours, theirs)
 
 
+# What each loss does to the two responses at its start: the policy at the reference.
+PUSHES = dict.fromkeys(HYPER, ("up", "down")) | {
+    "minor_dpo": ("up", "not"),  # a tie is off
+    "minor_sft": ("up", "not"),
+    "sft": ("up", "not"),
+    "apo_down": ("not", "down"),  # of the chosen response, both terms are as strong there
+    "discopop": ("down", "up"),  # a valley below 0 comes first
+}
+
+
+@pytest.mark.parametrize("name", HYPER)
+def test_direction_of_the_first_step(name):
+    hyper = HYPER[name] | ({"sr_lambda": 0.0} if "sr_lambda" in HYPER[name] else {})
+    hyper |= {"discopop_tau": 0.05} if name == "discopop" else {}
+    pairs = pairs_of([0.0], [0.0], n_w=8, n_l=4)  # means of -2.5 and -7.5
+    if name == "rrhf":  # which acts where the rejected response is the likelier one
+        pairs = pairs_of([0.0], [29.0], n_w=8, n_l=4)
+    words = [
+        "up" if gradient < 0 else "down" if gradient > 0 else "not"
+        for gradient in gradients_of(get_loss(name)(pairs, **hyper), pairs)
+    ]
+    assert tuple(words) == PUSHES[name]
+
+
+OF_MARGINS = ["sigmoid", "robust", "discopop", "odpo", "hinge", "sr_dpo", "sr_ipo", "exo_pair"]
+
+
+@pytest.mark.parametrize("name", OF_MARGINS)
+@given(batch=batches, shift=st.floats(-5, 5))
+@settings(max_examples=20, deadline=None)
+def test_losses_of_the_margin_do_not_see_both_log_ratios_move(name, batch, shift):
+    d_w, d_l = batch
+    moved = pairs_of([d + shift for d in d_w], [d + shift for d in d_l])
+    moved = dataclasses.replace(moved, refinement=pairs_of(*batch).refinement)
+    torch.testing.assert_close(
+        get_loss(name)(moved, **HYPER[name]), get_loss(name)(pairs_of(*batch), **HYPER[name]), rtol=1e-7, atol=1e-9
+    )
+
+
 @pytest.mark.parametrize("name", REFINED)
 def test_no_gradient_flows_through_the_refinement(name):
     """A refinement that hangs on the policy gives the gradients of the same refinement as a constant."""

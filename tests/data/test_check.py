@@ -357,14 +357,10 @@ def test_columns_that_the_recipe_names_are_read(settings):
     """As the training does: one that is missing or holds no number stops it."""
     rows = [row("1 + 1?", "2", "3") | {"weight": weight} for weight in (1, 0.5)]
     assert check_pairs(settings(*rows, pref_weight_column="weight")).pairs == 2
-    with pytest.raises(
-        UserError, match="names 'wight', but the data has the columns 'instruction'"
-    ):
+    with pytest.raises(UserError, match="names 'wight', but the data has the columns 'instruction'"):
         check_pairs(settings(*rows, pref_weight_column="wight"))
     rows[1]["weight"] = None
-    with pytest.raises(
-        UserError, match=r"column 'weight' .value None. of the row that begins with .* is no number"
-    ):
+    with pytest.raises(UserError, match=r"column 'weight' .value None. of the row that begins with .* is no number"):
         check_pairs(settings(*rows, pref_weight_column="weight"))
 
 
