@@ -65,12 +65,12 @@ def _run_dpo(stock: Callable[..., None], instance: Any, args: tuple[Any, ...], k
     from llamafactory.train.dpo import workflow
 
     from .training import loading
-    from .training.pitfalls import check_recipe, data_errors_in_words
+    from .training.pitfalls import check_recipe, data_errors_in_words, router_loss_weight
     from .training.reference.model import PendingReference
     from .training.trainer import PreferenceTrainer, TrainerCheck
 
     arguments = inspect.signature(stock).bind(*args, **kwargs).arguments
-    arguments["finetuning_args"].router_loss_weight = arguments["model_args"].moe_aux_loss_coef or 0.0
+    arguments["finetuning_args"].router_loss_weight = router_loss_weight(arguments["model_args"])
     check_recipe(*(arguments[name] for name in ("model_args", "data_args", "training_args", "finetuning_args")))
     _announce(arguments["model_args"], arguments["training_args"], arguments["finetuning_args"])
 
@@ -90,7 +90,7 @@ def _announce(model_args: Any, training_args: Any, finetuning_args: Any) -> None
     from llamafactory.extras import logging
 
     logger = logging.get_logger()  # LLaMA-Factory's own, whose lines reach the console and the web UI
-    logger.info_rank0(f"llamafactory_ext {__version__} is active and trains {finetuning_args.objective}.")
+    logger.info_rank0(f"llamafactory_ext {__version__} is active and trains {finetuning_args.described}.")
     continues_adapter = model_args.adapter_name_or_path is not None and not finetuning_args.create_new_adapter
     reference_is_base = finetuning_args.use_ref_model and finetuning_args.ref_model is None
     if training_args.do_train and continues_adapter and reference_is_base:

@@ -156,7 +156,7 @@ def test_resolved_loss(settings, described, needs_reference):
         ({"pref_loss": "hinge,sft", "pref_loss_weights": [1, math.nan]}, "a number above 0 for each"),
         (
             {"pref_loss": "hinge,sft", "dpop_lambda": 5},
-            "of pref_loss 'hinge' and 'sft', which takes `pref_beta`",
+            "of pref_loss 'hinge' and 'sft', which take `pref_beta`",
         ),
         ({"f_divergence": "kl"}, "`f_divergence` is 'kl': write one of reverse_kl, forward_kl, js, alpha"),
         ({"f_divergence": 1}, "`f_divergence` is 1: write a value of type str"),
@@ -164,7 +164,7 @@ def test_resolved_loss(settings, described, needs_reference):
         ({"f_divergence": "alpha", "f_divergence_alpha": math.inf}, "`f_divergence_alpha` is inf"),
         (
             {"pref_loss": "minor_dpo", "f_divergence": "js"},
-            "'minor_dpo' is defined by log-ratios",
+            "'minor_dpo' is made for log-ratios",
         ),
         ({"pref_loss": "sr_dpo", "f_divergence": "js"}, "refinement term is made of log-ratios"),
         ({"pref_loss": "simpo", "f_divergence": "js"}, "'simpo' has no reference to diverge from"),
@@ -173,11 +173,17 @@ def test_resolved_loss(settings, described, needs_reference):
         ({"pref_loss": "odpo", "pref_margin_column": ["a", "b", "c"]}, "write the name of a column, or of two"),
         ({"pref_weight_column": "a,b"}, "`pref_weight_column` is 'a,b': write the name of a column"),
         ({"pref_weight_column": ""}, "`pref_weight_column` is ''"),
-        ({"pref_loss": "sigmoid,aot", "pref_wpo": True}, "'aot' compares the pairs of a micro-batch"),
+        (
+            {"pref_loss": "sigmoid,aot", "pref_wpo": True},
+            "'aot' compares the pairs .*remove `pref_wpo`",
+        ),
+        ({"pref_loss": "kto_pair", "pref_weight_column": "weight"}, "remove `pref_weight_column`"),
         ({"pref_wpo": "yes"}, "`pref_wpo` is 'yes': write a value of type bool"),
         ({"ld_alpha_reference": True}, "needs `ld_alpha`"),
         ({"pref_loss": "orpo", "ld_alpha": 0.5, "ld_alpha_reference": True}, "'orpo' has no reference"),
         ({"pref_loss": "cringe", "cringe_top_k": 0.5}, "a whole number of at least 1"),
+        ({"pref_loss": "cringe", "cringe_top_k": 2.0}, "a whole number of at least 1"),
+        ({"f_divergence": "alpha", "f_divergence_alpha": 1e3}, "write a number from -100 to 100"),
         ({"pref_loss": "cringe", "cringe_tau": 0}, "`cringe_tau` is 0: write a number above 0"),
     ],
 )
@@ -216,6 +222,40 @@ def test_a_mixture_with_a_loss_of_the_user(loss_file):
         {"beta": 0.1, "tau": 0.5, "steps": 3, "on": False, "kind": "a"},
     ]
     assert args.pref_loss == "sigmoid,mine"
+
+
+CONTRASTS = """
+from llamafactory_ext import register_loss
+
+@register_loss("con", needs_reference=False, needs_contrast=True)
+def con(pairs, *, cringe_top_k=1):
+    return pairs.contrast
+"""
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"pref_loss": "cringe,con"}, "'cringe' and 'con' draw from different numbers of tokens"),
+        (
+            {"pref_loss": "con", "pref_loss_args": {"cringe_top_k": 0}},
+            "of 'con' is 0: write a whole number",
+        ),
+        ({"pref_loss": "con", "pref_loss_args": {"cringe_top_k": "abc"}}, "is 'abc': write a whole number"),
+    ],
+)
+def test_contrasts_of_losses_of_the_user(tmp_path, settings, message):
+    path = tmp_path / "contrasts.py"
+    path.write_text(CONTRASTS, encoding="utf-8")
+    with lookup.forgotten_afterwards():
+        assert parse(pref_loss="cringe,con", pref_loss_file=str(path), cringe_top_k=1).objective.contrast is not None
+        with pytest.raises(ValueError, match=message):
+            parse(pref_loss_file=str(path), **settings)
+
+
+def test_what_changes_the_objective_is_described():
+    args = parse(pref_loss="hinge", pref_wpo=True, pref_weight_column=["weight"], pref_ftx=0.5)
+    assert args.described == "hinge(beta=0.1), pref_ftx=0.5, pref_wpo=True, pref_weight_column=['weight']"
 
 
 def test_loss_of_the_user_without_reference_and_beta(loss_file):

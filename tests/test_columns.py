@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llamafactory_ext.training.columns import SCORE_GAP, WEIGHT, CarryingProcessor, Columns
+from llamafactory_ext.training.columns import MADE_OF, SCORE_GAP, WEIGHT, CarryingConverter, CarryingProcessor, Columns
 
-ROW = {"instruction": "What is 1 + 1?", "weight": 2, "good": 5.5, "bad": 3, "text": "3", "none": None, "nan": math.nan}
+ROW = {"instruction": "What is 1 + 1?", "weight": 2, "good": 5.5, "bad": 3, "text": "3", "none": None}
+ROW |= {"nan": math.nan, "huge": 1e39, "small": 1e-50}
 
 
 @pytest.mark.parametrize(
@@ -37,7 +38,12 @@ def test_numbers_of_a_row(columns, numbers):
         (Columns(weight="text"), "column 'text' .value '3'. of the row that begins with 'What is 1 . 1.' is no number"),
         (Columns(weight="none"), "column 'none' .value None.*is no number"),
         (Columns(weight="nan"), "is no number"),
-        (Columns(scores=("bad", "good")), "does not score higher than the rejected one"),
+        (Columns(weight="huge"), "is no number"),
+        (Columns(scores=("small",)), "does not score higher"),
+        (
+            Columns(scores=("bad", "good")),
+            "by 'bad' .3. and 'good' .5.5., .* does not score higher",
+        ),
         (Columns(scores=("good", "good")), "remove such pairs"),
     ],
 )
@@ -51,12 +57,23 @@ def test_a_negative_weight_is_refused():
         Columns(weight="weight").numbers({**ROW, "weight": -0.1})
 
 
-def test_tokenized_data_without_the_numbers_is_refused():
+def test_tokenized_data_of_other_columns_is_refused():
     columns = Columns(weight="weight", scores=("good", "bad"))
-    columns.check([{WEIGHT: 1.0, SCORE_GAP: 1.0}])
+    row = CarryingConverter(dict, columns, "pairs")(ROW)
+    columns.check([row])
     columns.check([])
-    with pytest.raises(ValueError, match="tokenized without the column 'good, bad': name a new folder"):
-        columns.check([{WEIGHT: 1.0}])
+    for other in (Columns(weight="bad", scores=("good", "bad")), Columns(weight="weight"), Columns(scores=("good",))):
+        with pytest.raises(
+            ValueError, match="`pref_weight_column: weight` and `pref_margin_column: good, bad`, not with"
+        ):
+            other.check([row])
+    with pytest.raises(ValueError, match=r"tokenized with neither of the two, not with .*: name a new folder"):
+        columns.check([{"_prompt": []}])
+
+
+def test_errors_name_the_data_set():
+    with pytest.raises(ValueError, match="data set pairs_eval: `pref_weight_column` names 'wight'"):
+        CarryingConverter(dict, Columns(weight="wight"), "pairs_eval")(ROW)
 
 
 class Dropping:
@@ -73,7 +90,9 @@ class Dropping:
 @given(st.lists(st.tuples(st.text(), st.booleans(), st.floats(0, 9))))
 def test_numbers_stay_with_their_pair_where_others_are_dropped(rows):
     prompts, kept, weights = ([row[at] for row in rows] for at in range(3))
-    found = CarryingProcessor(Dropping()).preprocess_dataset({"_prompt": prompts, "_kept": kept, WEIGHT: weights})
+    found = CarryingProcessor(Dropping()).preprocess_dataset(
+        {"_prompt": prompts, "_kept": kept, WEIGHT: weights, MADE_OF: [""] * len(rows)}
+    )
     expected = [(prompt, weight) for prompt, is_kept, weight in rows if is_kept]
     assert list(zip(found.get("a", []), found.get(WEIGHT, []), strict=True)) == expected
     assert len(found.get("b", [])) == len(expected)

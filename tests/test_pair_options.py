@@ -156,8 +156,31 @@ def test_data_without_the_column_is_refused_before_the_model_loads(train, monkey
 def test_tokenized_data_without_the_column_is_refused(train, tmp_path):
     tokenized = {"tokenized_path": str(tmp_path / "tokenized")}
     train(**tokenized)
-    with pytest.raises(ValueError, match="tokenized without the column 'weight'"):
+    with pytest.raises(ValueError, match="tokenized with neither of the two, not with `pref_weight_column: weight`"):
         train(pref_weight_column="weight", **tokenized)
+
+
+def test_tokenized_data_with_columns_that_the_recipe_does_not_name(train, tmp_path):
+    """Another recipe's weights are not this one's."""
+    tokenized = {"tokenized_path": str(tmp_path / "tokenized")}
+    weighted = train(pref_weight_column="weight", **tokenized)
+    same(weighted, train(pref_weight_column="weight"))
+    same(train(**tokenized), train())
+    with pytest.raises(ValueError, match="`pref_weight_column: weight`, not with `pref_weight_column: gap`"):
+        train(pref_weight_column="gap", **tokenized)
+
+
+def test_evaluations_draw_the_same_contrast_every_time(train):
+    changes = {"pref_loss": "cringe", "cringe_bias": 40.0, "cringe_tau": 20.0, "learning_rate": 1e-9}
+    logs = train(eval_strategy="steps", eval_steps=1, eval_dataset="pairs_eval", **changes)
+    first, *others = column(logs, "eval_loss")
+    assert others == pytest.approx([first] * 2, rel=1e-5)
+    assert 0 < logs[0]["cringe/gate"] < 1
+
+
+def test_a_contrast_of_numbers_that_are_none_is_none():
+    logits = torch.full((3, 5), torch.nan)
+    assert terms.Contrast(2)(logits, logits, torch.zeros(3, dtype=torch.int64)).isnan().all()
 
 
 # --- WPO -------------------------------------------------------------------------------------------------------------
@@ -258,7 +281,7 @@ def experts(tmp_path_factory):
 @pytest.fixture
 def said(monkeypatch):
     lines = []
-    for level in ("info_rank0", "warning_rank0_once"):
+    for level in ("info_rank0", "warning_rank0", "warning_rank0_once"):
         monkeypatch.setattr(logging.get_logger(), level, lambda message: lines.append(str(message)))
     return lines
 
@@ -276,10 +299,15 @@ def test_the_routers_loss_is_added(train, experts, said, changes):
 
 def test_without_a_gradient_the_routers_loss_is_left_out(train, experts, said):
     """With LLaMA-Factory's way of checkpointing, routers run without a gradient, and their loss is a constant."""
-    same(train(model=experts, moe_aux_loss_coef=0.5), train(model=experts))
+    evaluation = {"eval_strategy": "steps", "eval_steps": 1, "eval_dataset": "pairs_eval"}
+    logs = train(model=experts, moe_aux_loss_coef=0.5, **evaluation)
+    same(logs, train(model=experts, **evaluation), keys=("loss", "grad_norm", "eval_loss"))
     assert any("`moe_aux_loss_coef` has no effect: " in line and "`use_reentrant_gc: false`" in line for line in said)
 
 
-def test_a_model_without_a_router_says_so(train, said):
-    same(train(moe_aux_loss_coef=0.5), train())
-    assert any("`moe_aux_loss_coef` has no effect: LlamaForCausalLM returns no loss" in line for line in said)
+@pytest.mark.parametrize("config", ["LlamaConfig", "GraniteMoeConfig"])
+def test_a_model_without_a_router_says_so(train, said, tmp_path, config):
+    """Or with one whose loss is the number 0."""
+    model, changes = tiny.make_model(tmp_path / "model", seed=1, config=config), {"use_reentrant_gc": False}
+    same(train(model=model, moe_aux_loss_coef=0.5, **changes), train(model=model, **changes))
+    assert any("`moe_aux_loss_coef` has no effect: " in line and "returns no loss of a router" in line for line in said)

@@ -75,7 +75,7 @@ def test_scores_are_the_numbers_of_a_training_step(settings, tmp_path):
     ("changes", "columns"),
     [
         ({"pref_loss": "odpo", "pref_margin_column": ["score_chosen", "bad"], "pref_weight_column": "weight"}, []),
-        ({"pref_loss": "minor_dpo,cringe,sft", "cringe_top_k": 1}, ["loss/minor_dpo", "loss/cringe", "loss/sft"]),
+        ({"pref_loss": "minor_dpo,cringe", "cringe_top_k": 1}, ["loss/minor_dpo", "loss/cringe"]),
         ({"pref_loss": "hinge", "f_divergence": "js"}, []),
     ],
 )
@@ -96,6 +96,20 @@ def test_losses_of_every_kind_are_scored(settings, tmp_path, changes, columns):
         kept = [row for row in rows if row["rejected"] is not None]
         assert [row["pair_weight"] for row in scored] == [row["weight"] for row in kept]
         assert [row["score_gap"] for row in scored] == pytest.approx([row["score_chosen"] - 1.5 for row in kept])
+
+
+@pytest.mark.parametrize("name", ["sft", "kto_pair", "aot"])
+def test_a_pairs_loss_does_not_depend_on_those_beside_it(settings, tmp_path, name):
+    """Not even that of a loss that looks at a micro-batch; SFT's is then the mean of the pair's own tokens."""
+    asked = settings(pref_loss=f"{name},hinge")
+    found = [
+        [row for row in run(asked, tmp_path / f"{size}.jsonl", batch_size=size) if not row["skipped"]]
+        for size in (1, 4)
+    ]
+    for alone, beside in zip(*found, strict=True):
+        assert alone[f"loss/{name}"] == pytest.approx(beside[f"loss/{name}"], rel=1e-4)
+        if name == "sft":
+            assert alone["loss/sft"] == pytest.approx(-alone["chosen_logp"] / alone["chosen_tokens"], rel=1e-5)
 
 
 def test_rows_keep_their_order_and_the_datas_scores(settings, tmp_path):

@@ -121,27 +121,29 @@ def test_the_boards_ranges_are_the_arguments(key):
         "below_half": lambda value: 0 <= value < 0.5,
         "finite": lambda value: True,
         "count": lambda value: value in (1, 50),
+        "hundred": lambda value: -100 <= value <= 100,
     }[RANGES.get(key, "nonnegative")]
     assert [accepts(value) for value in tries] == [NUMBERS[key][1](value) for value in tries]
 
 
 def test_fields_are_the_stages_and_the_losses_own():
     shown = {name: {key for key in FIELDS if is_shown(key, "DPO", loss)} for name, loss in LOSSES.items()}
-    common_to_all = {"share_prefix", "pref_loss_file", "pref_stop_on_degeneration", "pref_weight_column"}
+    common_to_all = {"share_prefix", "pref_loss_file", "pref_stop_on_degeneration"}
+    weighed = {"pref_wpo", "pref_weight_column"}
     with_reference = {"precompute_ref_log_probs", "ref_log_probs_cache_dir", "ref_model", "pref_bco_weight"}
     cached = common_to_all | with_reference | {"ld_alpha", "ld_alpha_reference"}
     in_scores, refined = {"f_divergence", "f_divergence_alpha"}, {"sr_lambda", "sr_prompt"}
-    assert shown["sft"] == common_to_all | {"pref_wpo", "ld_alpha"}
+    assert shown["sft"] == common_to_all | weighed | {"ld_alpha"}
     assert shown["rrhf"] == shown["sft"] | {"rrhf_weight"}
     assert shown["orpo"] == shown["sft"]
     assert shown["simpo"] == shown["orpo"] | {"simpo_gamma"}
     assert shown["kto_pair"] == cached
-    assert shown["hinge"] == cached | in_scores | {"pref_wpo"}
+    assert shown["hinge"] == cached | in_scores | weighed
     assert shown["discopop"] == shown["hinge"] | refined | {"discopop_tau"}
     assert shown["sigmoid"] == shown["hinge"] | refined | {"dpo_label_smoothing"}
     assert shown["odpo"] == shown["hinge"] | refined | {"odpo_alpha", "pref_margin_column"}
     assert shown["ipo"] == shown["hinge"] | {"ipo_length_normalize"}
-    assert shown["minor_dpo"] == shown["sr_dpo"] == cached | refined | {"pref_wpo"}
+    assert shown["minor_dpo"] == shown["sr_dpo"] == cached | refined | weighed
     assert shown["dpop"] == shown["minor_dpo"] | {"dpop_lambda"}
     assert shown["sr_ipo"] == shown["minor_dpo"] | {"ipo_length_normalize"}
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from .divergence import Divergence
 from .pairs import PairLogps, delta
 from .registry import Loss
@@ -68,6 +70,13 @@ class Objective:
             part.loss.name: part.loss(self.seen_by(part, pairs, augmented), **part.hyperparameters)
             for part in self.parts
         }
+
+    def values_alone(self, pairs: PairLogps, augmented: PairLogps | None = None) -> dict[str, Tensor]:
+        """The same, of each pair as if it were alone in its micro-batch."""
+        ones = [1] * len(pairs.policy_chosen)
+        augmented_ones = augmented.split(ones) if augmented is not None else [None] * len(ones)
+        found = [self.values(*each) for each in zip(pairs.split(ones), augmented_ones, strict=True)]
+        return {name: torch.cat([values[name] for values in found]) for name in found[0]}
 
     def sum_of(self, values: Mapping[str, Tensor]) -> Tensor:
         """The weighted sum of `values`, shape `(batch,)`."""

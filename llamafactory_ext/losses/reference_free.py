@@ -71,7 +71,17 @@ def rrhf(pairs: PairLogps, *, rrhf_weight: float = 1.0) -> Tensor:
     return rrhf_weight * torch.relu(means.policy_rejected - means.policy_chosen) - pairs.policy_chosen
 
 
-@register_loss("cringe", needs_reference=False, needs_contrast=True)
+def cringe_gate(pairs: PairLogps, *, cringe_bias: float, cringe_tau: float) -> Tensor:
+    """sigma((b - M) / tau), shape `(batch,)`: 1 is open."""
+    return torch.sigmoid((cringe_bias - (pairs.policy_chosen - pairs.policy_rejected)) / cringe_tau)
+
+
+def cringe_metrics(pairs: PairLogps, *, cringe_bias: float, cringe_tau: float, **_: float) -> dict[str, Tensor]:
+    """The gate, shape `(batch,)`: where it is 0, the pair is not trained on."""
+    return {"cringe/gate": cringe_gate(pairs, cringe_bias=cringe_bias, cringe_tau=cringe_tau).detach()}
+
+
+@register_loss("cringe", needs_reference=False, needs_contrast=True, metrics=cringe_metrics)
 def cringe(
     pairs: PairLogps,
     *,
@@ -90,5 +100,5 @@ def cringe(
     """
     if pairs.contrast is None:
         raise ValueError("these pairs carry no contrast of the rejected tokens: set `contrast`.")
-    gate = torch.sigmoid((cringe_bias - (pairs.policy_chosen - pairs.policy_rejected)) / cringe_tau)
+    gate = cringe_gate(pairs, cringe_bias=cringe_bias, cringe_tau=cringe_tau)
     return gate * (cringe_alpha * pairs.contrast - pairs.policy_chosen)

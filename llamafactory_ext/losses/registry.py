@@ -177,7 +177,7 @@ def register_loss(
 def _check_name(name: Any) -> None:
     if not isinstance(name, str):
         raise TypeError(f'register_loss needs a name, not {name!r}: write @register_loss("my_loss").')
-    if not name or name != name.strip() or not name.isprintable():
+    if not name or name != name.strip() or not name.isprintable() or "," in name:
         raise ValueError(f"a loss cannot be named {name!r}: write letters, digits and underscores, like 'my_loss'.")
 
 

@@ -206,6 +206,12 @@ class PreferenceArguments(FinetuningArguments):
         return SR_PROMPT if self.sr_prompt is None else self.sr_prompt
 
     @property
+    def described(self) -> str:
+        """The objective, and what else changes it, like `sigmoid(beta=0.1, …), pref_wpo=True`."""
+        keys = ("pref_ftx", "pref_bco_weight", "ld_alpha", "ld_alpha_reference", "pref_wpo", *COLUMN_KEYS)
+        return ", ".join([str(self.objective), *(f"{key}={getattr(self, key)}" for key in keys if getattr(self, key))])
+
+    @property
     def data_columns(self) -> list[str]:
         """The columns of the data that the recipe names: of weights, and of scores."""
         return [name for key in COLUMN_KEYS if getattr(self, key) is not None for name in split(getattr(self, key))]

@@ -95,7 +95,7 @@ def _recipe(loss: Loss, loss_file: str | None) -> list[str]:
     if loss_file is not None:
         lines.append(f"pref_loss_file: {_as_yaml(loss_file)}")
     if loss.needs_scores:
-        lines.append("# pref_margin_column: [chosen_score, rejected_score]")
+        lines.append("# pref_margin_column: [score_chosen, score_rejected]")
     args, given = [], {"beta", *loss.defaults()}
     for (key, default), parameter in zip(keys_of(loss).items(), loss.parameters, strict=True):
         name = key.removeprefix("pref_loss_args.")

@@ -70,8 +70,8 @@ NUMBERS: dict[str, Allowed] = {
     "cringe_alpha": _NOT_NEGATIVE,
     "cringe_bias": ("a finite number", lambda value: True),
     "cringe_tau": _POSITIVE,
-    "cringe_top_k": ("a whole number of at least 1", lambda value: value >= 1 and value == int(value)),
-    "f_divergence_alpha": ("a finite number", lambda value: True),
+    "cringe_top_k": ("a whole number of at least 1", lambda value: value >= 1 and isinstance(value, int)),
+    "f_divergence_alpha": ("a number from -100 to 100", lambda value: -100 <= value <= 100),
 }
 
 
@@ -80,9 +80,8 @@ def split(value: Any) -> list[Any]:
 
     Anything else is a list of itself.
     """
-    if isinstance(value, str):
-        return [each.strip() for each in value.split(",")]
-    return list(value) if isinstance(value, (list, tuple)) else [value]
+    parts = value.split(",") if isinstance(value, str) else value if isinstance(value, (list, tuple)) else [value]
+    return [each.strip() if isinstance(each, str) else each for each in parts]
 
 
 def keys_of(loss: Loss) -> dict[str, Any]:
@@ -127,7 +126,7 @@ def keys_not_taken(settings: Mapping[str, Any]) -> list[str]:
     several = len(losses) > 1
     foreign = set.intersection(*not_taken) | (set() if several else {"pref_loss_weights"})
     # These must suit each of the losses.
-    strict = {"f_divergence", "f_divergence_alpha", "pref_wpo", "ld_alpha"}
+    strict = {"f_divergence", "f_divergence_alpha", "pref_wpo", "pref_weight_column", "ld_alpha"}
     foreign |= set.union(*(each & strict for each in not_taken))
     if not any(loss.needs_reference for loss in losses):
         foreign |= {"f_divergence", "f_divergence_alpha"}
@@ -148,6 +147,7 @@ def _not_taken(settings: Mapping[str, Any], loss: Loss, is_of_file: bool) -> lis
         "f_divergence_alpha": in_scores,
         "pref_margin_column": loss.needs_scores,
         "pref_wpo": not loss.needs_batch,
+        "pref_weight_column": not loss.needs_batch,
         "pref_loss_file": is_of_file,
         "pref_loss_args": is_of_file,
         "precompute_ref_log_probs": loss.needs_reference,

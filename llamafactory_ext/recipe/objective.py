@@ -116,8 +116,9 @@ def _from_keys(args: Any, losses: Sequence[Loss]) -> dict[str, Any]:
         if not any(keyword in loss.parameters for loss in losses):
             names = " and ".join(repr(loss.name) for loss in losses)
             takes = listed(dict.fromkeys(key for loss in losses for key in keys_of(loss)))
+            verb = "takes" if len(losses) == 1 else "take"
             raise ValueError(
-                f"`{key}` is not a hyper-parameter of pref_loss {names}, which takes {takes}: remove `{key}`."
+                f"`{key}` is not a hyper-parameter of pref_loss {names}, which {verb} {takes}: remove `{key}`."
             )
     return {keyword: getattr(args, key) for key, keyword in given.items()}
 
@@ -154,8 +155,8 @@ def _check_divergence(args: Any, objective: Objective) -> None:
             )
         if part.loss.needs_reference and not part.loss.takes_divergence:
             raise ValueError(
-                f"pref_loss {part.loss.name!r} is defined by log-ratios: remove `f_divergence`, or train a loss that "
-                "compares two scores, such as sigmoid, ipo, hinge or robust."
+                f"pref_loss {part.loss.name!r} is made for log-ratios, which `f_divergence` replaces: remove the key, "
+                "or train a loss that takes it, such as sigmoid, ipo, hinge or robust."
             )
     if not objective.needs_reference:
         raise ValueError(f"pref_loss {objective.name!r} has no reference to diverge from: remove `f_divergence`.")
@@ -166,7 +167,7 @@ def _check_scores(args: Any, objective: Objective) -> None:
     if needing and args.pref_margin_column is None:
         raise ValueError(
             f"pref_loss {needing[0]!r} needs the scores of the responses: name their columns in the data, like "
-            "`pref_margin_column: [chosen_score, rejected_score]`, or one column with the difference."
+            "`pref_margin_column: [score_chosen, score_rejected]`, or one column with the difference."
         )
     if args.pref_margin_column is not None and not needing:
         raise ValueError(
@@ -206,12 +207,27 @@ def _check_ld_alpha(args: Any, objective: Objective) -> None:
         )
 
 
-def _check_wpo(args: Any, objective: Objective) -> None:
+def _check_weights(args: Any, objective: Objective) -> None:
     of_batch = next((loss.name for loss in objective.losses if loss.needs_batch), None)
-    if args.pref_wpo and of_batch is not None:
+    key = "pref_wpo" if args.pref_wpo else "pref_weight_column" if args.pref_weight_column is not None else None
+    if key is not None and of_batch is not None:
         raise ValueError(
             f"pref_loss {of_batch!r} compares the pairs of a micro-batch with one another, so that weights of single "
-            "pairs mean nothing: remove `pref_wpo`."
+            f"pairs mean nothing: remove `{key}`."
+        )
+
+
+def _check_contrast(args: Any, objective: Objective) -> None:
+    given = {
+        part.loss.name: part.hyperparameters["cringe_top_k"] for part in objective.parts if part.loss.needs_contrast
+    }
+    wrong = next((name for name, top_k in given.items() if type(top_k) is not int or top_k < 1), None)
+    if wrong is not None:
+        raise ValueError(f"`cringe_top_k` of {wrong!r} is {shown(given[wrong])}: write a whole number of at least 1.")
+    if len(set(given.values())) > 1:
+        raise ValueError(
+            f"the losses {' and '.join(map(repr, given))} draw from different numbers of tokens (`cringe_top_k`): give "
+            "all of them the same."
         )
 
 
@@ -225,6 +241,7 @@ CHECKS: tuple[Callable[[Any, Objective], None], ...] = (
     _check_scores,
     _check_refinement,
     _check_ld_alpha,
-    _check_wpo,
+    _check_weights,
+    _check_contrast,
     _check_reference,
 )

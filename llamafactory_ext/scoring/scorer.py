@@ -112,7 +112,7 @@ def load_scorer(settings: Settings, reference_settings: Settings) -> Scorer:
     from llamafactory.data.processor import PairwiseDatasetProcessor
 
     from ..recipe.loading import load_pairs, load_tokenization
-    from ..training.columns import CarryingProcessor, carrying_collator
+    from ..training.columns import CarryingProcessor, Columns, carrying_collator
     from ..training.loading import columns_carried
     from ..training.reference.model import match_precision
     from ..training.refinement import AugmentingCollator, AugmentingProcessor
@@ -131,8 +131,9 @@ def load_scorer(settings: Settings, reference_settings: Settings) -> Scorer:
         processor, collator_class = PairwiseDatasetProcessor(**about), PairwiseDataCollatorWithPadding
     else:
         processor, collator_class = AugmentingProcessor(**about, sr_prompt=sr_prompt), AugmentingCollator
+    columns = Columns.of_recipe(finetuning_args)
     if finetuning_args.data_columns:
-        processor, collator_class = CarryingProcessor(processor), carrying_collator(collator_class)
+        processor, collator_class = CarryingProcessor(processor), carrying_collator(collator_class, columns)
     with columns_carried(finetuning_args):
         rows = load_pairs(model_args, data_args)
     policy, reference = (_load_model(each, tools.tokenizer) for each in (settings, reference_settings))
@@ -254,7 +255,7 @@ def _columns(scorer: Scorer, batch: Any) -> dict[str, list[Any]]:
             refined = objective.seen_by(objective.refined, pairs, augmented)
             assert refined.refinement is not None
             columns |= {"augmented_margin": augmented.margin, "refinement": refined.refinement}
-        values = objective.values(pairs, augmented)
+        values = objective.values_alone(pairs, augmented)
         columns["loss"] = objective.sum_of(values)
         if len(values) > 1:
             columns |= {f"loss/{name}": of_one for name, of_one in values.items()}

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from ..errors import UserError
 from ..losses.lookup import get_loss
-from ..recipe.keys import keys_not_taken, split
+from ..recipe.keys import OBJECTIVE_KEYS, keys_not_taken, split
 from ..recipe.reading import Settings, read_recipe
 
 SHORT = {"pref_loss": "", "learning_rate": "lr", "pref_beta": "beta", "num_train_epochs": "epochs"}
@@ -183,12 +183,18 @@ class Cell:
 
 def notes(sweep: Sweep, cells: Sequence[Cell]) -> list[str]:
     """What is worth knowing about a sweep and its results, though nothing is wrong."""
+    found = []
     trained = {name for cell in cells for _, name in cell.datasets}
     if sweep.held_out is not None and sweep.held_out.dataset in trained:
-        return [
+        found.append(
             f"Cells train on the held-out pairs {sweep.held_out.dataset!r}: their scores say nothing about new pairs."
-        ]
-    return []
+        )
+    base = sweep.base_recipe()
+    for key in OBJECTIVE_KEYS:
+        without = [cell.name for cell in cells if key in base and cell.is_preference and key not in cell.settings]
+        if 0 < len(without) < len(cells):
+            found.append(f"`{key}` is left out where the loss does not take it, in {', '.join(without)}.")
+    return found
 
 
 def read_sweep(path: Path) -> Sweep:

@@ -6,7 +6,6 @@ what it did, and the numbers travel beside.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 WEIGHT, SCORE_GAP = "pair_weight", "score_gap"  # columns of the tokenized data, and keys of a batch
-KEYS = (WEIGHT, SCORE_GAP)
+NUMBERS = (WEIGHT, SCORE_GAP)
+MADE_OF = "numbers_made_of"  # column of the tokenized data: the names of the columns that the numbers come from
+FLOAT32 = torch.finfo(torch.float32)
 
 
 @dataclass(frozen=True)
@@ -37,15 +38,19 @@ class Columns:
 
     @classmethod
     def of_recipe(cls, finetuning_args: Any) -> Columns:
-        scores = finetuning_args.pref_margin_column
-        return cls(finetuning_args.pref_weight_column, tuple(split(scores)) if scores is not None else ())
+        weight, scores = finetuning_args.pref_weight_column, finetuning_args.pref_margin_column
+        return cls(split(weight)[0] if weight else None, tuple(split(scores)) if scores else ())
+
+    def __str__(self) -> str:
+        named = {"pref_weight_column": self.weight, "pref_margin_column": ", ".join(self.scores)}
+        return " and ".join(f"`{key}: {name}`" for key, name in named.items() if name)
 
     def numbers(self, row: Mapping[str, Any]) -> dict[str, float]:
         """A row's numbers, by their keys in a batch.
 
         Raises:
-            ValueError: if a column is missing or holds no number, a weight is negative, or the chosen response's score
-                is not the higher one.
+            ValueError: if a column is missing or holds no number of float32, a weight is negative, or the chosen
+                response's score is not the higher one.
         """
         numbers = {}
         if self.weight is not None:
@@ -55,10 +60,11 @@ class Columns:
         if self.scores:
             scores = [_number(row, "pref_margin_column", name) for name in self.scores]
             numbers[SCORE_GAP] = scores[0] - scores[1] if len(scores) == 2 else scores[0]
-            if not 0 < numbers[SCORE_GAP] < math.inf:
+            if not FLOAT32.tiny <= numbers[SCORE_GAP] <= FLOAT32.max:
+                found = " and ".join(f"{name!r} ({shown(row[name])})" for name in self.scores)
                 raise ValueError(
-                    f"by {_place(self.scores[0], row)}, the chosen response does not score higher than the rejected "
-                    "one, and ODPO takes the logarithm of the difference: remove such pairs."
+                    f"by {found}, the chosen response of {_row(row)} does not score higher than the rejected one, and "
+                    "ODPO takes the logarithm of the difference: remove such pairs, or swap the columns if all are so."
                 )
         return numbers
 
@@ -69,26 +75,29 @@ class Columns:
             ValueError: with what to do instead.
         """
         row: dict[str, Any] = next(iter(dataset), {})
-        for key, name in ((WEIGHT, self.weight), (SCORE_GAP, ", ".join(self.scores))):
-            if row and name and key not in row:
-                raise ValueError(
-                    f"the data in `tokenized_path` was tokenized without the column {name!r}: name a new folder, and "
-                    "the data will be tokenized again."
-                )
+        if row and row.get(MADE_OF) != str(self):
+            made = row.get(MADE_OF, "neither of the two")
+            raise ValueError(
+                f"the data in `tokenized_path` was tokenized with {made}, not with {self}: name a new folder, and the "
+                "data will be tokenized again."
+            )
 
 
 def _number(row: Mapping[str, Any], key: str, name: str) -> float:
     if name not in row:
         columns = ", ".join(map(repr, row))
         raise ValueError(f"`{key}` names {name!r}, but the data has the columns {columns}: write one of them.")
-    if not is_number(row[name]) or not math.isfinite(row[name]):
+    if not is_number(row[name]) or not abs(row[name]) <= FLOAT32.max:  # which a NaN is not, either
         raise ValueError(f"{_place(name, row)} is no number: correct it, or remove the row.")
     return float(row[name])
 
 
 def _place(name: str, row: Mapping[str, Any]) -> str:
-    first = next((value for value in row.values() if value), "")
-    return f"column {name!r} (value {shown(row[name])}) of the row that begins with {shown(first)}"
+    return f"column {name!r} (value {shown(row[name])}) of {_row(row)}"
+
+
+def _row(row: Mapping[str, Any]) -> str:
+    return f"the row that begins with {shown(next((value for value in row.values() if value), ''))}"
 
 
 # --- the way through LLaMA-Factory -----------------------------------------------------------------------------------
@@ -100,9 +109,14 @@ class CarryingConverter:
 
     converter: Callable[[dict[str, Any]], dict[str, Any]]
     columns: Columns
+    dataset: str  # its name, for errors
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        return {**self.converter(row), **self.columns.numbers(row)}
+        try:
+            numbers = self.columns.numbers(row)
+        except ValueError as error:
+            raise ValueError(f"data set {self.dataset}: {error}") from error
+        return {**self.converter(row), **numbers, MADE_OF: str(self.columns)}
 
 
 class CarryingProcessor:
@@ -114,7 +128,7 @@ class CarryingProcessor:
 
     def preprocess_dataset(self, examples: dict[str, list[Any]]) -> dict[str, list[Any]]:
         found: dict[str, list[Any]] = {}
-        carried = [key for key in KEYS if key in examples]
+        carried = [key for key in (*NUMBERS, MADE_OF) if key in examples]
         for at in range(len(examples["_prompt"])):
             inputs = self.processor.preprocess_dataset({name: values[at : at + 1] for name, values in examples.items()})
             rows = max(map(len, inputs.values()), default=0)  # 0 if the pair was dropped
@@ -123,12 +137,13 @@ class CarryingProcessor:
         return found
 
 
-def carrying_collator(base: type) -> type:
-    """A subclass of a collator of pairs whose batches have the numbers, shape `(batch,)`, float32."""
+def carrying_collator(base: type, columns: Columns) -> type:
+    """A subclass of a collator of pairs whose batches have the numbers of these columns, shape `(batch,)`, float32."""
+    keys = [key for key, name in ((WEIGHT, columns.weight), (SCORE_GAP, columns.scores)) if name]
 
     class CarryingCollator(base):
         def __call__(self, features: list[dict[str, Any]]) -> dict[str, Tensor]:
-            numbers = {key: torch.tensor([pair[key] for pair in features]) for key in KEYS if key in features[0]}
+            numbers = {key: torch.tensor([float(pair[key]) for pair in features]) for key in keys}
             return {**super().__call__(features), **numbers}
 
     return CarryingCollator
@@ -136,4 +151,4 @@ def carrying_collator(base: type) -> type:
 
 def take_columns(batch: dict[str, Any]) -> dict[str, Tensor]:
     """Remove the numbers from a batch, and return them."""
-    return {key: batch.pop(key) for key in KEYS if key in batch}
+    return {key: batch.pop(key) for key in NUMBERS if key in batch}

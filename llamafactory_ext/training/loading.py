@@ -31,7 +31,7 @@ def replacements(model_args: Any, finetuning_args: Any) -> list[Replacement]:
         collator = AugmentingCollator
         checks.append(functools.partial(check_augmented, sr_prompt=sr_prompt))
     if finetuning_args.data_columns:
-        inner, collator = processor, carrying_collator(collator)
+        inner, collator = processor, carrying_collator(collator, columns)
         processor = lambda **about: CarryingProcessor(inner(**about))  # noqa: E731
         checks.append(columns.check)
         found.append(_carrying(columns))
@@ -60,8 +60,8 @@ def _carrying(columns: Columns) -> Replacement:
     stock = converter.get_dataset_converter
 
     @functools.wraps(stock)
-    def get_dataset_converter(*args: Any, **kwargs: Any) -> CarryingConverter:
-        return CarryingConverter(stock(*args, **kwargs), columns)
+    def get_dataset_converter(name: str, dataset_attr: Any, *args: Any, **kwargs: Any) -> CarryingConverter:
+        return CarryingConverter(stock(name, dataset_attr, *args, **kwargs), columns, str(dataset_attr))
 
     return converter, "get_dataset_converter", get_dataset_converter
 

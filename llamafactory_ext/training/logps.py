@@ -134,7 +134,12 @@ def _scored(
     else:
         scored = _scores_of(logits[0] if head.is_narrowed else logits[layout.row, layout.column], layout.target, terms)
     logps, logit_means, *others = scored.unbind(dim=-1)
-    return (logps, logit_means.detach(), *others), getattr(output, "aux_loss", None)
+    return (logps, logit_means.detach(), *others), _router_loss(output)
+
+
+def _router_loss(output: Any) -> Tensor | None:
+    loss = getattr(output, "aux_loss", None)
+    return loss if isinstance(loss, torch.Tensor) else None  # GraniteMoe: 0
 
 
 def _scores_of(logits: Tensor, target: Tensor, terms: Sequence[TokenTerm]) -> Tensor:

@@ -10,10 +10,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from llamafactory.extras import logging
+
 from ..errors import in_a_line, not_possible
 from ..recipe.reading import check_sizes, data_sets
 from .layout import COUNTED_PADDING, SHARED_NOISE
 from .reference.model import NOT_PRECOMPUTED, STREAMED, PendingReference, different_weights, random_weight_keys
+
+logger = logging.get_logger()  # LLaMA-Factory's own, whose lines reach the console and the web UI
 
 
 def check_recipe(model_args: Any, data_args: Any, training_args: Any, finetuning_args: Any) -> None:
@@ -32,6 +36,20 @@ def check_recipe(model_args: Any, data_args: Any, training_args: Any, finetuning
     _check_random_weights(model_args, data_args, training_args, finetuning_args)
     _check_rope_scaling(model_args)
     _check_flash_attention(model_args)
+
+
+def router_loss_weight(model_args: Any) -> float:
+    """The factor of the load-balancing loss of a mixture of experts; 0 where routers would get no gradient from it."""
+    if not model_args.moe_aux_loss_coef:
+        return 0.0
+    # Checkpointing of these kinds runs layers without a gradient first, and that is when routers say what they chose.
+    if not model_args.disable_gradient_checkpointing and (model_args.use_reentrant_gc or model_args.use_unsloth_gc):
+        logger.warning_rank0(
+            "`moe_aux_loss_coef` has no effect: checkpointed layers give routers no gradient. Write "
+            "`use_reentrant_gc: false`, or `disable_gradient_checkpointing: true`."
+        )
+        return 0.0
+    return float(model_args.moe_aux_loss_coef)
 
 
 @contextmanager

@@ -36,8 +36,9 @@ def alignment(logits: Tensor, logps: Tensor, target: Tensor) -> Tensor:
 class Contrast:
     """log(1 + e^(s - s*)): s is the token's logit, s* that of another one, shape `(scored,)`, with gradient.
 
-    The other one is drawn from the `top_k` most likely, by their probabilities. It is the same when activations are
-    recomputed, and another in every step. Source: arXiv 2211.05826 (CRINGE).
+    The other one is drawn from the `top_k` most likely, by their probabilities: another in every step, and the same
+    when activations are recomputed. Without gradients, as in evaluation, the draw is the same every time, and leaves
+    the training's random numbers alone. Source: arXiv 2211.05826 (CRINGE).
     """
 
     top_k: int
@@ -46,8 +47,16 @@ class Contrast:
         own = logits.gather(-1, target[:, None])
         others = logits.scatter(-1, target[:, None], -torch.inf)
         likely = others.topk(min(self.top_k, others.shape[-1] - 1), dim=-1).values
-        drawn = torch.multinomial(likely.detach().softmax(dim=-1), 1)
+        # The largest after Gumbel noise is a draw by softmax; unlike `multinomial`, it lets a NaN pass.
+        drawn = (likely.detach() - _exponential_noise(likely).log()).argmax(dim=-1, keepdim=True)
         return F.softplus(own - likely.gather(-1, drawn))[:, 0]
+
+
+def _exponential_noise(like: Tensor) -> Tensor:
+    if torch.is_grad_enabled():
+        return torch.empty_like(like).exponential_()
+    generator = torch.Generator(like.device).manual_seed(0)
+    return torch.empty_like(like).exponential_(generator=generator)
 
 
 def terms_of(objective: Objective, is_weighted: bool) -> dict[str, TokenTerm]:

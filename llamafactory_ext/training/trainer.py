@@ -167,17 +167,13 @@ class PreferenceTrainer(CustomDPOTrainer):
         return loss, {f"{prefix}{name}": values.detach() for name, values in metrics.items()}
 
     def _router_loss(self, model: Any, policy: ResponseLogps) -> Tensor | None:
-        """The load-balancing loss of a mixture of experts, which LLaMA-Factory drops; None if it cannot be trained."""
+        """The load-balancing loss of a mixture of experts, which LLaMA-Factory drops; None if it is not asked for."""
         if not self.finetuning_args.router_loss_weight:
             return None
         if policy.router_loss is None:
             why = f"{type(inner_model(model)).__name__} returns no loss of a router"
-        elif torch.is_grad_enabled() and not policy.router_loss.requires_grad:
-            why = "checkpointed layers give routers no gradient, unless the recipe says `use_reentrant_gc: false`"
-        else:
-            return policy.router_loss
-        logger.warning_rank0_once(f"`moe_aux_loss_coef` has no effect: {why}.")
-        return None
+            logger.warning_rank0_once(f"`moe_aux_loss_coef` has no effect: {why}.")
+        return policy.router_loss
 
     def _lay_out(self, batch: Batch) -> Layout:
         if self.sharing.is_on is None:
@@ -340,7 +336,7 @@ class PreferenceTrainer(CustomDPOTrainer):
         """Log, with the metrics stored since the last log and whether the run degenerates."""
         is_training = "loss" in logs
         means = self._metric_sums["train" if is_training else "eval"].take_means(self.accelerator)
-        logs |= {name.replace("eval_", f"{self._evaluated}_", 1): mean for name, mean in means.items()}
+        logs |= means if is_training else _renamed(means, self._evaluated)
         if means and is_training:
             logs[DEGENERATING] = float(problem([*self.state.log_history, logs]) is not None)
             if self.finetuning_args.pref_stop_on_degeneration:
@@ -366,3 +362,8 @@ class PreferenceTrainer(CustomDPOTrainer):
                     "started with."
                 )
             self.running = RunningMoments.load_from_json(self.accelerator, path)
+
+
+def _renamed(metrics: dict[str, float], prefix: str) -> dict[str, float]:
+    """The metrics of an evaluation, `eval_…`, under the prefix of its data set."""
+    return {prefix + name.removeprefix("eval"): value for name, value in metrics.items()}

@@ -158,6 +158,7 @@ RANGES: dict[str, dict[str, str]] = {
         "below_half": "a number of at least 0 and below 0.5",
         "finite": "a finite number",
         "count": "a whole number of at least 1",
+        "hundred": "a number from -100 to 100",
     },
     "ru": {
         "positive": "число больше 0",
@@ -165,6 +166,7 @@ RANGES: dict[str, dict[str, str]] = {
         "below_half": "число не меньше 0 и меньше 0.5",
         "finite": "конечное число",
         "count": "целое число не меньше 1",
+        "hundred": "число от -100 до 100",
     },
     "zh": {
         "positive": "大于 0 的数",
@@ -172,6 +174,7 @@ RANGES: dict[str, dict[str, str]] = {
         "below_half": "不小于 0 且小于 0.5 的数",
         "finite": "有限的数",
         "count": "不小于 1 的整数",
+        "hundred": "-100 到 100 之间的数",
     },
     "ko": {
         "positive": "0보다 큰 수",
@@ -179,6 +182,7 @@ RANGES: dict[str, dict[str, str]] = {
         "below_half": "0 이상 0.5 미만의 수",
         "finite": "유한한 수",
         "count": "1 이상의 정수",
+        "hundred": "-100 이상 100 이하의 수",
     },
     "ja": {
         "positive": "0 より大きい数",
@@ -186,6 +190,7 @@ RANGES: dict[str, dict[str, str]] = {
         "below_half": "0 以上 0.5 未満の数",
         "finite": "有限の数",
         "count": "1 以上の整数",
+        "hundred": "-100 以上 100 以下の数",
     },
 }
 QUOTES = {"en": "“{}”", "ru": "«{}»", "zh": "“{}”", "ko": "‘{}’", "ja": "「{}」"}

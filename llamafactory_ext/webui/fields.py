@@ -101,6 +101,10 @@ def _takes_divergence(losses: Sequence[Loss]) -> bool:
     return can and _has_reference(losses) and not any(loss.defaults().get("sr_lambda") for loss in losses)
 
 
+def _weighs_pairs(losses: Sequence[Loss]) -> bool:
+    return not any(loss.needs_batch for loss in losses)
+
+
 def _always(losses: Sequence[Loss]) -> bool:
     return True
 
@@ -144,8 +148,8 @@ LOSS_FIELDS: dict[str, Field] = {
     "ld_alpha_reference": Field(gr.Checkbox, _has_reference, {"value": False}),
     "pref_bco_weight": _number(_has_reference, step=0.1, default="0"),
     "pref_loss_weights": Field(gr.Textbox, lambda losses: len(losses) > 1, {"value": "", "placeholder": "1.0,0.1"}),
-    "pref_wpo": Field(gr.Checkbox, lambda losses: not any(loss.needs_batch for loss in losses), {"value": False}),
-    "pref_weight_column": Field(gr.Textbox, _always, _COLUMN),
+    "pref_wpo": Field(gr.Checkbox, _weighs_pairs, {"value": False}),
+    "pref_weight_column": Field(gr.Textbox, _weighs_pairs, _COLUMN),
     "pref_loss_args": Field(gr.Textbox, _any_is(_is_users), {"value": "", "placeholder": '{"tau": 0.5}', "scale": 2}),
     "sr_prompt": Field(gr.Textbox, _takes("sr_lambda"), _PROMPT),
 }
@@ -166,7 +170,7 @@ RANGES = {  # others: nonnegative
     "dpo_label_smoothing": "below_half",
     "simpo_gamma": "finite",
     "cringe_bias": "finite",
-    "f_divergence_alpha": "finite",
+    "f_divergence_alpha": "hundred",
     "cringe_tau": "positive",
     "discopop_tau": "positive",
     "cringe_top_k": "count",
@@ -312,9 +316,7 @@ def wrong_value(args: Mapping[str, Any], chosen: Sequence[Loss], lang: str) -> s
     referring = next((key for key in TEXT_KEYS if "${" in str(args.get(key))), None)
     if referring is not None:
         return alert("refers", lang, field=label(referring, lang))
-    refined = [loss for loss in chosen if "sr_lambda" in loss.parameters]
-    weights = (
-        [loss.defaults()["sr_lambda"] for loss in refined] if args.get("sr_lambda") is None else [args["sr_lambda"]]
-    )
+    refined, given = [loss for loss in chosen if "sr_lambda" in loss.parameters], args.get("sr_lambda")
+    weights = [loss.defaults().get("sr_lambda") if given is None else given for loss in refined]
     is_unused = bool(refined) and args.get("sr_prompt") is not None and not any(weights)
     return alert("unused_prompt", lang) if is_unused else None
