@@ -144,7 +144,10 @@ def test_loss_file_path_is_relative_to_the_working_directory(tmp_path, monkeypat
         ('@register_loss("f")\ndef f(): return 0', "take the pairs first"),
         ("@register_loss\ndef f(pairs): return pairs.margin", 'write @register_loss\\("my_loss"\\)'),
         ("register_loss(5)", "register_loss needs a name, not 5"),
-        *((f"register_loss({name!r})", "a loss cannot be named") for name in ("", " f", "a\nb", "\ud83c", "\x1b[31m")),
+        *(
+            (f"register_loss({name!r})", "a loss cannot be named")
+            for name in ("", " f", "a,b", "a\nb", "\ud83c", "\x1b[31m")
+        ),
     ],
 )
 def test_bad_loss_file_is_refused(tmp_path, body, message):

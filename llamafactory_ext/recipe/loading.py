@@ -96,6 +96,11 @@ def source_files(description: Any, dataset_dir: str) -> list[Path]:
     return [] if any(file.suffix not in SUFFIXES for file in files) else files
 
 
+def _compressed(description: Any, dataset_dir: str) -> list[Path]:
+    path = Path(dataset_dir, description.dataset_name)
+    return [path] if description.load_from == "file" and path.suffix == ".gz" and path.is_file() else []
+
+
 # --- what is wrong ---------------------------------------------------------------------------------------------------
 
 
@@ -113,6 +118,8 @@ def _faults(descriptions: Iterable[Any], data_args: Any) -> Iterator[str]:
         wanted = description.num_samples
         if wanted is not None and (type(wanted) is not int or wanted < 1):
             yield f"num_samples is {wanted!r} in dataset_info.json: write a whole number of at least 1"
+        for file in _compressed(description, data_args.dataset_dir):
+            yield f"{str(file)!r} is compressed, which LLaMA-Factory does not read: unpack it, and name what comes out"
         for file in source_files(description, data_args.dataset_dir):
             try:
                 fault = _first_fault(file, description, data_args)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import json
 import re
 import shutil
@@ -393,3 +394,13 @@ def test_wrong_recipes(settings, changes, message):
 @pytest.mark.parametrize(("a", "b", "length"), [("abc", "abd", 2), ("ab", "abc", 2), ("", "a", 0), ("x", "y", 0)])
 def test_common_prefix(a, b, length):
     assert common_prefix(a, b) == common_prefix(b, a) == length
+
+
+def test_a_compressed_file_is_to_be_unpacked(settings, tmp_path):
+    recipe = settings(row("1 + 1?", "2", "3"))
+    info = json.loads((tmp_path / "data" / "dataset_info.json").read_text())
+    info["pairs"]["file_name"] = "pairs.jsonl.gz"
+    (tmp_path / "data" / "dataset_info.json").write_text(json.dumps(info))
+    (tmp_path / "data" / "pairs.jsonl.gz").write_bytes(gzip.compress((tmp_path / "data" / "pairs.jsonl").read_bytes()))
+    with pytest.raises(UserError, match="is compressed, which LLaMA-Factory does not read: unpack it"):
+        check_pairs(recipe)

@@ -11,7 +11,7 @@ from llamafactory_ext.errors import UserError
 from llamafactory_ext.losses.lookup import loss_names
 from llamafactory_ext.recipe.keys import keys_not_taken
 from llamafactory_ext.recipe.reading import parse_recipe
-from llamafactory_ext.sweep.spec import Sweep, read_sweep
+from llamafactory_ext.sweep.spec import Sweep, notes, read_sweep
 
 BASE = {"stage": "dpo", "model_name_or_path": "model", "dataset": "pairs", "finetuning_type": "full"}
 OUR_LOSSES = tuple(loss_names())
@@ -88,6 +88,14 @@ def test_keys_of_a_mixture_are_those_of_any_of_its_losses():
         "f_divergence",
         "ref_model",
     ]
+
+
+def test_a_key_that_some_cells_leave_out_is_named():
+    """Otherwise a sweep compares DPO under one divergence with MinorDPO under another, and says nothing."""
+    sweep = Sweep(recipe=BASE | {"f_divergence": "js"}, axes={"pref_loss": ["sigmoid", "minor_dpo"]}, output="out")
+    assert notes(sweep, sweep.cells()) == ["`f_divergence` is left out where the loss does not take it, in minor_dpo."]
+    alike = Sweep(recipe=BASE | {"f_divergence": "js"}, axes={"pref_loss": ["sigmoid", "hinge"]}, output="out")
+    assert notes(alike, alike.cells()) == []
 
 
 def test_a_recipe_of_another_stage_is_left_as_it_is():
