@@ -245,13 +245,16 @@ def test_a_loss_and_its_settings_reach_the_command(open_page, address, workspace
 
 def test_each_loss_shows_its_own_fields(open_page, address):
     page = open_page(address)
+    refined, of_reference = ["Refinement lambda", "Refinement prompt"], ["LD alpha", "BCO weight"]
     own = {
-        "sigmoid": ["Label smoothing", "LD alpha", "BCO weight"],
-        "ipo": ["Length normalization", "LD alpha", "BCO weight"],
+        "sigmoid": ["Label smoothing", "f-divergence", *refined, *of_reference],
+        "ipo": ["Length normalization", "f-divergence", *of_reference],
         "simpo": ["SimPO gamma", "LD alpha"],
-        "minor_dpo": ["Refinement lambda", "Refinement prompt", "BCO weight"],
-        "dpop": ["DPOP lambda", "Refinement lambda", "Refinement prompt", "BCO weight"],
-        "sr_ipo": ["Refinement lambda", "Refinement prompt", "Length normalization", "BCO weight"],
+        "minor_dpo": [*refined, *of_reference],
+        "dpop": ["DPOP lambda", *refined, *of_reference],
+        "sr_ipo": ["Length normalization", *refined, *of_reference],
+        "odpo": ["ODPO alpha", "Score columns", "f-divergence", *refined, *of_reference],
+        "cringe": ["CRINGE top k", "LD alpha"],
     }
     choose_loss(page, "hinge")
     for loss, fields in own.items():
@@ -259,7 +262,7 @@ def test_each_loss_shows_its_own_fields(open_page, address):
         for field in sorted({name for names in own.values() for name in names}):
             expect(title(page, field)).to_have_count(1 if field in fields else 0)
         for field in ("Reference model", "Reference cache"):
-            expect(title(page, field)).to_have_count(0 if loss == "simpo" else 1)
+            expect(title(page, field)).to_have_count(0 if loss in ("simpo", "cringe") else 1)
 
 
 @pytest.mark.parametrize("width", [1440, 1024, 390])
