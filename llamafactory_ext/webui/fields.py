@@ -127,7 +127,7 @@ _AUTO: dict[str, Any] = {"choices": list(TRI_STATE), "value": "auto"}
 _DIVERGENCE: dict[str, Any] = {"choices": divergence_names(), "value": "reverse_kl"}
 _COLUMN: dict[str, Any] = {"value": ""}
 
-# In the board's order: first those that depend on the loss, then those of the stage.
+# In the board's order: the loss's own, those of what is trained with it, and those of the stage; a row each.
 LOSS_FIELDS: dict[str, Field] = {
     "dpo_label_smoothing": _number(_takes("label_smoothing"), step=0.05),
     "simpo_gamma": _number(_takes("simpo_gamma"), step=0.1),
@@ -142,6 +142,10 @@ LOSS_FIELDS: dict[str, Field] = {
     "cringe_bias": _number(_takes("cringe_bias"), step=1),
     "cringe_tau": _number(_takes("cringe_tau"), step=1),
     "cringe_top_k": _number(_takes("cringe_top_k"), step=1),
+    "pref_loss_args": Field(gr.Textbox, _any_is(_is_users), {"value": "", "placeholder": '{"tau": 0.5}', "scale": 2}),
+    "sr_prompt": Field(gr.Textbox, _takes("sr_lambda"), _PROMPT),
+}
+OBJECTIVE_FIELDS: dict[str, Field] = {
     "f_divergence": Field(gr.Dropdown, _takes_divergence, _DIVERGENCE),
     "f_divergence_alpha": _number(_takes_divergence, step=0.1, default="0.5"),
     "ld_alpha": _number(_always, step=0.1, default="1"),  # the same as unset
@@ -150,8 +154,6 @@ LOSS_FIELDS: dict[str, Field] = {
     "pref_loss_weights": Field(gr.Textbox, lambda losses: len(losses) > 1, {"value": "", "placeholder": "1.0,0.1"}),
     "pref_wpo": Field(gr.Checkbox, _weighs_pairs, {"value": False}),
     "pref_weight_column": Field(gr.Textbox, _weighs_pairs, _COLUMN),
-    "pref_loss_args": Field(gr.Textbox, _any_is(_is_users), {"value": "", "placeholder": '{"tau": 0.5}', "scale": 2}),
-    "sr_prompt": Field(gr.Textbox, _takes("sr_lambda"), _PROMPT),
 }
 STAGE_FIELDS: dict[str, Field] = {
     "ref_model": Field(gr.Textbox, _has_reference, {"value": ""}),
@@ -161,7 +163,7 @@ STAGE_FIELDS: dict[str, Field] = {
     "pref_loss_file": Field(gr.Textbox, _always, {"value": ""}),
     "pref_stop_on_degeneration": Field(gr.Checkbox, _always, {"value": False}),
 }
-FIELDS = LOSS_FIELDS | STAGE_FIELDS
+FIELDS = LOSS_FIELDS | OBJECTIVE_FIELDS | STAGE_FIELDS
 TEXT_KEYS = [key for key, field in FIELDS.items() if field.kind is gr.Textbox]
 FLAGS = [key for key, field in FIELDS.items() if field.is_flag]
 

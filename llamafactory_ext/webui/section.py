@@ -19,7 +19,18 @@ from ..plots import reward_figure
 from ..recipe.keys import keys_of
 from ..training.monitors import problem, read_trainer_log, stopped_at
 from .errors import joined
-from .fields import FIELDS, LOSS_FIELDS, STAGE_FIELDS, alert, chosen_losses, is_dpo, is_shown, losses_of, why_not
+from .fields import (
+    FIELDS,
+    LOSS_FIELDS,
+    OBJECTIVE_FIELDS,
+    STAGE_FIELDS,
+    alert,
+    chosen_losses,
+    is_dpo,
+    is_shown,
+    losses_of,
+    why_not,
+)
 from .loss_files import LossFiles
 from .loss_texts import about_loss
 
@@ -88,7 +99,7 @@ class _Section:
     def __init__(self, pref_loss: Any, fields: dict[str, Any], loss_files: LossFiles) -> None:
         self.pref_loss, self.fields, self.loss_files = pref_loss, fields, loss_files
         self.about = gr.Markdown(visible=False, elem_id="about_loss")
-        for group in (LOSS_FIELDS, STAGE_FIELDS):
+        for group in (LOSS_FIELDS, OBJECTIVE_FIELDS, STAGE_FIELDS):
             with gr.Row():
                 for key in group:
                     fields[key].render()
