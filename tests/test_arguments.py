@@ -8,8 +8,10 @@ import pytest
 from llamafactory.hparams import FinetuningArguments
 from transformers import HfArgumentParser
 
+from llamafactory_ext import get_loss, register_loss
 from llamafactory_ext.losses import lookup
 from llamafactory_ext.recipe.arguments import SR_PROMPT
+from llamafactory_ext.recipe.keys import keys_not_taken, keys_of
 
 MINE = """
 from __future__ import annotations
@@ -251,6 +253,24 @@ def test_contrasts_of_losses_of_the_user(tmp_path, settings, message):
         assert parse(pref_loss="cringe,con", pref_loss_file=str(path), cringe_top_k=1).objective.contrast is not None
         with pytest.raises(ValueError, match=message):
             parse(pref_loss_file=str(path), **settings)
+
+
+def test_a_new_loss_of_the_package_needs_no_key_of_its_own():
+    """Until it has one, `pref_loss_args` gives its hyper-parameters, and everything else follows from the registry."""
+
+    def novel(pairs, *, beta: float, steepness: float = 2.0, sr_lambda: float = 0.0):
+        """NOVEL: softplus(-steepness beta (D_w - D_l))."""
+        return steepness * beta * pairs.margin
+
+    novel.__module__ = "llamafactory_ext.losses.logistic"
+    with lookup.forgotten_afterwards():
+        register_loss("novel", takes_divergence=True)(novel)
+        args = parse(pref_loss="novel,sft", pref_loss_args={"steepness": 3.0}, sr_lambda=0.1)
+        assert str(args.objective) == "novel(beta=0.1, steepness=3.0, sr_lambda=0.1) + sft()"
+        assert keys_of(get_loss("novel"))["pref_loss_args.steepness"] == 2.0
+        assert keys_not_taken({"pref_loss": "novel", "pref_loss_args": {}, "dpop_lambda": 1}) == ["dpop_lambda"]
+        with pytest.raises(ValueError, match=r"holds 'sr_lambda', but .* takes `steepness` there"):
+            parse(pref_loss="novel", pref_loss_args={"sr_lambda": 0.1})
 
 
 def test_what_changes_the_objective_is_described():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -84,8 +85,14 @@ def split(value: Any) -> list[Any]:
     return [each.strip() if isinstance(each, str) else each for each in parts]
 
 
+def args_of(loss: Loss) -> dict[str, inspect.Parameter]:
+    """The hyper-parameters that `pref_loss_args` give: all of a user's loss, and those without a key of their own."""
+    has_key = {"beta"} if loss.is_users else {"beta", *KEYWORDS.values()}
+    return {name: parameter for name, parameter in loss.parameters.items() if name not in has_key}
+
+
 def keys_of(loss: Loss) -> dict[str, Any]:
-    """The YAML keys of a loss's hyper-parameters and their defaults; those of a user's loss are `pref_loss_args`."""
+    """The YAML keys of a loss's hyper-parameters and their defaults; what has none stands in `pref_loss_args`."""
     defaults = {"beta": PREF_BETA, **loss.defaults()}
     return {_key_of(name): defaults.get(name, "(required)") for name in loss.parameters}
 
@@ -149,7 +156,7 @@ def _not_taken(settings: Mapping[str, Any], loss: Loss, is_of_file: bool) -> lis
         "pref_wpo": not loss.needs_batch,
         "pref_weight_column": not loss.needs_batch,
         "pref_loss_file": is_of_file,
-        "pref_loss_args": is_of_file,
+        "pref_loss_args": is_of_file or bool(args_of(loss)),
         "precompute_ref_log_probs": loss.needs_reference,
         "ref_log_probs_cache_dir": loss.needs_reference,
         "ref_model": loss.needs_reference,

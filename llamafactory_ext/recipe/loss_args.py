@@ -1,4 +1,4 @@
-"""`pref_loss_args`: the keyword arguments of a loss of the user's, checked; and how messages show values."""
+"""`pref_loss_args`: keyword arguments of losses, mostly of the user's, checked; and how messages show values."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..losses.registry import Loss
+from .keys import args_of
 
 
 def from_loss_args(args: Any, losses: Sequence[Loss]) -> dict[str, Any]:
@@ -16,27 +17,27 @@ def from_loss_args(args: Any, losses: Sequence[Loss]) -> dict[str, Any]:
 
     Args:
         args: with `pref_loss_args` and `pref_loss`.
-        losses: those of `pref_loss_file` that the recipe trains.
+        losses: those that the recipe trains.
 
     Raises:
         ValueError: if none of them takes one of the values.
     """
     if args.pref_loss_args is None:
         return {}
-    if not losses:
+    accepted = {name: parameter for loss in losses for name, parameter in args_of(loss).items()}
+    if not accepted and not any(loss.is_users for loss in losses):
         raise ValueError(
             "`pref_loss_args` are for a loss of your own: name its file with pref_loss_file, or write the keys of "
             f"pref_loss {args.pref_loss!r} instead."
         )
 
     given = _as_mapping(args.pref_loss_args)
-    accepted = {name: each for loss in losses for name, each in loss.parameters.items() if name != "beta"}
     for name, value in given.items():
         if name == "beta":
             raise ValueError("`pref_loss_args` may not hold beta: write `pref_beta`.")
         if name not in accepted:
             raise ValueError(
-                f"`pref_loss_args` holds {name!r}, but the loss {losses[0].name!r} takes {listed(accepted)}: "
+                f"`pref_loss_args` holds {name!r}, but pref_loss {args.pref_loss!r} takes {listed(accepted)} there: "
                 "write one of its keyword arguments."
             )
         _check_annotation(name, value, accepted[name])

@@ -12,7 +12,7 @@ from ..losses.divergence import Divergence
 from ..losses.lookup import get_loss, load_loss_file
 from ..losses.objective import Objective, Part
 from ..losses.registry import Loss
-from .keys import OBJECTIVE_KEYS, OWN_KEYS, STOCK_KEYS, divergence_names, keys_of, split, takes_ld_alpha
+from .keys import OBJECTIVE_KEYS, OWN_KEYS, STOCK_KEYS, args_of, divergence_names, keys_of, split, takes_ld_alpha
 from .loss_args import from_loss_args, is_number, listed, shown
 
 # LLaMA-Factory's switches for trainers in which the plugin has no say.
@@ -28,13 +28,13 @@ def objective_of(args: Any) -> Objective:
     Raises:
         ValueError: with one sentence that says what to write instead.
     """
-    losses, of_file = _find_losses(args)
+    losses = _find_losses(args)
     weights = _weights(args, losses)
     _check_backend(args, losses)
-    from_keys, loss_args = _from_keys(args, losses), from_loss_args(args, [get_loss(name) for name in of_file])
+    from_keys, loss_args = _from_keys(args, losses), from_loss_args(args, losses)
     parts = []
     for loss, weight in zip(losses, weights, strict=True):
-        own = loss_args if loss.name in of_file else {}
+        own = {name: value for name, value in loss_args.items() if name in args_of(loss)}
         given = {**loss.defaults(), **from_keys, **own, "beta": args.pref_beta}
         _check_complete(loss, given)
         parts.append(Part(loss, {name: given[name] for name in loss.parameters}, weight))
@@ -47,22 +47,20 @@ def objective_of(args: Any) -> Objective:
 # --- which losses ----------------------------------------------------------------------------------------------------
 
 
-def _find_losses(args: Any) -> tuple[list[Loss], list[str]]:
-    """The losses of `pref_loss`, and the names of those that `pref_loss_file` registers and the recipe trains."""
+def _find_losses(args: Any) -> list[Loss]:
     names = split(args.pref_loss)
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise ValueError(f"`pref_loss` names {twice!r} twice: write it once, with the sum of both weights.")
     if args.pref_loss_file is None:
-        return [get_loss(name) for name in names], []
+        return [get_loss(name) for name in names]
 
     registered = load_loss_file(args.pref_loss_file)
-    of_file = [name for name in names if name in registered]
-    if not of_file:
+    if not set(names) & set(registered):
         raise ValueError(
             f"pref_loss_file {args.pref_loss_file!r} registers {listed(registered)}, but pref_loss is "
             f"{args.pref_loss!r}: write `pref_loss: {registered[0]}`, or remove pref_loss_file."
         )
-    return [get_loss(name) for name in names], of_file
+    return [get_loss(name) for name in names]
 
 
 def _weights(args: Any, losses: Sequence[Loss]) -> list[float]:

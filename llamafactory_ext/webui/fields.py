@@ -23,7 +23,7 @@ from ..losses import STOCK_LOSSES
 from ..losses.lookup import forgotten_afterwards, get_loss, load_loss_file, loss_names
 from ..losses.registry import Loss
 from ..recipe.arguments import SR_PROMPT
-from ..recipe.keys import NUMBERS, divergence_names, split
+from ..recipe.keys import NUMBERS, args_of, divergence_names, split
 from . import errors
 
 TRI_STATE = {"auto": None, "true": True, "false": False}
@@ -142,7 +142,11 @@ LOSS_FIELDS: dict[str, Field] = {
     "cringe_bias": _number(_takes("cringe_bias"), step=1),
     "cringe_tau": _number(_takes("cringe_tau"), step=1),
     "cringe_top_k": _number(_takes("cringe_top_k"), step=1),
-    "pref_loss_args": Field(gr.Textbox, _any_is(_is_users), {"value": "", "placeholder": '{"tau": 0.5}', "scale": 2}),
+    "pref_loss_args": Field(
+        gr.Textbox,
+        _any_is(lambda loss: bool(args_of(loss)) or loss.is_users),
+        {"value": "", "placeholder": '{"tau": 0.5}', "scale": 2},
+    ),
     "sr_prompt": Field(gr.Textbox, _takes("sr_lambda"), _PROMPT),
 }
 OBJECTIVE_FIELDS: dict[str, Field] = {
