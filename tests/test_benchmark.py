@@ -218,7 +218,7 @@ def test_a_failed_run_names_its_log(runner, tmp_path, monkeypatch):
     [
         (["--model", "nowhere"], "there is no model in nowhere: run `make model`"),
         (["--data", "nowhere.jsonl"], "llamafactory-ext data corrupt train.jsonl --output nowhere.jsonl"),
-        (["--losses", "minor_dbo"], "Did you mean 'minor_dpo'?"),
+        (["--losses", "minor_dbo"], "Did you mean 'minor_dpo'"),
         (["--losses", "simpo"], "--losses simpo has no reference"),
         (["--micro-batch", "3"], "--global-batch 16 is no multiple of --micro-batch 3"),
         (["--steps", "9"], "pairs.jsonl holds 12 pairs where 160 are needed"),
