@@ -31,8 +31,7 @@ def replacements(model_args: Any, finetuning_args: Any) -> list[Replacement]:
         collator = AugmentingCollator
         checks.append(functools.partial(check_augmented, sr_prompt=sr_prompt))
     if finetuning_args.data_columns:
-        inner, collator = processor, carrying_collator(collator, columns)
-        processor = lambda **about: CarryingProcessor(inner(**about))  # noqa: E731
+        processor, collator = functools.partial(_carried, processor), carrying_collator(collator, columns)
         checks.append(columns.check)
         found.append(_carrying(columns))
     return [
@@ -41,6 +40,10 @@ def replacements(model_args: Any, finetuning_args: Any) -> list[Replacement]:
         (workflow, "PairwiseDataCollatorWithPadding", collator),
         (workflow, "get_dataset", _checked(workflow.get_dataset, checks)),
     ]
+
+
+def _carried(make: Callable[..., Any], /, **about: Any) -> CarryingProcessor:
+    return CarryingProcessor(make(**about))
 
 
 @contextmanager
