@@ -19,7 +19,8 @@ from torch.profiler import ProfilerActivity, profile
 from training_watch import now
 
 from llamafactory_ext.training import attention
-from llamafactory_ext.training.attention import attend, tree_lengths
+from llamafactory_ext.training.attention import attend, tree_mask
+from llamafactory_ext.training.trie import pair_tree
 
 TRIES = 4
 HEADS, HEAD_SIZE = 32, 128  # Qwen1.5-7B's
@@ -48,7 +49,7 @@ def of_length(record: Any, total: int, heads: int, size: int, dtype: torch.dtype
     def tensors(rows: int, length: int) -> list[torch.Tensor]:
         return [torch.randn(rows, heads, length, size, dtype=dtype, device=DEVICE).requires_grad_() for _ in range(3)]
 
-    one_row, mask = tensors(1, total), tree_lengths([lengths] * TRIES)
+    one_row, mask = tensors(1, total), tree_mask([pair_tree(*lengths)] * TRIES)
     rows = tensors(2 * TRIES, shared + max(lengths[1:]))
     query, key, value = tensors(1, shared + tail)
     module = SimpleNamespace(is_causal=True, num_key_value_groups=1, training=True)

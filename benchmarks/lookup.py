@@ -20,7 +20,7 @@ import datasets
 import numpy as np
 import typer
 
-from llamafactory_ext.training.reference.cache import TOKENS, pair_key
+from llamafactory_ext.training.reference.cache import TOKENS, row_keys
 from llamafactory_ext.training.reference.logps import ReferenceLogps
 
 PROMPT, ANSWER, VOCABULARY = (60, 200), (80, 300), 151_936  # tokens, from and to
@@ -62,7 +62,7 @@ def random_pairs(count: int) -> Iterator[dict[str, Any]]:
 def seconds_row_by_row(dataset: datasets.Dataset) -> float:
     start = time.perf_counter()
     for pair in dataset.select_columns(list(TOKENS)).with_format("numpy"):
-        pair_key(pair)
+        row_keys(pair)
     return time.perf_counter() - start
 
 

@@ -55,6 +55,18 @@ def _extend_arguments(module: ModuleType) -> None:
     module.FinetuningArguments = extend(module.FinetuningArguments)  # type: ignore[attr-defined]
 
 
+def _keep_columns(module: ModuleType) -> None:
+    wrapt.wrap_function_wrapper(module, "DatasetAttr.join", _join)
+
+
+def _join(stock: Callable[..., None], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Read an entry of dataset_info.json, with the columns of `answers` and `scores` (`training/answers.py`)."""
+    stock(*args, **kwargs)
+    (entry,) = (*args, *kwargs.values())
+    columns = entry.get("columns") or {}
+    instance.answers, instance.scores = columns.get("answers"), columns.get("scores")
+
+
 def _train_ours(module: ModuleType) -> None:
     wrapt.wrap_function_wrapper(module, "run_dpo", _run_dpo)
 
@@ -73,6 +85,8 @@ def _run_dpo(stock: Callable[..., None], instance: Any, args: tuple[Any, ...], k
     arguments["finetuning_args"].router_loss_weight = router_loss_weight(arguments["model_args"])
     check_recipe(*(arguments[name] for name in ("model_args", "data_args", "training_args", "finetuning_args")))
     _announce(arguments["model_args"], arguments["training_args"], arguments["finetuning_args"])
+    if arguments["data_args"].streaming:  # accelerate would join the batches of all ranks, whose lengths differ
+        arguments["training_args"].accelerator_config.dispatch_batches = False
 
     callbacks = arguments.get("callbacks") or []
     arguments["callbacks"] = [TrainerCheck(), *_metrics_in_trainer_log(callbacks), *callbacks]
@@ -151,10 +165,18 @@ PATCHES = (
         },
     ),
     Patch(
+        "llamafactory.data.parser",
+        "dataset_info.json may name the columns of more than two answers and of their scores.",
+        {"DatasetAttr.join": ("attr",)},
+        _keep_columns,
+    ),
+    Patch(
         "llamafactory.data.loader",
-        "The refinement term and columns of the data wrap its processor; `check` and `score` load pairs with it.",
+        "Answers of several turns, the refinement term and columns of the data wrap its processor; `check` and `score` "
+        "load pairs with it.",
         {
             "PairwiseDatasetProcessor": ("template", "tokenizer", "processor", "data_args"),
+            "align_dataset": ("dataset", "dataset_attr", "data_args"),
             "_get_merged_dataset": ("dataset_names", "model_args", "data_args", "training_args", "stage"),
         },
     ),

@@ -23,8 +23,9 @@ from transformers import MistralConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llamafactory_ext.training import flash
-from llamafactory_ext.training.attention import PREFIX_TREES, accept_prefix_trees, tree_lengths
+from llamafactory_ext.training.attention import PREFIX_TREES, accept_prefix_trees, tree_mask
 from llamafactory_ext.training.layout import Limits, limits_of, obstacle
+from llamafactory_ext.training.trie import pair_tree
 
 pytestmark = pytest.mark.skipif(not plain_flash.IS_POSSIBLE, reason="transformers has another interface to kernels")
 
@@ -93,7 +94,7 @@ def test_trees_are_their_sequences_values_and_gradients(trees, window, cap):
         length = sum(map(sum, trees))
         query, key, value = tensors(length)
         with mock.patch.object(flash, "_half_precision", return_value=None):
-            mask = tree_lengths(trees)
+            mask = tree_mask([pair_tree(*each) for each in trees])
             kwargs = {"kernel": "flash_attention_2", "sliding_window": window, "softcap": cap}
             actual = flash.attend(MODULE, query, key, value, mask, position_ids=torch.zeros(1, length), **kwargs)[0]
     start, rows, weights = 0, [], torch.randn(length, HEADS, SIZE, dtype=torch.float64)
@@ -121,7 +122,9 @@ def test_one_call_of_the_kernel_for_all_trees(monkeypatch):
 
     monkeypatch.setattr(plain_flash, "flash_attn_varlen_func", noted)
     query, key, value = (tensor.half() for tensor in tensors(12))
-    flash.attend(MODULE, query, key, value, tree_lengths([(3, 2, 4), (0, 1, 2)]), kernel="flash_attention_2")
+    flash.attend(
+        MODULE, query, key, value, tree_mask([pair_tree(3, 2, 4), pair_tree(0, 1, 2)]), kernel="flash_attention_2"
+    )
     (call,) = calls
     assert call["cu_seqlens_q"].tolist() == [0, 5, 9, 10, 12]
     assert call["max_seqlen_q"] == 5

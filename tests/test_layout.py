@@ -198,7 +198,7 @@ def test_a_prefix_tree_by_hand():
     layout = shared_prefix(collate([([5, 6], [7, 8, 9], [7, 4])]))
     assert layout.inputs["input_ids"].tolist() == [[5, 6, 7, 8, 9, 4]]
     assert layout.inputs["position_ids"].tolist() == [[0, 1, 2, 3, 4, 3]]
-    assert layout.inputs["attention_mask"].tolist() == [[[[3, 2, 1]]]]
+    assert layout.inputs["attention_mask"].tolist() == [[[[0, 0, 5], [0, 3, 1]]]]
     added = shared_prefix(collate([([5, 6], [7, 8, 9], [7, 4])]), "eager").inputs["attention_mask"]
     assert (added == 0)[0, 0].int().tolist() == [
         [1, 0, 0, 0, 0, 0],

@@ -13,10 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from llamafactory_ext import get_loss
 from llamafactory_ext.losses.pairs import PairLogps
 from llamafactory_ext.training import attention
-from llamafactory_ext.training.attention import tree_lengths
+from llamafactory_ext.training.attention import tree_mask
 from llamafactory_ext.training.layout import Layout, shared_prefix
 from llamafactory_ext.training.logps import response_logps
 from llamafactory_ext.training.metrics import MetricSums
+from llamafactory_ext.training.trie import pair_tree
 
 BATCH = collate([([1, 2, 3], [4, 5, 6], [4, 7]), ([8], [9], [10, 11])])
 
@@ -79,17 +80,19 @@ def test_lengths_of_prefix_trees_are_asked_for_once():
             Counted.asked += 1
             return self.as_subclass(torch.Tensor).tolist()
 
-    lengths = tree_lengths([(2, 1, 3)]).as_subclass(Counted)
+    lengths = tree_mask([pair_tree(2, 1, 3)]).as_subclass(Counted)
     for _ in range(3):  # as every layer does
-        assert attention._trees(lengths).lengths == [[2, 1, 3]]
+        assert attention._trees(lengths).paths == [[(0, 3)], [(0, 2), (3, 6)]]
     assert Counted.asked == 1
 
 
 def test_masks_of_tails_are_made_once_and_wide_enough_for_the_kernel():
-    lengths, query = tree_lengths([(2, 1, 3), (20, 1, 2)]), torch.zeros(1, 1, 1, 1, dtype=torch.bfloat16)
+    lengths, query = tree_mask([pair_tree(2, 1, 3), pair_tree(20, 1, 2)]), torch.zeros(1, 1, 1, 1, dtype=torch.bfloat16)
     masks = attention._trees(lengths).tail_masks(query)
     assert attention._trees(lengths).tail_masks(query) is masks
     assert attention._trees(lengths).tail_masks(query.float()) is not masks
+    assert masks[::2] == [None, None]  # a tree's first sequence is causal throughout
+    masks = masks[1::2]
     assert [mask.shape for mask in masks] == [(1, 1, 3, 5), (1, 1, 2, 22)]
     assert all(mask.dtype == torch.bfloat16 and mask.stride(-2) % 16 == 0 for mask in masks)
     seen = [[True, True, True, False, False], [True, True, True, True, False], [True] * 5]

@@ -80,7 +80,7 @@ def check_pairs(settings: Settings, test_set: TestSet | None = None, key: str = 
     """
     import datasets
 
-    from ..training.loading import columns_carried
+    from ..training.loading import loaded_as_trained
 
     if settings.get("stage", "dpo") not in ("dpo", "rm"):
         raise UserError(f"stage {settings['stage']!r} does not train on pairs: write `stage: dpo` or `stage: rm`.")
@@ -92,7 +92,7 @@ def check_pairs(settings: Settings, test_set: TestSet | None = None, key: str = 
 
     tools = load_tokenization(model_args, data_args)
     is_dpo = settings.get("stage", "dpo") == "dpo"
-    with columns_carried(finetuning_args) if is_dpo else nullcontext():
+    with loaded_as_trained(finetuning_args) if is_dpo else nullcontext():
         pairs = load_pairs(model_args, data_args)
     difference = _template_difference(pairs, tools)
     sr_prompt = finetuning_args.refinement_prompt if is_dpo else None
@@ -175,15 +175,14 @@ class _Measure:
     def __init__(
         self, tools: Tokenization, data_args: Any, test_set: TestSet | None, sr_prompt: str | None, context: int | None
     ) -> None:
-        from llamafactory.data.processor import PairwiseDatasetProcessor
-
+        from ..training.answers import AnswersProcessor
         from ..training.refinement import AugmentingProcessor
 
         about = (tools.template, tools.tokenizer, tools.processor)
-        self.whole = PairwiseDatasetProcessor(*about, replace(data_args, cutoff_len=UNCUT))
+        self.whole = AnswersProcessor(*about, replace(data_args, cutoff_len=UNCUT))
         self.augments = sr_prompt is not None
         if sr_prompt is None:
-            self.cut = PairwiseDatasetProcessor(*about, data_args)
+            self.cut = AnswersProcessor(*about, data_args)
         else:
             self.cut = AugmentingProcessor(*about, data_args, sr_prompt=sr_prompt, context=context)
         self.test_set = test_set

@@ -1,10 +1,11 @@
-"""Losses that compare distributions: of the two responses of a pair (EXO), or of the pairs of a micro-batch (AOT)."""
+"""Losses that compare distributions: of a pair's responses, of all answers to a prompt, of a micro-batch's pairs."""
 
 from __future__ import annotations
 
 import math
 from typing import TYPE_CHECKING
 
+import torch
 import torch.nn.functional as F
 
 from .logistic import smoothed
@@ -27,6 +28,24 @@ def exo_pair(pairs: PairLogps, *, beta: float, label_smoothing: float = 1e-3) ->
     log_chosen, log_rejected = F.logsigmoid(argument), F.logsigmoid(-argument)
     chosen = log_chosen.exp() * (log_chosen - math.log1p(-label_smoothing))
     return chosen + log_rejected.exp() * (log_rejected - math.log(label_smoothing))
+
+
+@register_loss("pl_dpo", needs_ranking=True, takes_divergence=True)
+def pl_dpo(pairs: PairLogps, *, beta: float) -> Tensor:
+    """Plackett-Luce DPO: sum over answers k of log(1 + sum over answers j that rank below k of e^(-beta(D_k - D_j))).
+
+    The likelihood of a ranking of all answers to a prompt; of two answers, it is DPO. Answers with the same score are
+    not compared. Usual beta: as DPO's.
+    Source: arXiv 2305.18290, appendix A.3. A pair's value is its part of its row's sum, times the row's pairs, so that
+    their mean is the sum.
+    """
+    argument = beta * pairs.margin
+    if pairs.winner is None or pairs.group is None:
+        return -F.logsigmoid(argument)
+    same_winner, same_group = (each[:, None] == each for each in (pairs.winner, pairs.group))
+    below = (-argument).expand(len(argument), -1).masked_fill(~same_winner, -math.inf)
+    of_winner = torch.logsumexp(torch.cat([torch.zeros_like(argument)[:, None], below], dim=1), dim=1)
+    return of_winner * same_group.sum(dim=1) / same_winner.sum(dim=1)
 
 
 @register_loss("aot", needs_batch=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -23,8 +23,11 @@ class PairLogps:
         rejected_length: the same for the rejected response.
         refinement: Delta = beta (D_w' - D_l') (arXiv 2405.21040, Eq. 12), without gradient; the primed log-ratios are
             those of the same responses under the augmented prompt. None if the loss has no refinement term.
-        score_gap: r_w - r_l, the difference of the scores that the data gives the responses (`pref_margin_column`), in
-            the data's unit; None if the recipe names no such column.
+        score_gap: r_w - r_l, the difference of the scores that the data gives the responses (`pref_margin_column`, or
+            the scores of more than two), in the data's unit; None if it gives none.
+        winner: in rows of more than two responses, the number of the chosen one in the batch, int64: pairs with the
+            same number compare one response with several. None: every pair has its own responses.
+        group: the number of the data row that the pair is from, int64; None as for `winner`.
         contrast: sum over the rejected response's tokens of log(1 + e^(s - s*)): s is the logit of the token, s* that
             of another one, drawn from the policy's most likely (`logps.Contrast`). With gradient; None if the loss
             does not need it.
@@ -42,6 +45,8 @@ class PairLogps:
     refinement: Tensor | None = None
     score_gap: Tensor | None = None
     contrast: Tensor | None = None
+    winner: Tensor | None = None
+    group: Tensor | None = None
 
     @property
     def chosen_logratio(self) -> Tensor:
@@ -77,16 +82,15 @@ class PairLogps:
         def mean(total: Tensor | None, length: Tensor) -> Any:
             return None if total is None else total / length.clamp(min=1)
 
-        return PairLogps(
-            mean(self.policy_chosen, self.chosen_length),
-            mean(self.policy_rejected, self.rejected_length),
-            mean(self.reference_chosen, self.chosen_length),
-            mean(self.reference_rejected, self.rejected_length),
-            self.chosen_length.new_ones(self.chosen_length.shape),
-            self.rejected_length.new_ones(self.rejected_length.shape),
-            self.refinement,
-            self.score_gap,
-            mean(self.contrast, self.rejected_length),
+        return replace(
+            self,
+            policy_chosen=mean(self.policy_chosen, self.chosen_length),
+            policy_rejected=mean(self.policy_rejected, self.rejected_length),
+            reference_chosen=mean(self.reference_chosen, self.chosen_length),
+            reference_rejected=mean(self.reference_rejected, self.rejected_length),
+            chosen_length=self.chosen_length.new_ones(self.chosen_length.shape),
+            rejected_length=self.rejected_length.new_ones(self.rejected_length.shape),
+            contrast=mean(self.contrast, self.rejected_length),
         )
 
 

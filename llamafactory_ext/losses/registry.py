@@ -37,6 +37,7 @@ class Loss:
     needs_batch: bool = False
     needs_scores: bool = False
     needs_contrast: bool = False
+    needs_ranking: bool = False
     on_means: bool = False
     takes_divergence: bool = False
 
@@ -83,7 +84,7 @@ class Loss:
     @property
     def needs(self) -> list[str]:
         """What a training must give it, in a word or two each."""
-        needed = {"batch > 1": self.needs_batch, "scores": self.needs_scores}
+        needed = {"batch > 1": self.needs_batch, "scores": self.needs_scores, "ranking": self.needs_ranking}
         reference = "reference" if self.needs_reference else "no reference"
         return [reference, *(words for words, is_needed in needed.items() if is_needed)]
 
@@ -114,7 +115,15 @@ class Loss:
 
 LOSSES: dict[str, Loss] = {}  # by name
 # The fields of a loss that say what it needs and allows.
-FLAGS = ("needs_reference", "needs_batch", "needs_scores", "needs_contrast", "on_means", "takes_divergence")
+FLAGS = (
+    "needs_reference",
+    "needs_batch",
+    "needs_scores",
+    "needs_contrast",
+    "needs_ranking",
+    "on_means",
+    "takes_divergence",
+)
 
 
 def register_loss(
@@ -125,6 +134,7 @@ def register_loss(
     needs_batch: bool = False,
     needs_scores: bool = False,
     needs_contrast: bool = False,
+    needs_ranking: bool = False,
     on_means: bool = False,
     takes_divergence: bool = False,
 ) -> Callable[[LossFunction], LossFunction]:
@@ -141,6 +151,8 @@ def register_loss(
         needs_scores: whether the loss reads `pairs.score_gap`; the recipe must then name a `pref_margin_column`.
         needs_contrast: whether it reads `pairs.contrast`, which costs a search of each token's logits. The function
             must then take `cringe_top_k`.
+        needs_ranking: whether it compares all answers of a data row at once (`pairs.winner`, `pairs.group`), so that
+            single pairs of a row cannot be weighted. It says so in lists of losses.
         on_means: whether it compares means per token; the refinement term then does, too.
         takes_divergence: whether it compares the responses by their log-ratios alone, so that the scores of another
             `f_divergence` may take their place.
@@ -156,6 +168,7 @@ def register_loss(
         "needs_batch": needs_batch,
         "needs_scores": needs_scores,
         "needs_contrast": needs_contrast,
+        "needs_ranking": needs_ranking,
         "on_means": on_means,
         "takes_divergence": takes_divergence,
     }

@@ -26,6 +26,7 @@ SR_PROMPT = (
 
 # Keys that name columns of the data -> how many they may name.
 COLUMN_KEYS = {"pref_weight_column": 1, "pref_margin_column": 2}
+EQUAL, BY_GAP = "equal", "score_gap"  # values of `pref_ranked_weights`
 
 
 @dataclass
@@ -133,6 +134,15 @@ class PreferenceArguments(FinetuningArguments):
             )
         },
     )
+    pref_ranked_weights: str | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "How the pairs of a row with more than two answers are weighted: equal (as one mean), or score_gap (by "
+                "the difference of their scores)."
+            )
+        },
+    )
     share_prefix: bool | None = field(
         default=None,
         metadata={
@@ -209,7 +219,13 @@ class PreferenceArguments(FinetuningArguments):
     def described(self) -> str:
         """The objective, and what else changes it, like `sigmoid(beta=0.1, …), pref_wpo=True`."""
         keys = ("pref_ftx", "pref_bco_weight", "ld_alpha", "ld_alpha_reference", "pref_wpo", *COLUMN_KEYS)
+        keys += ("pref_ranked_weights",)
         return ", ".join([str(self.objective), *(f"{key}={getattr(self, key)}" for key in keys if getattr(self, key))])
+
+    @property
+    def weights_by_gap(self) -> bool:
+        """Whether the pairs of a row with more than two answers weigh as much as their scores differ."""
+        return self.pref_ranked_weights == BY_GAP
 
     @property
     def data_columns(self) -> list[str]:
@@ -250,5 +266,7 @@ def _check_keys(args: PreferenceArguments) -> None:
         if names != [None] and not (0 < len(names) <= most and all(isinstance(name, str) and name for name in names)):
             wanted = "the name of a column" if most == 1 else "the name of a column, or of two"
             raise ValueError(f"`{key}` is {shown(getattr(args, key))}: write {wanted}.")
+    if args.pref_ranked_weights not in (None, EQUAL, BY_GAP):
+        raise ValueError(f"`pref_ranked_weights` is {shown(args.pref_ranked_weights)}: write {EQUAL} or {BY_GAP}.")
     if args.ref_log_probs_cache_dir is not None:
         named_path("ref_log_probs_cache_dir", args.ref_log_probs_cache_dir)

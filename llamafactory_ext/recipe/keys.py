@@ -39,6 +39,7 @@ OBJECTIVE_KEYS = (
     "pref_wpo",
     "pref_weight_column",
     "pref_margin_column",
+    "pref_ranked_weights",
 )
 OTHER_OWN_KEYS = (
     "sr_prompt",
@@ -133,7 +134,7 @@ def keys_not_taken(settings: Mapping[str, Any]) -> list[str]:
     several = len(losses) > 1
     foreign = set.intersection(*not_taken) | (set() if several else {"pref_loss_weights"})
     # These must suit each of the losses.
-    strict = {"f_divergence", "f_divergence_alpha", "pref_wpo", "pref_weight_column", "ld_alpha"}
+    strict = {"f_divergence", "f_divergence_alpha", "pref_wpo", "pref_weight_column", "pref_ranked_weights", "ld_alpha"}
     foreign |= set.union(*(each & strict for each in not_taken))
     if not any(loss.needs_reference for loss in losses):
         foreign |= {"f_divergence", "f_divergence_alpha"}
@@ -153,7 +154,8 @@ def _not_taken(settings: Mapping[str, Any], loss: Loss, is_of_file: bool) -> lis
         "f_divergence": in_scores,
         "f_divergence_alpha": in_scores,
         "pref_margin_column": loss.needs_scores,
-        "pref_wpo": not loss.needs_batch,
+        "pref_wpo": not loss.needs_batch and not loss.needs_ranking,
+        "pref_ranked_weights": not loss.needs_ranking,
         "pref_weight_column": not loss.needs_batch,
         "pref_loss_file": is_of_file,
         "pref_loss_args": is_of_file or bool(args_of(loss)),

@@ -215,6 +215,16 @@ def _check_weights(args: Any, objective: Objective) -> None:
         )
 
 
+def _check_ranked_weights(args: Any, objective: Objective) -> None:
+    of_row = next((loss.name for loss in objective.losses if loss.needs_ranking), None)
+    key = "pref_ranked_weights" if args.weights_by_gap else "pref_wpo" if args.pref_wpo else None
+    if key is not None and of_row is not None:
+        raise ValueError(
+            f"pref_loss {of_row!r} ranks all answers of a row at once, so that its pairs have no weights of their own: "
+            f"remove `{key}`."
+        )
+
+
 def _check_contrast(args: Any, objective: Objective) -> None:
     given = {
         part.loss.name: part.hyperparameters["cringe_top_k"] for part in objective.parts if part.loss.needs_contrast
@@ -240,6 +250,7 @@ CHECKS: tuple[Callable[[Any, Objective], None], ...] = (
     _check_refinement,
     _check_ld_alpha,
     _check_weights,
+    _check_ranked_weights,
     _check_contrast,
     _check_reference,
 )

@@ -108,12 +108,11 @@ def load_scorer(settings: Settings, reference_settings: Settings) -> Scorer:
     Raises:
         UserError: for a wrong recipe, and where a model or the data cannot be loaded.
     """
-    from llamafactory.data import PairwiseDataCollatorWithPadding
-    from llamafactory.data.processor import PairwiseDatasetProcessor
-
     from ..recipe.loading import load_pairs, load_tokenization
+    from ..training.answers import AnswersProcessor
     from ..training.columns import CarryingProcessor, Columns, carrying_collator
-    from ..training.loading import columns_carried
+    from ..training.loading import loaded_as_trained
+    from ..training.ranking import RankedCollator
     from ..training.reference.model import match_precision
     from ..training.refinement import AugmentingCollator, AugmentingProcessor
 
@@ -127,14 +126,14 @@ def load_scorer(settings: Settings, reference_settings: Settings) -> Scorer:
     tools = load_tokenization(model_args, data_args)
     tokenization = {"template": tools.template, "tokenizer": tools.tokenizer, "processor": tools.processor}
     about = {**tokenization, "data_args": data_args}
-    if sr_prompt is None:
-        processor, collator_class = PairwiseDatasetProcessor(**about), PairwiseDataCollatorWithPadding
-    else:
+    processor: Any = AnswersProcessor(**about)
+    collator_class: type = RankedCollator
+    if sr_prompt is not None:
         processor, collator_class = AugmentingProcessor(**about, sr_prompt=sr_prompt), AugmentingCollator
     columns = Columns.of_recipe(finetuning_args)
     if finetuning_args.data_columns:
         processor, collator_class = CarryingProcessor(processor), carrying_collator(collator_class, columns)
-    with columns_carried(finetuning_args):
+    with loaded_as_trained(finetuning_args):
         rows = load_pairs(model_args, data_args)
     policy, reference = (_load_model(each, tools.tokenizer) for each in (settings, reference_settings))
     match_precision(reference, policy, autocast=None)

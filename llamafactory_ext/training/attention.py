@@ -1,14 +1,14 @@
-"""Attention over prefix trees, packed into one row: each is `shared prefix | chosen tail | rejected tail`.
+"""Attention over prefix trees, packed into one row (`trie.py`): a pair's is `prefix | chosen tail | rejected tail`.
 
-A prefix tree holds the two sequences of a pair: the shared prefix with the chosen tail, and the rejected tail, which
-attends to the shared prefix as if it came right after it. Each is one call of transformers' own SDPA attention, the
-first without a mask. So no cost is quadratic in the row's length, and the trees need no padding between them.
+A tree's first sequence stands in the row whole. The tail of each further one attends to the prefix that it shares as if
+it came right after it. Each is one call of transformers' own SDPA attention, the first without a mask. So no cost is
+quadratic in the row's length, and the trees need no padding between them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,6 +20,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
 from . import flash
+from .trie import Branch, in_row, paths
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,50 +55,60 @@ def _rename(model: PreTrainedModel, old: str, new: str) -> None:
             module.config._attn_implementation = {"": new}  # in this config alone, not in those of its parts
 
 
-def tree_lengths(lengths: list[tuple[int, int, int]]) -> Tensor:
-    """The model's `attention_mask`: per prefix tree, the tokens of shared prefix, chosen tail and rejected tail.
+def tree_mask(trees: Sequence[Sequence[Branch]]) -> Tensor:
+    """The model's `attention_mask`: the sequences of a row of prefix trees, as `trie.in_row` numbers them.
 
-    Shape `(1, 1, trees, 3)`, int64. transformers passes a mask of four dimensions to its layers unchanged.
+    Shape `(1, 1, sequences, 3)`, int64. transformers passes a mask of four dimensions to its layers unchanged.
     """
-    return torch.tensor(lengths, dtype=torch.int64)[None, None]
+    return torch.tensor(in_row(trees), dtype=torch.int64)[None, None]
 
 
 @dataclass(frozen=True)
 class _Trees:
-    """`tree_lengths` as numbers, and the masks made from them."""
+    """A `tree_mask` as numbers, and the masks made from them.
 
-    lengths: list[list[int]]
-    masks: dict[tuple[torch.device, torch.dtype], list[Tensor]] = field(default_factory=dict)
+    Args:
+        branches: the sequences.
+        paths: where their tokens stand in the row.
+    """
 
-    def tail_masks(self, query: Tensor) -> list[Tensor]:
-        """The additive mask of each rejected tail, 0 or -inf: shape `(1, 1, tail, prefix + tail)`.
+    branches: list[Branch]
+    paths: list[list[tuple[int, int]]]
+    masks: dict[tuple[torch.device, torch.dtype], list[Tensor | None]] = field(default_factory=dict)
+
+    def tail_masks(self, query: Tensor) -> list[Tensor | None]:
+        """The additive mask of each tail, 0 or -inf: shape `(1, 1, tail, prefix + tail)`; None: nothing is shared.
 
         Made once per device and dtype, because the backward pass keeps the masks of all layers.
         """
         place = query.device, query.dtype
         if place not in self.masks:
-            self.masks[place] = [_tail_mask(shared, rejected, query) for shared, _, rejected in self.lengths]
+            self.masks[place] = [
+                _tail_mask(each.shared, each.tail, query) if each.parent != number else None
+                for number, each in enumerate(self.branches)
+            ]
         return self.masks[place]
 
 
-def _trees(lengths: Tensor) -> _Trees:
+def _trees(mask: Tensor) -> _Trees:
     """Cached on the tensor for one forward pass: if DDP moved it to a GPU, only the first layer waits for it."""
-    if not hasattr(lengths, "trees"):
-        lengths.trees = _Trees(lengths[0, 0].tolist())  # type: ignore[attr-defined]
-    trees: _Trees = lengths.trees  # type: ignore[attr-defined]
+    if not hasattr(mask, "trees"):
+        row = [Branch(*each) for each in mask[0, 0].tolist()]
+        mask.trees = _Trees(row, paths(row))  # type: ignore[attr-defined]
+    trees: _Trees = mask.trees  # type: ignore[attr-defined]
     return trees
 
 
-def _tail_mask(shared: int, rejected: int, query: Tensor) -> Tensor:
+def _tail_mask(shared: int, tail: int, query: Tensor) -> Tensor:
     # The row stride is a multiple of 16, as the memory-efficient kernel requires: otherwise it copies in every layer.
-    stride = 16 * math.ceil((shared + rejected) / 16)
-    return query.new_full((1, 1, rejected, stride), -math.inf).triu(shared + 1)[..., : shared + rejected]
+    stride = 16 * math.ceil((shared + tail) / 16)
+    return query.new_full((1, 1, tail, stride), -math.inf).triu(shared + 1)[..., : shared + tail]
 
 
 def attend(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """transformers' SDPA attention, which also accepts `tree_lengths` as the mask.
+    """transformers' SDPA attention, which also accepts a `tree_mask`.
 
     Args:
         query, key, value: shape `(1, heads, length, head size)`, rotary embedding applied.
@@ -113,19 +124,20 @@ def attend(
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # the lengths never repeat
 def _attend_in_trees(
-    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, **kwargs: Any
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **kwargs: Any
 ) -> Tensor:
-    trees, outputs, start = _trees(lengths), [], 0
+    trees, outputs = _trees(mask), []
     with _without_cudnn():
-        for (shared, chosen, rejected), mask in zip(trees.lengths, trees.tail_masks(query), strict=True):
-            tail, end = start + shared + chosen, start + shared + chosen + rejected
-            q, k, v = (tensor[:, :, start:tail] for tensor in (query, key, value))
-            outputs.append(sdpa_attention_forward(module, q, k, v, None, **kwargs)[0])
-
-            k, v = (torch.cat([x[:, :, start : start + shared], x[:, :, tail:end]], dim=2) for x in (key, value))
-            outputs.append(sdpa_attention_forward(module, query[:, :, tail:end], k, v, mask, **kwargs)[0])
-            start = end
+        for path, tail_mask in zip(trees.paths, trees.tail_masks(query), strict=True):
+            start, end = path[-1]
+            k, v = (_along(path, x) for x in (key, value))
+            outputs.append(sdpa_attention_forward(module, query[:, :, start:end], k, v, tail_mask, **kwargs)[0])
     return torch.cat(outputs, dim=1)
+
+
+def _along(path: list[tuple[int, int]], x: Tensor) -> Tensor:
+    parts = [x[:, :, start:end] for start, end in path]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
 @contextmanager

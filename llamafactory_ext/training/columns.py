@@ -57,7 +57,9 @@ class Columns:
             numbers[WEIGHT] = _number(row, "pref_weight_column", self.weight)
             if numbers[WEIGHT] < 0:
                 raise ValueError(f"the weight in {_place(self.weight, row)} is negative: write a number of at least 0.")
-        if self.scores:
+        if len(self.scores) == 1 and isinstance(row.get(self.scores[0]), list):
+            numbers[SCORE_GAP] = 1.0  # of several answers (`answers.py`), which says more of their scores
+        elif self.scores:
             scores = [_number(row, "pref_margin_column", name) for name in self.scores]
             numbers[SCORE_GAP] = scores[0] - scores[1] if len(scores) == 2 else scores[0]
             if not FLOAT32.tiny <= numbers[SCORE_GAP] <= FLOAT32.max:
@@ -138,17 +140,20 @@ class CarryingProcessor:
 
 
 def carrying_collator(base: type, columns: Columns) -> type:
-    """A subclass of a collator of pairs whose batches have the numbers of these columns, shape `(batch,)`, float32."""
+    """A subclass of a collator of pairs whose batches have the numbers of these columns, shape `(batch,)`.
+
+    They stand there as the bits of float32, int32, because DeepSpeed casts the floats of a batch to half precision.
+    """
     keys = [key for key, name in ((WEIGHT, columns.weight), (SCORE_GAP, columns.scores)) if name]
 
     class CarryingCollator(base):
         def __call__(self, features: list[dict[str, Any]]) -> dict[str, Tensor]:
-            numbers = {key: torch.tensor([float(pair[key]) for pair in features]) for key in keys}
+            numbers = {key: torch.tensor([float(pair[key]) for pair in features]).view(torch.int32) for key in keys}
             return {**super().__call__(features), **numbers}
 
     return CarryingCollator
 
 
 def take_columns(batch: dict[str, Any]) -> dict[str, Tensor]:
-    """Remove the numbers from a batch, and return them."""
-    return {key: batch.pop(key) for key in NUMBERS if key in batch}
+    """Remove the numbers from a batch, and return them: float32, shape `(batch,)`."""
+    return {key: batch.pop(key).view(torch.float32) for key in NUMBERS if key in batch}

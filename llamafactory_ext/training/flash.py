@@ -1,9 +1,8 @@
 """FlashAttention over prefix trees, packed into one row: one variable-length call for all trees.
 
-The queries are two sequences per tree, as they stand in the row: `shared prefix | chosen tail` and `rejected tail`. The
-keys of the second are the shared prefix, once more, and the rejected tail. FlashAttention 2.1 and later align a causal
-mask to the lower right, so the rejected tail attends as if it came right after the shared prefix, also in a sliding
-window.
+The queries are the sequences' own tails, as they stand in the row; the first sequence of a tree is all its own. The
+keys of each are the prefix that it shares, once more, and its tail. FlashAttention 2.1 and later align a causal mask to
+the lower right, so a tail attends as if it came right after its prefix, also in a sliding window.
 """
 
 from __future__ import annotations
@@ -17,6 +16,8 @@ import torch
 from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_flash_attention_utils import _flash_attention_forward, flash_attn_supports_top_left_mask
+
+from .trie import Branch, paths, places
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,7 +48,7 @@ def attend(
     kernel: str,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' FlashAttention, which also accepts `attention.tree_lengths` as the mask.
+    """transformers' FlashAttention, which also accepts an `attention.tree_mask`.
 
     Args:
         query, key, value: shape `(batch, heads, length, head size)`, rotary embedding applied; one row of prefix trees.
@@ -62,9 +63,9 @@ def attend(
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # the lengths never repeat
 def _attend_in_trees(
-    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, **kwargs: Any
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **kwargs: Any
 ) -> Tensor:
-    sequences = _sequences(lengths, query.device)
+    sequences = _sequences(mask, query.device)
     key, value = key[:, :, sequences.keys], value[:, :, sequences.keys]
     # Without position_ids, which transformers would look for sequences in.
     return _attend(module, query, key, value, None, **kwargs | sequences.in_words | {"position_ids": None})
@@ -131,27 +132,22 @@ class _Sequences:
     in_words: dict[str, Any]
 
 
-def _sequences(lengths: Tensor, device: torch.device) -> _Sequences:
+def _sequences(mask: Tensor, device: torch.device) -> _Sequences:
     """Made once per forward pass and kept on the tensor, for all layers."""
-    if not hasattr(lengths, "sequences"):
-        lengths.sequences = _as_sequences(lengths[0, 0].tolist(), device)  # type: ignore[attr-defined]
-    sequences: _Sequences = lengths.sequences  # type: ignore[attr-defined]
+    if not hasattr(mask, "sequences"):
+        row = [Branch(*each) for each in mask[0, 0].tolist()]
+        mask.sequences = _as_sequences(row, device)  # type: ignore[attr-defined]
+    sequences: _Sequences = mask.sequences  # type: ignore[attr-defined]
     return sequences
 
 
-def _as_sequences(trees: list[list[int]], device: torch.device) -> _Sequences:
-    keys: list[Tensor] = []
-    query_lengths, key_lengths, start = [], [], 0
-    for shared, chosen, rejected in trees:
-        tail, end = start + shared + chosen, start + shared + chosen + rejected
-        keys += [torch.arange(start, tail), torch.arange(start, start + shared), torch.arange(tail, end)]
-        query_lengths += [shared + chosen, rejected]
-        key_lengths += [shared + chosen, shared + rejected]
-        start = end
+def _as_sequences(row: list[Branch], device: torch.device) -> _Sequences:
+    keys = torch.cat([places(path) for path in paths(row)])
+    query_lengths, key_lengths = [each.tail for each in row], [each.shared + each.tail for each in row]
     ends = [
         torch.tensor([0, *accumulate(each)], dtype=torch.int32).to(device, non_blocking=True)
         for each in (query_lengths, key_lengths)
     ]
     in_words = {"cu_seq_lens_q": ends[0], "cu_seq_lens_k": ends[1]}
     longest = {"max_length_q": max(query_lengths), "max_length_k": max(key_lengths)}
-    return _Sequences(torch.cat(keys).to(device, non_blocking=True), in_words | longest)
+    return _Sequences(keys.to(device, non_blocking=True), in_words | longest)

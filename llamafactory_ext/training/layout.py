@@ -1,9 +1,10 @@
-"""How a batch of pairs is laid out for the model, and which of its tokens are scored for which response.
+"""How a batch of responses is laid out for the model, and which of its tokens are scored for which response.
 
 `padded` is LLaMA-Factory's layout: a row per response. `shared_prefix` packs a prefix tree per pair, `shared prefix |
 chosen tail | rejected tail`, into one row without padding: the tokens that both sequences of a pair begin with, of
-prompt and response alike, are computed once. Positions and attention are those of each sequence alone, so the numbers
-are the same. In both layouts the language-model head runs on scored tokens only.
+prompt and response alike, are computed once, and so are those of more than two responses to a prompt (`trie.py`).
+Positions and attention are those of each sequence alone, so the numbers are the same. In both layouts the
+language-model head runs on scored tokens only.
 """
 
 from __future__ import annotations
@@ -15,11 +16,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from llamafactory.extras.constants import IGNORE_INDEX
 
-from .attention import PREFIX_TREES, tree_lengths
+from .attention import PREFIX_TREES, tree_mask
 from .flash import is_flash
+from .trie import Branch, branches, in_row, paths, places
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from .ranking import Ranking
 
 Batch = dict[str, "Tensor"]
 
@@ -27,23 +31,23 @@ Batch = dict[str, "Tensor"]
 COUNTED_PADDING = "`ignore_pad_token_for_loss: false` scores padding tokens, whose number differs from batch to batch"
 SHARED_NOISE = "with `neftune_noise_alpha`, both responses would get the same noise"
 
-_SHARED, _CHOSEN, _REJECTED = range(3)  # the parts of a prefix tree
-
 
 @dataclass(frozen=True)
 class Layout:
-    """A batch of pairs as the model receives it.
+    """A batch of responses as the model receives it.
 
     Args:
         inputs: the model's keyword arguments; `input_ids` has shape `(rows, length)`.
         row, column: position of the hidden state that predicts each scored token, int64, shape `(scored,)` each.
         target: the scored tokens, int64, shape `(scored,)`.
         entry: per token of each response, its index among the scored tokens, int64, shape `(response tokens,)`. A
-            token that both responses of a pair share is scored once and occurs twice here.
-        response: the response of each entry: `pair` if chosen, `pairs + pair` if rejected; same shape.
-        ordinal: the position of each entry within its response, from 0; same shape.
+            token that responses share is scored once and occurs here for each of them.
+        response: the response of each entry, by its row in the batch: the chosen ones first, then the rejected ones,
+            unless there is a ranking; same shape.
+        ordinal: the position of each entry among its response's scored tokens, from 0; same shape.
         longest: an upper bound of the tokens per response, known without waiting for the GPU.
-        pairs: the number of pairs.
+        responses: the number of responses.
+        ranking: which responses are compared; None: the first half with the second.
     """
 
     inputs: Batch
@@ -54,14 +58,24 @@ class Layout:
     response: Tensor
     ordinal: Tensor
     longest: int
-    pairs: int
+    responses: int
+    ranking: Ranking | None = None
+
+    def sides(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The values of the chosen and of the rejected response of each pair, from one per response."""
+        if self.ranking is not None:
+            return self.ranking.sides(values)
+        chosen, rejected = values.chunk(2)
+        return chosen, rejected
 
 
-def padded(batch: Batch) -> Layout:
+def padded(batch: Batch, ranking: Ranking | None = None) -> Layout:
     """The batch unchanged: chosen responses in the first half of the rows, rejected ones in the second.
 
     Args:
-        batch: from LLaMA-Factory's pairwise collator; `labels`, shape `(2 * pairs, length)`, is -100 outside responses.
+        batch: from LLaMA-Factory's pairwise collator; `labels`, shape `(responses, length)`, is -100 where no token is
+            scored.
+        ranking: which rows are compared, if not those.
     """
     scored = batch["labels"][:, 1:] != IGNORE_INDEX
     row, column = scored.nonzero(as_tuple=True)
@@ -74,15 +88,15 @@ def padded(batch: Batch) -> Layout:
         response=row,
         ordinal=scored.cumsum(dim=1)[row, column] - 1,
         longest=scored.shape[1],
-        pairs=len(scored) // 2,
+        responses=len(scored),
+        ranking=ranking,
     )
 
 
-def shared_prefix(batch: Batch, attention: str = "sdpa", limits: Limits | None = None) -> Layout:
+def shared_prefix(
+    batch: Batch, attention: str = "sdpa", limits: Limits | None = None, ranking: Ranking | None = None
+) -> Layout:
     """The batch as one row of prefix trees.
-
-    The shared prefix ends before the first differing token, and at least one token before the end of the shorter
-    sequence, so that both keep a tail.
 
     Chosen by measurement (SmolLM2-135M, GSM8K pairs, forward and backward, two CPU cores): a padded, masked row per
     tree takes 0.98, 1.09 and 1.10 times as long at one, two and four pairs. One masked row takes 1.01 and 1.21 times as
@@ -91,23 +105,27 @@ def shared_prefix(batch: Batch, attention: str = "sdpa", limits: Limits | None =
     Args:
         batch: as for `padded`; text only, as of `media.text_of`.
         attention: the model's implementation. `eager` gets an additive mask of shape `(1, 1, length, length)`; others
-            get `attention.tree_lengths` and need `attention.accept_prefix_trees` first.
+            get `attention.tree_mask` and need `attention.accept_prefix_trees` first.
         limits: beyond them the batch is `padded`.
+        ranking: as for `padded`; the responses of a group are one tree.
     """
     device = batch["input_ids"].device
     # One transfer from the device: the lengths of the trees decide the shapes below.
     ids, mask, labels = torch.stack([batch[name] for name in ("input_ids", "attention_mask", "labels")]).cpu()
     sequences = [(ids[row][mask[row] != 0], labels[row][mask[row] != 0]) for row in range(len(ids))]
     pairs = len(sequences) // 2
-    trees = [_prefix_tree(*sequences[pair], *sequences[pairs + pair]) for pair in range(pairs)]
+    groups = [[pair, pairs + pair] for pair in range(pairs)] if ranking is None else ranking.groups
+    trees = [_prefix_tree([sequences[row] for row in group]) for group in groups]
     if limits and not limits.allow([len(each) for each, _ in sequences], sum(len(tree.ids) for tree in trees)):
-        return padded(batch)
+        return padded(batch, ranking)
 
-    in_row = [0, *itertools.accumulate(len(tree.ids) for tree in trees)]
+    in_batch = [0, *itertools.accumulate(len(tree.ids) for tree in trees)]
     in_scored = [0, *itertools.accumulate(len(tree.target) for tree in trees)]
-    entries = [tree.chosen + start for tree, start in zip(trees, in_scored, strict=False)]
-    entries += [tree.rejected + start for tree, start in zip(trees, in_scored, strict=False)]
-    column = torch.cat([tree.column + start for tree, start in zip(trees, in_row, strict=False)])
+    entries: list[Tensor] = [torch.empty(0)] * len(sequences)
+    for group, tree, start in zip(groups, trees, in_scored, strict=False):
+        for row, entry in zip(group, tree.entries, strict=True):
+            entries[row] = entry + start
+    column = torch.cat([tree.column + start for tree, start in zip(trees, in_batch, strict=False)])
     parts = {
         "row": torch.zeros_like(column),
         "column": column,
@@ -116,64 +134,64 @@ def shared_prefix(batch: Batch, attention: str = "sdpa", limits: Limits | None =
         "response": torch.cat([torch.full_like(entry, response) for response, entry in enumerate(entries)]),
         "ordinal": torch.cat([torch.arange(len(entry)) for entry in entries]),
     }
-    lengths = [tree.lengths for tree in trees]
+    rows = [tree.branches for tree in trees]
     inputs = {
         "input_ids": torch.cat([tree.ids for tree in trees])[None].to(device, non_blocking=True),
         "position_ids": torch.cat([tree.positions for tree in trees])[None].to(device, non_blocking=True),
-        "attention_mask": _eager_mask(lengths, device) if attention == "eager" else tree_lengths(lengths),
+        "attention_mask": _eager_mask(rows, device) if attention == "eager" else tree_mask(rows),
     }
     tensors = {name: values.to(device, non_blocking=True) for name, values in parts.items()}
-    return Layout(inputs=inputs, longest=max(map(len, entries)), pairs=pairs, **tensors)
+    return Layout(inputs=inputs, longest=max(map(len, entries)), responses=len(sequences), ranking=ranking, **tensors)
 
 
 @dataclass(frozen=True)
 class _PrefixTree:
-    """A pair as one sequence; `chosen` and `rejected` are the indices of each response's tokens in `target`."""
+    """The sequences of a group as one; `entries` are the indices of each response's tokens in `target`."""
 
     ids: Tensor
     positions: Tensor
-    lengths: tuple[int, int, int]  # of shared prefix, chosen tail and rejected tail
+    branches: list[Branch]
     column: Tensor
     target: Tensor
-    chosen: Tensor
-    rejected: Tensor
+    entries: list[Tensor]
 
 
-def _prefix_tree(
-    chosen_ids: Tensor, chosen_labels: Tensor, rejected_ids: Tensor, rejected_labels: Tensor
-) -> _PrefixTree:
-    end = min(len(chosen_ids), len(rejected_ids)) - 1
-    differs = (chosen_ids[:end] != rejected_ids[:end]) | (chosen_labels[:end] != rejected_labels[:end])
-    shared = int(differs.nonzero()[0]) if differs.any() else end
-    chosen_tail, rejected_tail = len(chosen_ids) - shared, len(rejected_ids) - shared
-
-    def scored(labels: Tensor) -> Tensor:
-        """Positions of the scored tokens; nothing predicts the very first token."""
-        at: Tensor = (labels[1:] != IGNORE_INDEX).nonzero()[:, 0] + 1
-        return at
-
-    at_chosen, at_rejected = scored(chosen_labels), scored(rejected_labels)
-    both = int((at_chosen < shared).sum())
-    at_tail = at_rejected[both:]
-    # In the row, the rejected tail follows the whole chosen sequence.
-    before_tail = torch.where(at_tail - 1 < shared, at_tail - 1, at_tail - 1 + chosen_tail)
+def _prefix_tree(sequences: list[tuple[Tensor, Tensor]]) -> _PrefixTree:
+    tree = branches(sequences)
+    column: list[Tensor] = []
+    target: list[Tensor] = []
+    entries: list[Tensor] = []
+    scored = 0
+    for branch, path, (_, labels) in zip(tree, paths(tree), sequences, strict=True):
+        at = (labels[1:] != IGNORE_INDEX).nonzero()[:, 0] + 1  # nothing predicts the very first token
+        common = int((at < branch.shared).sum())
+        own = at[common:]
+        column.append(places(path)[own - 1])
+        target.append(labels[own])
+        parents = entries[branch.parent][:common] if common else own[:0]
+        entries.append(torch.cat([parents, scored + torch.arange(len(own))]))
+        scored += len(own)
     return _PrefixTree(
-        ids=torch.cat([chosen_ids, rejected_ids[shared:]]),
-        positions=torch.cat([torch.arange(len(chosen_ids)), torch.arange(shared, len(rejected_ids))]),
-        lengths=(shared, chosen_tail, rejected_tail),
-        column=torch.cat([at_chosen - 1, before_tail]),
-        target=torch.cat([chosen_ids[at_chosen], rejected_ids[at_tail]]),
-        chosen=torch.arange(len(at_chosen)),
-        rejected=torch.cat([torch.arange(both), len(at_chosen) + torch.arange(len(at_tail))]),
+        ids=torch.cat([ids[branch.shared :] for branch, (ids, _) in zip(tree, sequences, strict=True)]),
+        positions=torch.cat([torch.arange(branch.shared, branch.shared + branch.tail) for branch in tree]),
+        branches=tree,
+        column=torch.cat(column),
+        target=torch.cat(target),
+        entries=entries,
     )
 
 
-def _eager_mask(lengths: list[tuple[int, int, int]], device: torch.device) -> Tensor:
-    """The additive mask of eager attention: 0 where a token attends to its tree's prefix or its own tail."""
-    trees = [torch.tensor([_SHARED] * s + [_CHOSEN] * c + [_REJECTED] * r, device=device) for s, c, r in lengths]
-    seen = torch.block_diag(*((part[:, None] == part) | (part == _SHARED) for part in trees)).bool().tril()
+def _eager_mask(trees: list[list[Branch]], device: torch.device) -> Tensor:
+    """The additive mask of eager attention: 0 where a token attends to its sequence up to itself."""
+    row = in_row(trees)
+    length = sum(branch.tail for branch in row)
+    seen = torch.zeros(length, length, dtype=torch.bool)
+    for branch, path in zip(row, paths(row), strict=True):
+        at = places(path)
+        ones = torch.ones(branch.tail, len(at), dtype=torch.bool)
+        seen[at[branch.shared :, None], at] = ones.tril(branch.shared)
     lowest = torch.finfo(torch.float32).min
-    return torch.zeros(seen.shape, device=device).masked_fill_(~seen, lowest)[None, None]
+    return torch.zeros(seen.shape).masked_fill_(~seen, lowest)[None, None].to(device, non_blocking=True)
 
 
 # --- where a shared prefix is exact ----------------------------------------------------------------------------------

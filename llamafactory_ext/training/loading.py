@@ -4,28 +4,31 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import ModuleType
 from typing import Any
 
 from ..patching import replaced
+from .answers import AnswersProcessor, aligned_with_answers, say_what_was_cut
 from .columns import CarryingConverter, CarryingProcessor, Columns, carrying_collator
+from .ranking import RankedCollator, check_ranking
 from .refinement import AugmentingCollator, AugmentingProcessor, check_augmented, model_context
 
 Replacement = tuple[ModuleType, str, object]  # module, name, value
 
 
 def replacements(model_args: Any, finetuning_args: Any) -> list[Replacement]:
-    """The replacements with which batches hold the augmented pairs, and the numbers of the data's columns."""
+    """The replacements with which batches hold more than LLaMA-Factory's pairs.
+
+    Answers of several turns, more than two of them, the augmented pairs, and the numbers of the data's columns.
+    """
     from llamafactory.data import loader
     from llamafactory.train.dpo import workflow
 
     sr_prompt, columns = finetuning_args.refinement_prompt, Columns.of_recipe(finetuning_args)
-    if sr_prompt is None and not finetuning_args.data_columns:
-        return []
-    processor, collator = loader.PairwiseDatasetProcessor, workflow.PairwiseDataCollatorWithPadding
-    checks: list[Callable[[Any], None]] = []
-    found: list[Replacement] = []
+    processor: Callable[..., Any] = AnswersProcessor
+    collator: type = RankedCollator
+    checks: list[Callable[[Any], None]] = [functools.partial(check_ranking, finetuning_args), say_what_was_cut]
     if sr_prompt is not None:
         processor = functools.partial(AugmentingProcessor, sr_prompt=sr_prompt, context=model_context(model_args))
         collator = AugmentingCollator
@@ -33,9 +36,8 @@ def replacements(model_args: Any, finetuning_args: Any) -> list[Replacement]:
     if finetuning_args.data_columns:
         processor, collator = functools.partial(_carried, processor), carrying_collator(collator, columns)
         checks.append(columns.check)
-        found.append(_carrying(columns))
     return [
-        *found,
+        *_in_loading(finetuning_args),
         (loader, "PairwiseDatasetProcessor", processor),
         (workflow, "PairwiseDataCollatorWithPadding", collator),
         (workflow, "get_dataset", _checked(workflow.get_dataset, checks)),
@@ -47,13 +49,21 @@ def _carried(make: Callable[..., Any], /, **about: Any) -> CarryingProcessor:
 
 
 @contextmanager
-def columns_carried(finetuning_args: Any) -> Iterator[None]:
-    """Inside the with block, pairs are loaded with the numbers of the columns that the recipe names, if any."""
-    if not finetuning_args.data_columns:
+def loaded_as_trained(finetuning_args: Any) -> Iterator[None]:
+    """Inside the with block, pairs are loaded as a training of the recipe loads them, into the standard format."""
+    with ExitStack() as replacements:
+        for module, name, value in _in_loading(finetuning_args):
+            replacements.enter_context(replaced(module, name, value))
         yield
-        return
-    with replaced(*_carrying(Columns.of_recipe(finetuning_args))):
-        yield
+
+
+def _in_loading(finetuning_args: Any) -> list[Replacement]:
+    from llamafactory.data import loader
+
+    found: list[Replacement] = [(loader, "align_dataset", aligned_with_answers(loader.align_dataset))]
+    if finetuning_args.data_columns:
+        found.append(_carrying(Columns.of_recipe(finetuning_args)))
+    return found
 
 
 def _carrying(columns: Columns) -> Replacement:

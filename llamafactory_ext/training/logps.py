@@ -1,4 +1,4 @@
-"""Log-probabilities of the responses in a batch of pairs, summed over their tokens.
+"""Log-probabilities of the responses in a batch, summed over their tokens.
 
 The language-model head runs only on the hidden states that predict a scored token. If their logits would still be
 large, it runs in chunks and keeps only log-probabilities; the backward pass computes the logits again, chunk by chunk.
@@ -41,7 +41,8 @@ class ResponseLogps:
     """The log-probabilities that a model gives the responses of a batch of pairs.
 
     Args:
-        chosen: log-probability summed over the chosen response, float32 or wider, shape `(batch,)`, in nats.
+        responses: log-probability summed over each response, float32 or wider, shape `(responses,)`, in nats.
+        chosen: that of each pair's chosen response, shape `(batch,)`.
         rejected: the same for the rejected response.
         chosen_length: number of tokens in the chosen response, int64, shape `(batch,)`.
         rejected_length: the same for the rejected response.
@@ -53,6 +54,7 @@ class ResponseLogps:
         router_loss: the load-balancing loss that a mixture of experts returns, a scalar; None if it returns none.
     """
 
+    responses: Tensor
     chosen: Tensor
     rejected: Tensor
     chosen_length: Tensor
@@ -74,7 +76,8 @@ def response_logps(
     Args:
         model: a causal language model, possibly wrapped for distributed training.
         layout: the batch, from `layout.padded` or `layout.shared_prefix`.
-        ld_alpha: weight of the tokens beyond the length of the pair's shorter response (LD-DPO, arXiv 2409.06411).
+        ld_alpha: weight of the tokens beyond the length of the pair's shorter response (LD-DPO, arXiv 2409.06411); for
+            pairs only, not for a layout with a ranking.
         terms: more to compute of each response token, by name.
     """
     terms = terms or {}
@@ -89,12 +92,13 @@ def response_logps(
     if ld_alpha is not None:
         shorter = torch.minimum(*lengths.chunk(2)).repeat(2)
         summands = torch.where(layout.ordinal < shorter[layout.response], summands, ld_alpha * summands)
+    totals = per_response(summands)
     mean_logits = per_response(logit_means[layout.entry]) / lengths.clamp(min=1)
-    of_terms = [per_response(values[layout.entry]).chunk(2) for values in others]
-    sums = {name: (chosen, rejected) for name, (chosen, rejected) in zip(terms, of_terms, strict=True)}
-    (chosen, rejected), (chosen_length, rejected_length) = per_response(summands).chunk(2), lengths.chunk(2)
-    means = mean_logits.chunk(2)
-    return ResponseLogps(chosen, rejected, chosen_length, rejected_length, means[0], means[1], sums, router_loss)
+    sums = {name: layout.sides(per_response(values[layout.entry])) for name, values in zip(terms, others, strict=True)}
+    chosen, rejected = layout.sides(totals)
+    return ResponseLogps(
+        totals, chosen, rejected, *layout.sides(lengths), *layout.sides(mean_logits), sums=sums, router_loss=router_loss
+    )
 
 
 def token_logps(model: torch.nn.Module, layout: Layout) -> Tensor:
@@ -105,14 +109,14 @@ def token_logps(model: torch.nn.Module, layout: Layout) -> Tensor:
         layout: the batch.
 
     Returns:
-        Shape `(2 * pairs, longest)`, the chosen responses first.
+        Shape `(responses, longest)`.
     """
     return _in_rows(_scored(model, layout)[0][0][layout.entry], layout)
 
 
 def _in_rows(values: Tensor, layout: Layout) -> Tensor:
     """A value per entry of a layout, a row per response."""
-    return values.new_zeros(2 * layout.pairs, layout.longest).index_put((layout.response, layout.ordinal), values)
+    return values.new_zeros(layout.responses, layout.longest).index_put((layout.response, layout.ordinal), values)
 
 
 def _scored(

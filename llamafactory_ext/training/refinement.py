@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from llamafactory.data import PairwiseDataCollatorWithPadding
-from llamafactory.data.processor import PairwiseDatasetProcessor
 from llamafactory.extras.constants import IGNORE_INDEX
 
 from ..recipe.reading import UNCUT
+from .answers import AnswersProcessor
+from .ranking import BETWEEN, RankedCollator
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,8 +36,8 @@ PADDING = {"input_ids": 0, "attention_mask": 0, "labels": IGNORE_INDEX}
 
 
 @dataclass
-class AugmentingProcessor(PairwiseDatasetProcessor):
-    """LLaMA-Factory's tokenization of pairs with two more columns: the augmented prompt, and the fingerprint of p.
+class AugmentingProcessor(AnswersProcessor):
+    """The tokenization of pairs with two more columns: the augmented prompt, and the fingerprint of p.
 
     Args:
         sr_prompt: p; part of the fingerprint by which `datasets` finds cached results.
@@ -53,9 +53,8 @@ class AugmentingProcessor(PairwiseDatasetProcessor):
         Raises:
             ValueError: if a response with its augmented prompt exceeds the model's context.
         """
-        whole = PairwiseDatasetProcessor(
-            self.template, self.tokenizer, self.processor, replace(self.data_args, cutoff_len=UNCUT)
-        )
+        about = (self.template, self.tokenizer, self.processor)
+        whole = AnswersProcessor(*about, replace(self.data_args, cutoff_len=UNCUT))
         augmented = examples | {"_prompt": [augment(messages, self.sr_prompt) for messages in examples["_prompt"]]}
         inputs: dict[str, list[Any]] = super().preprocess_dataset(examples)
         uncut, uncut_augmented = whole.preprocess_dataset(examples), whole.preprocess_dataset(augmented)
@@ -69,6 +68,9 @@ class AugmentingProcessor(PairwiseDatasetProcessor):
             for prompt, augmented_prompt, row in zip(
                 kept, inputs[PROMPT_IDS], inputs.get(f"{side}_input_ids", []), strict=True
             ):
+                self._check_length(len(row) - len(prompt) + len(augmented_prompt))
+        for prompt, augmented_prompt, rows in zip(kept, inputs[PROMPT_IDS], inputs.get(BETWEEN[0], []), strict=False):
+            for row in rows:
                 self._check_length(len(row) - len(prompt) + len(augmented_prompt))
         return inputs
 
@@ -121,18 +123,23 @@ def check_augmented(dataset: Any, sr_prompt: str) -> None:
 
 
 def _prompts(inputs: dict[str, list[Any]]) -> list[list[int]]:
-    """The prompt of each tokenized pair: the tokens without a label."""
+    """The prompt of each tokenized pair."""
     rows = zip(inputs.get("chosen_input_ids", []), inputs.get("chosen_labels", []), strict=True)
-    return [ids[: sum(label == IGNORE_INDEX for label in labels)] for ids, labels in rows]
+    return [ids[: prompt_length(labels)] for ids, labels in rows]
+
+
+def prompt_length(labels: Sequence[int]) -> int:
+    """The tokens before the first one with a label."""
+    return next((at for at, label in enumerate(labels) if label != IGNORE_INDEX), len(labels))
 
 
 # --- batches ---------------------------------------------------------------------------------------------------------
 
 
-class AugmentingCollator(PairwiseDataCollatorWithPadding):
-    """LLaMA-Factory's batch of pairs, and the augmented pairs under the same names with the prefix `augmented_`."""
+class AugmentingCollator(RankedCollator):
+    """The batch of pairs, and the augmented pairs under the same names with the prefix `augmented_`."""
 
-    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
         batch = super().__call__(features)
         augmented = super().__call__([augmented_pair(pair) for pair in features])
         return {**batch, **{f"{BATCH_PREFIX}{name}": values for name, values in augmented.items()}}
@@ -141,14 +148,21 @@ class AugmentingCollator(PairwiseDataCollatorWithPadding):
 def augmented_pair(pair: dict[str, Any]) -> dict[str, Any]:
     """The same responses under the augmented prompt, in the columns of the pair."""
     prompt = np.asarray(pair[PROMPT_IDS]).tolist()
-    changed = {}
+    changed: dict[str, Any] = {}
     for side in ("chosen", "rejected"):
-        labels = np.asarray(pair[f"{side}_labels"])
-        response = labels[labels != IGNORE_INDEX].tolist()
-        changed[f"{side}_input_ids"] = prompt + response
-        changed[f"{side}_labels"] = [IGNORE_INDEX] * len(prompt) + response
-        changed[f"{side}_attention_mask"] = [1] * (len(prompt) + len(response))
+        ids, labels = _after(prompt, pair[f"{side}_input_ids"], pair[f"{side}_labels"])
+        changed |= {f"{side}_input_ids": ids, f"{side}_labels": labels, f"{side}_attention_mask": [1] * len(ids)}
+    if BETWEEN[0] in pair:
+        moved = [_after(prompt, *response) for response in zip(*(pair[name] for name in BETWEEN), strict=True)]
+        changed |= {name: [response[part] for response in moved] for part, name in enumerate(BETWEEN)}
     return pair | changed
+
+
+def _after(prompt: list[int], ids: Any, labels: Any) -> tuple[list[int], list[int]]:
+    """A response's ids and labels after another prompt."""
+    ids, labels = np.asarray(ids).tolist(), np.asarray(labels).tolist()
+    start = prompt_length(labels)
+    return prompt + ids[start:], [IGNORE_INDEX] * len(prompt) + labels[start:]
 
 
 def is_joinable(batch: Mapping[str, Any], per_pair: Collection[str]) -> bool:

@@ -19,6 +19,8 @@ from .proof import SHORTEST, Proof, prove
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from .ranking import Ranking
+
 logger = logging.get_logger()  # LLaMA-Factory's own, whose lines reach the console and the web UI
 
 MORE_THAN_TEXT = "some pairs hold more than text"
@@ -45,17 +47,17 @@ class PrefixSharing:
     limits: Limits = field(default_factory=Limits)
     placeholders: frozenset[int] = frozenset()
 
-    def lay_out(self, batch: Batch) -> Layout:
+    def lay_out(self, batch: Batch, ranking: Ranking | None = None) -> Layout:
         """The batch with shared prefixes, unless sharing is off or the batch holds more than text."""
         if not self.is_on:
-            return padded(batch)
+            return padded(batch, ranking)
         text = text_of(batch, self.placeholders)
         if text is not None:
-            return shared_prefix(text, self.attention, self.limits)
+            return shared_prefix(text, self.attention, self.limits, ranking)
         if self.wanted:
             raise not_possible("share_prefix", MORE_THAN_TEXT)
         logger.warning_rank0_once("Prefix sharing is off for batches that hold more than text.")
-        return padded(batch)
+        return padded(batch, ranking)
 
     def switch_off(self, reason: str) -> None:
         """Log the reason.

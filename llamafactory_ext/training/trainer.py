@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import release_memory
-from llamafactory.data import PairwiseDataCollatorWithPadding
 from llamafactory.extras import logging
 from llamafactory.train.dpo.trainer import CustomDPOTrainer
 from transformers import Trainer, TrainerCallback
@@ -23,11 +22,12 @@ from ..losses.pairs import PairLogps
 from ..losses.unpaired import bco
 from .columns import SCORE_GAP, take_columns
 from .head import head_output
-from .layout import SHARED_NOISE, Batch, Layout, depends_on_batch, inner_model
+from .layout import SHARED_NOISE, Layout, depends_on_batch, inner_model
 from .logps import MICRO_BATCHES_AT_ONCE, ResponseLogps, response_logps, token_logps
 from .metrics import MetricSums, refinement_metrics, response_metrics, reward_metrics
 from .modes import ranks_wait_for_each_other, without_dropout
 from .monitors import DEGENERATING, STOPPED, DegenerationMonitor, RewardPlot, problem
+from .ranking import RANKING, RankedCollator, Ranking
 from .reference.content import holds_media
 from .reference.logps import (
     COLUMN,
@@ -134,10 +134,13 @@ class PreferenceTrainer(CustomDPOTrainer):
         augmented = batch.pop(AUGMENTED, None)  # in evaluation, not scored yet
         if augmented_batch:
             augmented = self._augmented_logps(model, augmented_batch)
-        about_pairs = take_columns(batch)
+        about_pairs, ranking = take_columns(batch), batch.get(RANKING)
         policy, pairs = self._pair_logps(model, batch, ld_alpha=self.ld_alpha, terms=self.terms)
         contrast = policy.sums[CONTRAST][1] if CONTRAST in policy.sums else None
         pairs = replace(pairs, score_gap=about_pairs.get(SCORE_GAP), contrast=contrast)
+        if ranking is not None:
+            about_pairs = {name: ranking.of_pairs(values) for name, values in about_pairs.items()}
+            pairs = replace(pairs, **ranking.comparison(pairs.policy_chosen.device))
         objective = self.finetuning_args.objective
         values = objective.values(pairs, augmented)
         losses = objective.sum_of(values)
@@ -159,12 +162,18 @@ class PreferenceTrainer(CustomDPOTrainer):
 
         for each in weights.values():
             losses = losses * each
-        loss, router_loss = losses.mean(), self._router_loss(model, policy)
+        loss, router_loss = self._mean(losses, ranking), self._router_loss(model, policy)
         if router_loss is not None:
             loss = loss + self.finetuning_args.router_loss_weight * router_loss
             metrics["router/loss"] = router_loss
         prefix = "eval_" if train_eval == "eval" else ""
         return loss, {f"{prefix}{name}": values.detach() for name, values in metrics.items()}
+
+    def _mean(self, losses: Tensor, ranking: Ranking | None) -> Tensor:
+        """The mean over data rows; that of a row with several pairs is their mean, weighted as the recipe says."""
+        if ranking is None:
+            return losses.mean()
+        return (losses * ranking.shares(self.finetuning_args.weights_by_gap, losses.device)).sum()
 
     def _router_loss(self, model: Any, policy: ResponseLogps) -> Tensor | None:
         """The load-balancing loss of a mixture of experts, which LLaMA-Factory drops; None if it is not asked for."""
@@ -175,10 +184,11 @@ class PreferenceTrainer(CustomDPOTrainer):
             logger.warning_rank0_once(f"`moe_aux_loss_coef` has no effect: {why}.")
         return policy.router_loss
 
-    def _lay_out(self, batch: Batch) -> Layout:
+    def _lay_out(self, batch: dict[str, Any]) -> Layout:
+        """The layout of a batch, which may hold a `Ranking`."""
         if self.sharing.is_on is None:
             self._try_sharing()
-        return self.sharing.lay_out(batch)
+        return self.sharing.lay_out({k: v for k, v in batch.items() if k != RANKING}, batch.get(RANKING))
 
     def _try_sharing(self) -> None:
         """Before the first batch, with the models as they are trained."""
@@ -205,7 +215,7 @@ class PreferenceTrainer(CustomDPOTrainer):
     def _pair_logps(
         self,
         model: Any,
-        batch: Batch,
+        batch: dict[str, Any],
         ld_alpha: float | None = None,
         terms: Mapping[str, TokenTerm] | None = None,
     ) -> tuple[ResponseLogps, PairLogps]:
@@ -215,11 +225,12 @@ class PreferenceTrainer(CustomDPOTrainer):
         if not self.finetuning_args.use_ref_model:
             reference_chosen = reference_rejected = None
         elif known is not None:
-            reference_chosen, reference_rejected = from_column(known).unbind(dim=1)
+            logps = from_column(known)
+            reference_chosen, reference_rejected = layout.sides(logps) if layout.ranking else logps.unbind(dim=1)
         elif self.is_own_reference:
             reference_chosen, reference_rejected = policy.chosen.detach(), policy.rejected.detach()
         else:
-            reference_chosen, reference_rejected = self._reference_logps(model, layout)
+            reference_chosen, reference_rejected = layout.sides(self._reference_logps(model, layout))
         pairs = PairLogps(
             policy.chosen,
             policy.rejected,
@@ -230,8 +241,9 @@ class PreferenceTrainer(CustomDPOTrainer):
         )
         return policy, pairs
 
-    def _reference_logps(self, model: Any, layout: Layout) -> tuple[Tensor, Tensor]:
-        """From the reference model, or from the policy: without its adapter, or as it is before the first step.
+    def _reference_logps(self, model: Any, layout: Layout) -> Tensor:
+        """Of each response in the batch: from the reference model, or from the policy, without its adapter or as it is
+        before the first step.
 
         Computed without dropout and NEFTune noise, so they do not depend on when.
         """
@@ -242,8 +254,7 @@ class PreferenceTrainer(CustomDPOTrainer):
             context = nullcontext()
         scorer = model if self.ref_model is None else self.ref_model
         with torch.no_grad(), context, without_dropout(scorer):
-            reference = response_logps(scorer, layout, self.reference_ld_alpha)
-        return reference.chosen, reference.rejected
+            return response_logps(scorer, layout, self.reference_ld_alpha).responses
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Any]], Any]:
         """The micro-batches of an optimizer step, with their augmented pairs already scored.
@@ -263,14 +274,15 @@ class PreferenceTrainer(CustomDPOTrainer):
             group = [augmented for _, augmented in parts[start : start + at_once]]
             with self.compute_loss_context_manager():
                 together = self._augmented_logps(self.model_wrapped, group[0] if at_once == 1 else joined(group))
-            scored += together.split([len(augmented["labels"]) // 2 for augmented in group])
+            sizes = [len(augmented["labels"]) // 2 for augmented in group]
+            scored += [together] if at_once == 1 else together.split(sizes)
         return [{**batch, AUGMENTED: pairs} for (batch, _), pairs in zip(parts, scored, strict=True)], count
 
     def _micro_batches_at_once(self) -> int:
         """Micro-batches in one pass without gradient; 1 if that pass holds all logits."""
         return MICRO_BATCHES_AT_ONCE if head_output(self.model_wrapped, self.args.device) is not None else 1
 
-    def _augmented_logps(self, model: Any, batch: Batch) -> PairLogps:
+    def _augmented_logps(self, model: Any, batch: dict[str, Any]) -> PairLogps:
         """The same responses under the augmented prompts: no gradient, no dropout; the policy keeps its adapter."""
         with torch.no_grad(), without_dropout(model):
             return self._pair_logps(model, batch, self.reference_ld_alpha)[1]
@@ -294,10 +306,11 @@ class PreferenceTrainer(CustomDPOTrainer):
     def _score(self, pairs: list[Pair]) -> Tensor:
         assert isinstance(self.data_collator, ReferenceCollator)
         # Without the columns that our own collators add.
-        batch = PairwiseDataCollatorWithPadding.__call__(self.data_collator.collator, pairs)
-        layout = self._lay_out(self._prepare_inputs(dict(batch)))
+        batch = RankedCollator.__call__(self.data_collator.collator, pairs)
+        layout = self._lay_out(self._prepare_inputs(batch))
         with self.compute_loss_context_manager():
-            return torch.stack(self._reference_logps(self.model_wrapped, layout), dim=1)
+            logps = self._reference_logps(self.model_wrapped, layout)
+        return logps if layout.ranking else torch.stack(logps.chunk(2), dim=1).flatten()
 
     # --- on the scale that LLaMA-Factory reports ---------------------------------------------------------------------
 

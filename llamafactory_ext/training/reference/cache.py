@@ -10,9 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import safetensors.numpy
@@ -20,10 +20,13 @@ from filelock import FileLock, Timeout
 from llamafactory.extras import logging
 
 from ...whole_files import write_whole
+from ..ranking import Response, responses_of
 from .content import digest_of_media
 from .folders import ABOUT, LOCK, ROWS
 
 logger = logging.get_logger()  # LLaMA-Factory's own, whose lines reach the console and the web UI
+
+T = TypeVar("T")
 
 # Key of a pair -> log-probability of its chosen and its rejected response, summed over tokens, in nats.
 Logps = dict[bytes, tuple[float, float]]
@@ -32,13 +35,26 @@ KEY_BYTES = 16
 TOKENS = tuple(f"{side}_{column}" for side in ("chosen", "rejected") for column in ("input_ids", "labels"))
 
 
-def pair_key(pair: Mapping[str, Any]) -> bytes:
-    """The key of a tokenized pair, 16 bytes: a hash of token ids and labels of both sequences, and of its pictures."""
+def row_keys(row: Mapping[str, Any]) -> list[bytes]:
+    """The keys of a tokenized row: of its pair, or of more responses two by two, the last one twice if it is left over.
+
+    Each is 16 bytes: a hash of token ids and labels of both sequences, and of the row's pictures.
+    """
+    responses, media = responses_of(row), digest_of_media(row)
+    return [_pair_key(*pair, media) for pair in two_by_two(responses)]
+
+
+def two_by_two(values: Sequence[T]) -> list[tuple[T, T]]:
+    """The values in pairs; the last one with itself if it is left over."""
+    return [(values[at], values[min(at + 1, len(values) - 1)]) for at in range(0, len(values), 2)]
+
+
+def _pair_key(chosen: Response, rejected: Response, media: bytes) -> bytes:
     digest = hashlib.blake2b(digest_size=KEY_BYTES)
-    for name in TOKENS:
-        values = np.asarray(pair[name], dtype="<i8")
+    for numbers in (*chosen, *rejected):
+        values = np.asarray(numbers, dtype="<i8")
         digest.update(len(values).to_bytes(8, "little") + values.tobytes())
-    digest.update(digest_of_media(pair))
+    digest.update(media)
     return digest.digest()
 
 

@@ -7,6 +7,7 @@ pairs, such as the cells of a sweep, reuse them.
 from __future__ import annotations
 
 import itertools
+import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from ...errors import in_a_line, not_possible
 from ...paths import named_path
 from ..layout import depends_on_batch
 from ..modes import ranks_wait_for_each_other
+from ..ranking import BETWEEN, has_several, responses_of
 from ..refinement import BATCH_PREFIX, PROMPT_IDS, augmented_pair
 from . import cache as cache
 from .cache import Logps
@@ -194,7 +196,7 @@ class ReferenceLogps:
         """What is cached, what is not, and the length of the longest pair of the training set."""
         table, places = cache.read(self.folder), self._places
         # Longest first: batches have similar lengths, and a lack of memory shows at once.
-        missing = sorted((value for key, value in places.items() if key not in table), reverse=True)
+        missing = sorted({value for key, value in places.items() if key not in table}, reverse=True)
         longest = max((length for length, (number, *_) in places.values() if number == 0), default=0)
         return {key: table[key] for key in places if key in table}, missing, longest
 
@@ -202,14 +204,15 @@ class ReferenceLogps:
     def _places(self) -> dict[bytes, tuple[int, Place]]:
         """Key of each pair -> its length and first place. Only the main process reads the data, and only once."""
         places: dict[bytes, tuple[int, Place]] = {}
-        for place, pair in self._pairs():
-            places.setdefault(cache.pair_key(pair), (_length(pair), place))
+        for place, row in self._pairs():
+            for key in cache.row_keys(row):
+                places.setdefault(key, (_length(row), place))
         return places
 
     def _pairs(self) -> Iterator[tuple[Place, Pair]]:
         """Every pair, and where it is."""
         for number, dataset in enumerate(self.datasets):
-            names = [name for name in (*cache.TOKENS, PROMPT_IDS) if name in dataset.column_names]
+            names = [name for name in (*cache.TOKENS, *BETWEEN, PROMPT_IDS) if name in dataset.column_names]
             media = columns_with_media(dataset)
             shown: Iterable[dict[str, Any]] = itertools.repeat({})
             if media:
@@ -224,7 +227,8 @@ class ReferenceLogps:
         """Compute the missing pairs on all ranks, and save them to the cache as they are done.
 
         Args:
-            score: returns the reference log-probabilities of pairs, in nats, shape `(pairs, 2)`, chosen first.
+            score: returns the reference log-probabilities of the responses of data rows, in nats, shape
+                `(responses,)`: row by row, in the order of `ranking.responses_of`.
             tokens: the most tokens per call of `score`, padding included, but at least one pair. Halved when memory
                 runs out.
 
@@ -300,7 +304,12 @@ class ReferenceLogps:
                 "the reference model gives a response a log-probability that is not finite: check its weights, or use "
                 "bf16 instead of fp16."
             )
-        return dict(zip(map(cache.pair_key, pairs), map(tuple, logps.tolist()), strict=True))
+        of_rows = logps.split([len(responses_of(pair)) for pair in pairs])
+        return {
+            key: values
+            for pair, of_row in zip(pairs, of_rows, strict=True)
+            for key, values in zip(cache.row_keys(pair), cache.two_by_two(of_row.tolist()), strict=True)
+        }
 
     def _pair(self, number: int, row: int, augmented: bool) -> Pair:
         pair = self.datasets[number][row]
@@ -317,18 +326,24 @@ class ReferenceLogps:
             )
 
     def column(self, pairs: Sequence[Pair]) -> Tensor:
-        """The log-probabilities of pairs, int32, shape `(pairs, 2)`, as a column of their batch; see `from_column`.
+        """Log-probabilities of data rows, int32, as a column of their batch; see `from_column`.
+
+        Shape `(pairs, 2)`, and `(responses,)` in a batch that has a row of more than two (`ranking.Ranking`).
 
         Raises:
             ValueError: if a picture, video or sound has changed since they were computed.
         """
-        found = [self.table.get(cache.pair_key(pair)) for pair in pairs]
-        if None in found:
+        found = [[self.table.get(key) for key in cache.row_keys(pair)] for pair in pairs]
+        if any(None in each for each in found):
             raise ValueError(
                 "a picture, video or sound of the data has changed since the reference's log-probabilities were "
                 "computed: run the same command again."
             )
-        return torch.tensor(found).view(torch.int32)
+        rows = [[value for each in of_row if each is not None for value in each] for of_row in found]
+        if any(map(has_several, pairs)):  # the last value may stand there twice
+            rows = [[value for row, pair in zip(rows, pairs, strict=True) for value in row[: len(responses_of(pair))]]]
+            return torch.tensor(rows[0]).view(torch.int32)
+        return torch.tensor(rows).view(torch.int32)
 
 
 def _rows(dataset: Any) -> Iterator[dict[str, np.ndarray]]:
@@ -352,7 +367,9 @@ def _lists(column: pa.ChunkedArray) -> Iterator[np.ndarray]:
 
 
 def _length(pair: Pair) -> int:
-    return max(len(pair["chosen_labels"]), len(pair["rejected_labels"]))
+    """The tokens of a pair's longer sequence; of more responses, as if they were a pair with as many in all."""
+    responses = responses_of(pair)
+    return math.ceil(max(len(labels) for _, labels in responses) * len(responses) / 2)
 
 
 def _batches(missing: Sequence[tuple[int, Place]], start: int, tokens: int, count: int) -> list[Batch]:
@@ -380,7 +397,7 @@ def _fewer(batches: list[Batch]) -> int:
 
 
 def from_column(column: Tensor) -> Tensor:
-    """Log-probabilities, float32, shape `(pairs, 2)`, chosen first, from a column of a batch.
+    """Log-probabilities, float32, from a column of a batch, whose shape they have (`ReferenceLogps.column`).
 
     The column holds their bits as int32, because DeepSpeed casts the floats of a batch to half precision.
     """
