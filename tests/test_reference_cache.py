@@ -99,15 +99,16 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
 def test_the_key_is_the_tokens():
     pair = {"chosen_input_ids": [1, 2, 3], "chosen_labels": [-100, 2, 3], "rejected_input_ids": [1, 4]}
     pair |= {"rejected_labels": [-100, 4]}
-    key = cache.pair_key(pair)
+    (key,) = cache.row_keys(pair)
     as_arrays = {name: np.array(values, dtype=np.int32) for name, values in pair.items()}
-    assert cache.pair_key(as_arrays | {"images": None}) == key
+    assert cache.row_keys(as_arrays | {"images": None}) == [key]
     moved = {"chosen_input_ids": [1, 2], "chosen_labels": [3, -100, 2, 3], "rejected_input_ids": [1, 4]}
     changes = [{"chosen_labels": [-100, -100, 3]}, {"rejected_input_ids": [1, 5]}, moved]
     swapped = {
         name: pair[name.replace("chosen", "x").replace("rejected", "chosen").replace("x", "rejected")] for name in pair
     }
-    assert len({key, cache.pair_key(swapped), *(cache.pair_key(pair | change) for change in changes)}) == 5
+    others = [cache.row_keys(other)[0] for other in (swapped, *(pair | change for change in changes))]
+    assert len({key, *others}) == 5
 
 
 # --- crashes ---------------------------------------------------------------------------------------------------------
@@ -167,7 +168,7 @@ def score(pairs):
         file.write(f"{len(pairs)}\\n")
     if len(log.read_text().split()) == dies_after:
         os.kill(os.getpid(), signal.SIGKILL)
-    return torch.tensor([[-1.0 * sum(pair["chosen_input_ids"]), -0.5] for pair in pairs])
+    return torch.tensor([[-1.0 * sum(pair["chosen_input_ids"]), -0.5] for pair in pairs]).flatten()
 
 references.fill(score, tokens=2 * 2 * 5)  # two pairs, whose longer responses have five tokens
 assert not references.missing and len(references.table) == 40

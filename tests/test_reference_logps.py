@@ -8,8 +8,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llamafactory_ext.training.ranking import BETWEEN, responses_of
 from llamafactory_ext.training.reference import cache as cache
 from llamafactory_ext.training.reference import logps as reference_logps
+from llamafactory_ext.training.reference import reading
 from llamafactory_ext.training.reference.logps import ReferenceLogps, _batches
 from llamafactory_ext.training.refinement import PROMPT_IDS, augmented_pair
 
@@ -33,7 +35,7 @@ def plain(pair):
 @pytest.mark.parametrize("kind", ["int64", "int32"])
 def test_pairs_are_read_as_the_data_set_gives_them(kind, at_once, monkeypatch, tmp_path):
     """Of several chunks, in another order, and left out in part, as LLaMA-Factory splits and samples."""
-    monkeypatch.setattr(reference_logps, "ROWS_AT_ONCE", at_once)
+    monkeypatch.setattr(reading, "ROWS_AT_ONCE", at_once)
     features = {name: datasets.Sequence(datasets.Value(kind)) for name in (*cache.TOKENS, PROMPT_IDS)}
     features = datasets.Features(features | {"images": datasets.Value("null")})
     made = datasets.concatenate_datasets(
@@ -47,8 +49,34 @@ def test_pairs_are_read_as_the_data_set_gives_them(kind, at_once, monkeypatch, t
             expected = references.datasets[number][row]
             expected = augmented_pair(expected) if augmented else expected
             assert plain(pair) == plain(expected)
-            assert cache.pair_key(pair) == cache.pair_key(expected)
+            assert cache.row_keys(pair) == cache.row_keys(expected)
         assert references.longest == max(len(pair["rejected_labels"]) for pair in read.values())
+
+
+def test_rows_of_several_responses_are_read_and_kept_two_by_two(tmp_path):
+    """A pair's key is the same whether it stands alone or in a longer row; the last of an odd number stands twice."""
+    several = {**next(rows(1)), BETWEEN[0]: [[7, 8], [9]], BETWEEN[1]: [[-100, 8], [9]]}
+    five = several | {BETWEEN[0]: [[7, 8], [9], [4, 5]], BETWEEN[1]: [[-100, 8], [9], [4, 5]]}
+    of_two = several | {BETWEEN[0]: [], BETWEEN[1]: []}
+    references = ReferenceLogps(tmp_path, {}, [datasets.Dataset.from_list([of_two, several, five, several])])
+    read = [pair for (_, _, augmented), pair in references._pairs() if not augmented]
+    assert [cache.row_keys(pair) for pair in read] == [cache.row_keys(row) for row in (of_two, several, five, several)]
+    assert [len(cache.row_keys(pair)) for pair in read] == [1, 2, 3, 2]
+    alone = {"chosen_input_ids": several["chosen_input_ids"], "chosen_labels": several["chosen_labels"]}
+    alone |= {"rejected_input_ids": [7, 8], "rejected_labels": [-100, 8]}
+    assert cache.row_keys(alone) == cache.row_keys(several)[:1] == cache.row_keys(five)[:1]
+    assert {place for _, place in references.missing} == {(0, row, kind) for row in (0, 1, 2) for kind in (False, True)}
+
+    def score(pairs):
+        sums = [float(sum(ids)) + len(labels) / 8 for pair in pairs for ids, labels in responses_of(pair)]
+        return torch.tensor(sums)
+
+    references.fill(score, tokens=40)
+    again = ReferenceLogps(tmp_path, {}, references.datasets)
+    assert again.missing == []
+    column = reference_logps.from_column(again.column([of_two, several, five]))
+    assert column.tolist() == score([of_two, several, five]).tolist()
+    assert reference_logps.from_column(again.column([of_two])).shape == (1, 2)
 
 
 def test_an_empty_data_set(tmp_path):
@@ -82,7 +110,7 @@ def scoring(fits, asked):
         asked.append(len(pairs))
         if len(pairs) > fits:
             torch.empty(2**60, dtype=torch.uint8)
-        return torch.tensor([[-float(sum(pair["chosen_input_ids"])), -1.0] for pair in pairs])
+        return torch.tensor([[-float(sum(pair["chosen_input_ids"])), -1.0] for pair in pairs]).flatten()
 
     return score
 

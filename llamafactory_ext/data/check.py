@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import sys
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
@@ -197,34 +198,36 @@ class _Measure:
     def _measure(self, row: dict[str, Any]) -> dict[str, Any]:
         """The measures of a pair; empty if LLaMA-Factory skips the row."""
         batch = {name: [value] for name, value in row.items()}
+        from ..training.answers import answers_of
+        from ..training.refinement import prompt_length
+
         encoded = self.whole.preprocess_dataset(batch)
         if not encoded:
             return {}
 
-        prompt = _count_prompt(encoded["chosen_labels"][0])
-        chosen, rejected = encoded["chosen_input_ids"][0], encoded["rejected_input_ids"][0]
-        longer = max(len(chosen), len(rejected))
+        prompt = prompt_length(encoded["chosen_labels"][0])
+        whole = _sequences(encoded)
+        longer = max(map(len, whole))
         # Most pairs are not truncated; tokenizing them again would double the time.
         is_cut = longer > self.cut.data_args.cutoff_len
         cut = self.cut.preprocess_dataset(batch) if is_cut or self.augments else encoded
-        cut_chosen, cut_rejected = cut["chosen_input_ids"][0], cut["rejected_input_ids"][0]
-        said = [response["content"] for response in row["_response"]]
+        kept, answers = _sequences(cut), answers_of(row["_response"])
         question = "\n".join(turn["content"] for turn in row["_prompt"] if turn["role"] == "user")
         overlap = self.test_set.overlap(question) if self.test_set else ""
         asked = (str(row["_prompt"]), row["_system"] or "", str([row[name] for name in ("_tools", *MEDIA)]))
         measured = {
-            "pair": _digest(*asked, *said),
+            "pair": _digest(*asked, *map(_text, answers)),
             "question": _digest(*asked),
-            "empty": not all(text.strip() for text in said),
-            "identical": said[0] == said[1],
-            "identical_cut": said[0] != said[1] and cut_chosen == cut_rejected,
-            "truncated": len(cut_chosen) < len(chosen) or len(cut_rejected) < len(rejected),
+            "empty": not all(map(_says_something, answers)),
+            "identical": answers[0] == answers[-1],
+            "identical_cut": answers[0] != answers[-1] and kept[0] == kept[-1],
+            "truncated": any(len(after) < len(before) for after, before in zip(kept, whole, strict=True)),
             "prompt": prompt,
-            "chosen": len(chosen) - prompt,
-            "rejected": len(rejected) - prompt,
+            "chosen": len(whole[0]) - prompt,
+            "rejected": len(whole[-1]) - prompt,
             "longer": longer,
-            "stock": len(cut_chosen) + len(cut_rejected),
-            "common": common_prefix(cut_chosen, cut_rejected),
+            "stock": sum(map(len, kept)),
+            "common": _tokens_twice(kept),
             "same_question": overlap == "same",
             "similar_question": overlap == "similar",
         }
@@ -233,20 +236,36 @@ class _Measure:
     @staticmethod
     def _augmented(cut: dict[str, Any], measured: dict[str, Any]) -> dict[str, int]:
         """The counts with the augmented pair: the same responses after another prompt."""
-        from ..training.refinement import PROMPT_IDS
+        from ..training.refinement import PROMPT_IDS, prompt_length
 
-        further = len(cut[PROMPT_IDS][0]) - _count_prompt(cut["chosen_labels"][0])
+        further = len(cut[PROMPT_IDS][0]) - prompt_length(cut["chosen_labels"][0])
+        sequences = _sequences(cut)
         return {
-            "augmented": max(len(cut[f"{side}_input_ids"][0]) for side in ("chosen", "rejected")) + further,
-            "stock": 2 * measured["stock"] + 2 * further,
-            "common": 2 * measured["common"] + further,
+            "augmented": max(map(len, sequences)) + further,
+            "stock": 2 * measured["stock"] + len(sequences) * further,
+            "common": 2 * measured["common"] + (len(sequences) - 1) * further,
         }
 
 
-def _count_prompt(labels: Sequence[int]) -> int:
-    from llamafactory.extras.constants import IGNORE_INDEX
+def _sequences(encoded: dict[str, Any]) -> list[list[int]]:
+    """The token ids of a row's prompt with each response."""
+    from ..training.ranking import responses_of
 
-    return next((i for i, label in enumerate(labels) if label != IGNORE_INDEX), len(labels))
+    return [list(ids) for ids, _ in responses_of({name: values[0] for name, values in encoded.items()})]
+
+
+def _tokens_twice(sequences: list[list[int]]) -> int:
+    """How many tokens of some sequences stand in a prefix that another one has, too, and are computed once."""
+    return sum(common_prefix(*pair) for pair in itertools.pairwise(sorted(sequences)))
+
+
+def _text(answer: Sequence[dict[str, str]]) -> str:
+    return answer[0]["content"] if len(answer) == 1 else str(answer)
+
+
+def _says_something(answer: Sequence[dict[str, str]]) -> bool:
+    """Whether no turn of the assistant, which are every other one, is empty."""
+    return all(turn["content"].strip() for turn in answer[::2])
 
 
 def _digest(*texts: str) -> str:

@@ -15,7 +15,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
@@ -42,9 +41,9 @@ from .model import (
     obstacle,
     random_weight_keys,
 )
+from .reading import rows_of
 
 if TYPE_CHECKING:
-    import pyarrow as pa
     from torch import Tensor
 
 logger = logging.get_logger()  # LLaMA-Factory's own, whose lines reach the console and the web UI
@@ -58,7 +57,6 @@ Batch = list[tuple[int, Place]]  # pairs, each with the tokens of its longer seq
 ENDS_EARLY = "the run ends before it has trained on every pair"
 COLUMN = "reference_logps"  # key of a batch; see `from_column`
 LOCK_SECONDS = 60  # how long to wait for another run before the ranks communicate again
-ROWS_AT_ONCE = 1000  # read from a data set
 BATCHES_PER_FILE = 16  # per rank; an interrupted run loses at most these
 FOLDER_OF_RUN = "reference_logps"  # in the output folder, for a reference that only this run has
 
@@ -217,7 +215,7 @@ class ReferenceLogps:
             shown: Iterable[dict[str, Any]] = itertools.repeat({})
             if media:
                 shown = tqdm(dataset.select_columns(media), desc="Reading pictures, videos and sounds")
-            for row, (tokens, seen) in enumerate(zip(_rows(dataset.select_columns(names)), shown, strict=False)):
+            for row, (tokens, seen) in enumerate(zip(rows_of(dataset.select_columns(names)), shown, strict=False)):
                 pair = {**tokens, **seen}
                 yield (number, row, False), pair
                 if PROMPT_IDS in names:
@@ -344,26 +342,6 @@ class ReferenceLogps:
             rows = [[value for row, pair in zip(rows, pairs, strict=True) for value in row[: len(responses_of(pair))]]]
             return torch.tensor(rows[0]).view(torch.int32)
         return torch.tensor(rows).view(torch.int32)
-
-
-def _rows(dataset: Any) -> Iterator[dict[str, np.ndarray]]:
-    """The rows of a data set whose columns are lists of numbers.
-
-    Read directly from Arrow: the formatters of `datasets` convert number by number, and import torchvision and others
-    under names that current releases no longer have.
-    """
-    tables = dataset.with_format("arrow")
-    for start in range(0, len(dataset), ROWS_AT_ONCE):
-        table = tables[start : start + ROWS_AT_ONCE]
-        columns = [_lists(table[name]) for name in dataset.column_names]
-        for row in zip(*columns, strict=True):
-            yield dict(zip(dataset.column_names, row, strict=True))
-
-
-def _lists(column: pa.ChunkedArray) -> Iterator[np.ndarray]:
-    for array in column.chunks:
-        values, offsets = array.values.to_numpy(zero_copy_only=False), array.offsets.to_numpy()
-        yield from (values[start:end] for start, end in itertools.pairwise(offsets.tolist()))
 
 
 def _length(pair: Pair) -> int:
