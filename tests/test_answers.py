@@ -57,11 +57,11 @@ def processor(tokenizer, template="qwen", cutoff_len=100_000, kind=AnswersProces
     return kind(made, tokenizer, None, DataArguments(cutoff_len=cutoff_len))
 
 
-def row(*answers, prompt=PROMPT, scores=None, tools=TOOLS):
+def row(*answers, prompt=PROMPT, scores=None, tools=TOOLS, system="Add."):
     return {
         "_prompt": [prompt],
         "_response": [[turn for answer in answers for turn in answer]],
-        "_system": ["Add."],
+        "_system": [system],
         "_tools": [tools],
         "_images": [None],
         "_videos": [None],

@@ -15,15 +15,17 @@ from llamafactory.hparams import get_train_args
 from llamafactory.model import load_tokenizer
 from llamafactory.train.dpo import workflow
 from rich.console import Console
+from tiny_answers import make_answers
 from transformers import AutoTokenizer, GPT2Config
 from typer.testing import CliRunner
 
 from llamafactory_ext import patching
 from llamafactory_ext.cli import app
-from llamafactory_ext.data.check import check_pairs, common_prefix, render
+from llamafactory_ext.data.check import SKIPPED, check_pairs, common_prefix, render
 from llamafactory_ext.data.contamination import TestSet
 from llamafactory_ext.errors import UserError
 from llamafactory_ext.training import loading
+from llamafactory_ext.training.ranking import responses_of
 from llamafactory_ext.training.refinement import augmented_pair
 
 # One token a byte, and ChatML around: <|im_start|>system\n … <|im_end|>\n and so on.
@@ -404,3 +406,26 @@ def test_a_compressed_file_is_to_be_unpacked(settings, tmp_path):
     (tmp_path / "data" / "pairs.jsonl.gz").write_bytes(gzip.compress((tmp_path / "data" / "pairs.jsonl").read_bytes()))
     with pytest.raises(UserError, match="is compressed, which LLaMA-Factory does not read: unpack it"):
         check_pairs(recipe)
+
+
+@pytest.mark.parametrize("name", ["four", "turns", "rejected", "two"])
+def test_answers_of_several_turns_and_more_than_two(name, model, data, tmp_path):
+    """Counted as the training gets them: each row's responses, and the tokens of a tree that has each prefix once."""
+    folder = make_answers(tmp_path / "data", data)
+    recipe = tiny.recipe(model, folder, tmp_path / "out", dataset=name, cutoff_len=110)
+    report = check_pairs(recipe)
+    rows = [responses_of(row) for row in training_data(recipe)]
+    assert report.pairs == len(rows) == 12
+    assert report.stock_tokens == pytest.approx(sum(len(ids) for row in rows for ids, _ in row) / 12)
+    prefixes = [len({tuple(ids[:end]) for ids, _ in row for end in range(1, len(ids) + 1)}) for row in rows]
+    assert report.shared_tokens == pytest.approx(sum(prefixes) / 12)
+    assert report.problems[SKIPPED] == 0
+
+
+def test_rows_without_an_order_are_skipped(model, data, tmp_path):
+    folder = make_answers(tmp_path / "data", data)
+    lines = (folder / "four.jsonl").read_text().splitlines()
+    same = json.loads(lines[2]) | {"scores": [1.0] * 4}
+    (folder / "four.jsonl").write_text("\n".join([*lines[:2], json.dumps(same), *lines[3:]]) + "\n")
+    report = check_pairs(tiny.recipe(model, folder, tmp_path / "out", dataset="four"))
+    assert (report.pairs, report.problems[SKIPPED], report.first_rows[SKIPPED]) == (11, 1, [3])

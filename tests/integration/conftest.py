@@ -8,11 +8,9 @@ import pytest
 from filelock import FileLock
 from llamafactory.train.tuner import run_exp
 from tiny import make_adapter, make_model, recipe
-from two_ranks import logs
+from two_ranks import TWO_PAIRS_IN_MICRO_BATCHES_OF_ONE, logs
 
 from llamafactory_ext.losses.lookup import get_loss
-
-TWO_PAIRS_IN_MICRO_BATCHES_OF_ONE = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
 
 
 @pytest.fixture(scope="session")

@@ -8,10 +8,29 @@ import subprocess
 
 import pytest
 import yaml
+from llamafactory.train.tuner import run_exp
 from tiny import recipe
-from two_ranks import ALL_LOSSES, ENDS_AT_ONCE, PATH, assert_same_training, logs, models, train_on_two_ranks
+from tiny_answers import make_answers
+from two_ranks import (
+    ALL_LOSSES,
+    ENDS_AT_ONCE,
+    PATH,
+    TWO_PAIRS_IN_MICRO_BATCHES_OF_ONE,
+    assert_same_training,
+    logs,
+    models,
+    train_on_two_ranks,
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.leg]
+
+
+RANKED = ["sigmoid", "pl_dpo"]
+
+
+def ranked(recipe_for, data, output, name, **changes):
+    settings = recipe_for(name, "full", output, dataset_dir=str(data), dataset="four,turns,pairs", cutoff_len=200)
+    return settings | {"eval_dataset": "four,pairs", "eval_strategy": "steps", "eval_steps": 2, **changes}
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +45,7 @@ def trained(model, data, recipe_for, tmp_path_factory):
     recipes.append(recipe(model, data, folder / "whole", save_strategy="steps", save_steps=2, **resume))
     checkpoint = {"resume_from_checkpoint": str(folder / "whole" / "checkpoint-2")}
     recipes.append(recipe(model, data, folder / "resumed", **resume, **checkpoint))
+    recipes += [ranked(recipe_for, make_answers(folder, data), folder / f"{name}-ranked", name) for name in RANKED]
     degenerate = {"pref_loss": "sigmoid", "optim": "adamw_torch", "learning_rate": 0.3, "max_steps": 20}
     degenerate |= {"pref_stop_on_degeneration": True, "per_device_train_batch_size": 1}
     recipes.append(recipe(model, data, folder / "degenerate", **degenerate))
@@ -40,6 +60,14 @@ def test_two_ranks_train_and_log_what_one_process_does(name, tuning, trained, on
     output = trained / f"{name}-{tuning}"
     assert all(held["policy"]["class"] == "DistributedDataParallel" for held in models(output))
     assert_same_training(one_process(name, tuning), logs(output))
+
+
+@pytest.mark.parametrize("name", RANKED)
+def test_rows_of_several_answers_on_two_ranks(name, trained, recipe_for, tmp_path):
+    """Of more answers on one rank than on the other, in training and in evaluation."""
+    run_exp(ranked(recipe_for, trained, tmp_path / "one", name, **TWO_PAIRS_IN_MICRO_BATCHES_OF_ONE))
+    one, two = (logs(folder) for folder in (tmp_path / "one", trained / f"{name}-ranked"))
+    assert [log["loss"] for log in two] == pytest.approx([log["loss"] for log in one], rel=1e-4, abs=1e-5)
 
 
 def test_resume_on_two_ranks(trained):

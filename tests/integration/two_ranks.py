@@ -20,6 +20,8 @@ from llamafactory_ext.losses.lookup import loss_names
 
 LOSSES = [*STOCK_LOSSES, "minor_dpo", "dpop", "sr_dpo", "sr_ipo"]
 ALL_LOSSES = loss_names()
+# What two ranks with one pair each do in one step.
+TWO_PAIRS_IN_MICRO_BATCHES_OF_ONE = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
 # Console scripts of this environment (torchrun, ninja), whether it is activated or not.
 PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
