@@ -1,12 +1,15 @@
 """Whether the scores of `data check --model` foretell which chosen responses a DPO training makes less likely.
 
-    python benchmarks/foresight.py        about 20 minutes on two CPU cores, after `make model`
+    python benchmarks/foresight.py        about 20 minutes on two CPU cores
+    python benchmarks/foresight.py --model outputs/SmolLM2-135M-Instruct --template smollm2 --learning-rate 5e-6 \
+        --pairs 240 --seeds 1 --output outputs/foresight_smollm2        an hour, after `make model`
 
 Word problems as of `make reproduce`, half of the pairs with one number of the solution changed, half against the
-solution of another problem. SmolLM2-135M-Instruct scores them, is trained on them by DPO, and scores them again. Two
-more trainings, without the tenth of the pairs with the highest score and without a random tenth, are compared on
-held-out pairs. The criteria are in docs/data.md, settled before the first run. Everything is under outputs/foresight;
-if it is interrupted, even by kill -9, run the same command to resume. Run it in the checkout.
+solution of another problem. A model scores them, is trained on them by DPO, and scores them again. Further trainings,
+without the tenth of the pairs with the highest score and without a random tenth, are compared on held-out pairs. The
+model is that of `make reproduce`, after 300 steps of SFT, unless --model names another. The criteria are in
+docs/data.md, settled before the first run. If it is interrupted, even by kill -9, run the same command to resume.
+Run it in the checkout.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,14 +35,17 @@ from scipy.stats import bootstrap, spearmanr
 from llamafactory_ext.data.corruption import make_pair
 from llamafactory_ext.whole_files import write_whole
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "reproduce"))
+REPRODUCE = Path(__file__).resolve().parents[1] / "examples" / "reproduce"
+sys.path.insert(0, str(REPRODUCE))
 
-from stories import stories
+from start import make_data as make_sft_data  # noqa: E402
+from start import make_model  # noqa: E402
+from stories import stories  # noqa: E402
 
 Row = dict[str, Any]
 
-RESULTS = Path("outputs/foresight")
-TRAIN, HELD_OUT = 240, 80  # pairs
+HELD_OUT = 200  # pairs
+SFT_STEPS, SFT_BATCH = 300, 64
 SHARE = 0.1  # of the pairs, dropped
 DRAWS = 5000  # of the bootstrap
 SCORES = ("normalized_ches", "ches", "edit_distance", "chosen_tail_logp", "chosen_tail_mean_logp")
@@ -50,18 +57,12 @@ RECIPE = {
     "finetuning_type": "full",
     "pref_loss": "sigmoid",
     "pref_beta": 0.1,
-    "dataset_dir": str(RESULTS / "data"),
-    "template": "smollm2",
     "cutoff_len": 256,
-    "per_device_train_batch_size": 4,
-    "gradient_accumulation_steps": 2,
-    "learning_rate": 5.0e-6,
+    "per_device_train_batch_size": 16,
     "lr_scheduler_type": "linear",
     "warmup_ratio": 0.1,
     "num_train_epochs": 1.0,
-    "seed": 1,
     "disable_gradient_checkpointing": True,
-    "ref_log_probs_cache_dir": str(RESULTS / "references"),
     "infer_dtype": "float32",
     "logging_steps": 1,
     "save_strategy": "no",
@@ -70,45 +71,37 @@ RECIPE = {
 
 
 def main(
-    model: Annotated[Path, typer.Option(help="A folder with the model.")] = Path("outputs/SmolLM2-135M-Instruct"),
+    model: Annotated[
+        Path | None, typer.Option(help="A folder with a model (default: the study's, trained here).")
+    ] = None,
+    template: Annotated[str, typer.Option(help="Its template.")] = "chatml",
+    learning_rate: Annotated[float, typer.Option(help="Of DPO.")] = 1.0e-4,
+    pairs: Annotated[int, typer.Option(min=20, help="To train on.")] = 1024,
+    seeds: Annotated[int, typer.Option(min=1, help="Trainings on each data set, with other orders of the pairs.")] = 2,
+    output: Annotated[Path, typer.Option(help="A folder.")] = Path("outputs/foresight"),
 ) -> None:
-    if not (model / "config.json").is_file():
-        sys.exit(f"{model} holds no model: run `make model`, or name another folder with --model.")
-    make_data(RESULTS / "data")
-    before = scores(model, "train", "before")
-    held_out = {"before": scores(model, "held_out", "held_out_before")}
-    command = ["llamafactory-ext", "data", "drop", str(recipe(model, "train", "before")), "--worst", str(SHARE)]
-    kept = RESULTS / "data" / "kept.jsonl"
-    if not kept.exists():
-        run(*command, "--scores", str(RESULTS / "before.jsonl"), "--output", str(kept))
-    make_random(RESULTS / "data" / "random.jsonl")
+    study = Study(output, {"template": template, "learning_rate": learning_rate})
+    study.make_data(pairs)
+    start = study.sft() if model is None else model
+    before = study.scores(start, "train", "before")
+    held_out = {"before": [study.scores(start, "held_out", "held_out_before")]}
+    study.drop(start)
     for dataset in ("train", "kept", "random"):
-        trained = train(model, dataset)
-        held_out[dataset] = scores(trained, "held_out", f"held_out_after_{dataset}")
-    after = scores(RESULTS / "train", "train", "after")
-    text = "\n".join([*correlations(before, after, kinds()), "", *dropping(held_out)]) + "\n"
-    write_whole(RESULTS / "results.md", text)
+        trained = [study.train(start, dataset, seed) for seed in range(1, seeds + 1)]
+        held_out[dataset] = [study.scores(each, "held_out", f"{each.name}_held_out") for each in trained]
+        if dataset == "train":
+            after = [study.scores(each, "train", f"{each.name}_after") for each in trained]
+    kinds = [row["kind"] for row in read_rows(output / "data" / "train.jsonl")]
+    text = "\n".join([*correlations(before, after, kinds), "", *dropping(held_out)]) + "\n"
+    write_whole(output / "results.md", text)
     print(text)
 
 
 # --- data ------------------------------------------------------------------------------------------------------------
 
 
-def make_data(folder: Path) -> None:
-    """Pairs whose responses differ in one number, and pairs whose responses are solutions of two problems, in turns."""
-    pairs = list(itertools.islice(made(), TRAIN + HELD_OUT))
-    for name, rows in (("train", pairs[:TRAIN]), ("held_out", pairs[TRAIN:])):
-        write_rows(folder / f"{name}.jsonl", rows)
-    if not (folder / "dataset_info.json").exists():
-        info = {
-            name: {"file_name": f"{name}.jsonl", "ranking": True, "columns": COLUMNS} for name in ("train", "held_out")
-        }
-        info["random"] = info["train"] | {"file_name": "random.jsonl"}
-        write_whole(folder / "dataset_info.json", json.dumps(info, indent=1))
-
-
 def made() -> Iterator[Row]:
-    rng, problems = random.Random(0), stories(0)
+    rng, problems = random.Random(1), stories(1)
     while True:
         pair = make_pair(next(problems), rng, prompt="")
         if pair is not None:
@@ -122,17 +115,6 @@ def made() -> Iterator[Row]:
         }
 
 
-def make_random(path: Path) -> None:
-    """The training pairs without as many as are dropped by their score, drawn at random."""
-    rows = read_rows(RESULTS / "data" / "train.jsonl")
-    dropped = set(random.Random(1).sample(range(TRAIN), int(SHARE * TRAIN)))
-    write_rows(path, [row for index, row in enumerate(rows) if index not in dropped])
-
-
-def kinds() -> list[str]:
-    return [row["kind"] for row in read_rows(RESULTS / "data" / "train.jsonl")]
-
-
 def read_rows(path: Path) -> list[Row]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
@@ -144,49 +126,101 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
 # --- commands --------------------------------------------------------------------------------------------------------
 
 
-def recipe(model: Path, dataset: str, name: str) -> Path:
-    path = RESULTS / f"{name}.yaml"
-    about = {"model_name_or_path": str(model), "dataset": dataset, "output_dir": str(RESULTS / name)}
-    write_whole(path, yaml.safe_dump({**about, **RECIPE}, sort_keys=False))
-    return path
+@dataclass(frozen=True)
+class Study:
+    """Data, trainings and scores in a folder; what is there is not made again.
 
+    Args:
+        folder: of everything.
+        changes: keys of the recipes that differ between studies.
+    """
 
-def scores(model: Path, dataset: str, name: str) -> list[Row]:
-    output = RESULTS / f"{name}.jsonl"
-    if not output.exists():
-        run("llamafactory-ext", "data", "check", str(recipe(model, dataset, name)), "--model", "--output", str(output))
-    return read_rows(output)
+    folder: Path
+    changes: Row
 
+    def make_data(self, pairs: int) -> None:
+        """The pairs to train on, the same without a random tenth, and the held-out ones."""
+        data, rows = self.folder / "data", list(itertools.islice(made(), pairs + HELD_OUT))
+        sets = {"train": rows[:pairs], "held_out": rows[pairs:]}
+        gone = set(random.Random(1).sample(range(pairs), int(SHARE * pairs)))
+        sets["random"] = [row for index, row in enumerate(sets["train"]) if index not in gone]
+        for name, members in sets.items():
+            write_rows(data / f"{name}.jsonl", members)
+        if not (data / "dataset_info.json").exists():
+            info = {name: {"file_name": f"{name}.jsonl", "ranking": True, "columns": COLUMNS} for name in sets}
+            write_whole(data / "dataset_info.json", json.dumps(info, indent=1))
 
-def train(model: Path, dataset: str) -> Path:
-    """The model after one epoch; all_results.json is written last."""
-    folder = RESULTS / dataset
-    if not (folder / "all_results.json").is_file():
-        shutil.rmtree(folder, ignore_errors=True)
-        run("llamafactory-cli", "train", str(recipe(model, dataset, dataset)))
-    return folder
+    def sft(self) -> Path:
+        """The model of `make reproduce`, after a few hundred steps from random weights."""
+        for name, make in (("sft_data", make_sft_data), ("random_weights", self._random_weights)):
+            folder, unfinished = self.folder / name, self.folder / f".{name}.unfinished"
+            if not folder.is_dir():
+                shutil.rmtree(unfinished, ignore_errors=True)
+                make(unfinished)
+                unfinished.replace(folder)
+        about = yaml.safe_load((REPRODUCE / "sft.yaml").read_text(encoding="utf-8"))
+        about |= {"model_name_or_path": str(self.folder / "random_weights"), "max_steps": SFT_STEPS}
+        about |= {"dataset_dir": str(self.folder / "sft_data"), "max_samples": SFT_STEPS * SFT_BATCH}
+        return self._trained("sft", about | {"save_strategy": "no", "per_device_train_batch_size": SFT_BATCH})
 
+    def _random_weights(self, folder: Path) -> None:
+        make_model(folder, self.folder / "sft_data")
 
-def run(*words: str) -> None:
-    """A command of this environment, also where it is not activated."""
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    print(" ".join(words), flush=True)
-    begun = time.monotonic()
-    with (RESULTS / "log.txt").open("ab") as log:
-        status = subprocess.run(words, env=environment, stdout=log, stderr=log, check=False).returncode
-    if status:
-        sys.exit(
-            f"{' '.join(words)} ended with {status}: see {RESULTS / 'log.txt'}, then run the same command to resume."
-        )
-    print(f"  {time.monotonic() - begun:.0f} s", flush=True)
+    def scores(self, model: Path, dataset: str, name: str) -> list[Row]:
+        """What `data check --model` says of each pair of a data set."""
+        output = self.folder / f"{name}.jsonl"
+        if not output.exists():
+            recipe = self._recipe(name, self._dpo(model, dataset))
+            self._run("llamafactory-ext", "data", "check", str(recipe), "--model", "--output", str(output))
+        return read_rows(output)
+
+    def drop(self, model: Path) -> None:
+        """Make the data set without the tenth of the pairs with the highest score."""
+        kept = self.folder / "data" / "kept.jsonl"
+        if not kept.exists() or "kept" not in (self.folder / "data" / "dataset_info.json").read_text(encoding="utf-8"):
+            recipe = self._recipe("before", self._dpo(model, "train"))
+            words = ["--scores", str(self.folder / "before.jsonl"), "--worst", str(SHARE), "--output", str(kept)]
+            self._run("llamafactory-ext", "data", "drop", str(recipe), *words, "--overwrite")
+
+    def train(self, model: Path, dataset: str, seed: int) -> Path:
+        """The model after an epoch of DPO."""
+        return self._trained(f"{dataset}{seed}", self._dpo(model, dataset) | {"seed": seed})
+
+    def _dpo(self, model: Path, dataset: str) -> Row:
+        about = {"model_name_or_path": str(model), "dataset_dir": str(self.folder / "data"), "dataset": dataset}
+        return {**about, "ref_log_probs_cache_dir": str(self.folder / "references"), **RECIPE, **self.changes}
+
+    def _trained(self, name: str, settings: Row) -> Path:
+        """The folder of a training's model; all_results.json is written last."""
+        folder = self.folder / name
+        if not (folder / "all_results.json").is_file():
+            shutil.rmtree(folder, ignore_errors=True)
+            self._run("llamafactory-cli", "train", str(self._recipe(name, settings | {"output_dir": str(folder)})))
+        return folder
+
+    def _recipe(self, name: str, settings: Row) -> Path:
+        path = self.folder / f"{name}.yaml"
+        write_whole(path, yaml.safe_dump(settings, sort_keys=False))
+        return path
+
+    def _run(self, *words: str) -> None:
+        """A command of this environment, also where it is not activated."""
+        environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+        print(" ".join(words), flush=True)
+        begun, path = time.monotonic(), self.folder / "log.txt"
+        with path.open("ab") as log:
+            status = subprocess.run(words, env=environment, stdout=log, stderr=log, check=False).returncode
+        if status:
+            sys.exit(f"{' '.join(words)} ended with {status}: see {path}, then run the same command to resume.")
+        print(f"  {time.monotonic() - begun:.0f} s", flush=True)
 
 
 # --- results ---------------------------------------------------------------------------------------------------------
 
 
-def correlations(before: list[Row], after: list[Row], kinds: list[str]) -> list[str]:
+def correlations(before: list[Row], after: list[list[Row]], kinds: list[str]) -> list[str]:
     """Spearman's correlation of each score with the change of the chosen response's log-probability, as a table."""
-    change = np.array([b["chosen_logp"] - a["chosen_logp"] for a, b in zip(before, after, strict=True)])
+    change = logps(after) - logps([before])
     lines = ["| score before the training | " + " | ".join(GROUPS) + " |", "|---|" + "---|" * len(GROUPS)]
     members = {name: np.array([name in ("all", kind) for kind in kinds]) for name in GROUPS}
     for score in SCORES:
@@ -198,13 +232,18 @@ def correlations(before: list[Row], after: list[Row], kinds: list[str]) -> list[
     return [*lines, f"| pairs | {' | '.join(counts)} |", f"| mean change, nats | {' | '.join(means)} |"]
 
 
-def dropping(held_out: dict[str, list[Row]]) -> list[str]:
+def dropping(held_out: dict[str, list[list[Row]]]) -> list[str]:
     """The mean change of held-out chosen log-probabilities after each training, as a table."""
-    logps = {name: np.array([row["chosen_logp"] for row in rows]) for name, rows in held_out.items()}
+    found = {name: logps(of_seeds) for name, of_seeds in held_out.items()}
     lines = ["| trained on | held-out change of log p(chosen), nats |", "|---|---|"]
     titles = {"train": "all pairs", "kept": "without the worst tenth", "random": "without a random tenth"}
-    lines += [f"| {title} | {interval(np.mean, logps[name] - logps['before'])} |" for name, title in titles.items()]
-    return [*lines, f"| worst minus random | {interval(np.mean, logps['kept'] - logps['random'])} |"]
+    lines += [f"| {title} | {interval(np.mean, found[name] - found['before'])} |" for name, title in titles.items()]
+    return [*lines, f"| worst minus random | {interval(np.mean, found['kept'] - found['random'])} |"]
+
+
+def logps(of_seeds: list[list[Row]]) -> np.ndarray:
+    """The log-probability of each chosen response, in nats, the mean over trainings."""
+    return np.mean([[row["chosen_logp"] for row in rows] for rows in of_seeds], axis=0)
 
 
 def spearman(values: np.ndarray, others: np.ndarray) -> float:
