@@ -1,13 +1,13 @@
 """Whether the scores of `data check --model` foretell which chosen responses a DPO training makes less likely.
 
-    python benchmarks/foresight.py        about 20 minutes on two CPU cores
+    python benchmarks/foresight.py        a quarter of an hour on two CPU cores
     python benchmarks/foresight.py --model outputs/SmolLM2-135M-Instruct --template smollm2 --learning-rate 5e-6 \
         --pairs 240 --seeds 1 --output outputs/foresight_smollm2        an hour, after `make model`
 
 Word problems as of `make reproduce`, half of the pairs with one number of the solution changed, half against the
 solution of another problem. A model scores them, is trained on them by DPO, and scores them again. Further trainings,
 without the tenth of the pairs with the highest score and without a random tenth, are compared on held-out pairs. The
-model is that of `make reproduce`, after 300 steps of SFT, unless --model names another. The criteria are in
+model is that of `make reproduce`, after 150 steps of SFT, unless --model names another. The criteria are in
 docs/data.md, settled before the first run. If it is interrupted, even by kill -9, run the same command to resume.
 Run it in the checkout.
 """
@@ -45,7 +45,7 @@ from stories import stories  # noqa: E402
 Row = dict[str, Any]
 
 HELD_OUT = 200  # pairs
-SFT_STEPS, SFT_BATCH = 300, 64
+SFT_STEPS, SFT_BATCH = 150, 64
 SHARE = 0.1  # of the pairs, dropped
 DRAWS = 5000  # of the bootstrap
 SCORES = ("normalized_ches", "ches", "edit_distance", "chosen_tail_logp", "chosen_tail_mean_logp")
@@ -76,7 +76,7 @@ def main(
     ] = None,
     template: Annotated[str, typer.Option(help="Its template.")] = "chatml",
     learning_rate: Annotated[float, typer.Option(help="Of DPO.")] = 1.0e-4,
-    pairs: Annotated[int, typer.Option(min=20, help="To train on.")] = 1024,
+    pairs: Annotated[int, typer.Option(min=20, help="To train on.")] = 512,
     seeds: Annotated[int, typer.Option(min=1, help="Trainings on each data set, with other orders of the pairs.")] = 2,
     output: Annotated[Path, typer.Option(help="A folder.")] = Path("outputs/foresight"),
 ) -> None:
