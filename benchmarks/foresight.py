@@ -7,7 +7,7 @@
 Word problems as of `make reproduce`, half of the pairs with one number of the solution changed, half against the
 solution of another problem. A model scores them, is trained on them by DPO, and scores them again. Further trainings,
 without the tenth of the pairs with the highest score and without a random tenth, are compared on held-out pairs. The
-model is that of `make reproduce`, after 150 steps of SFT, unless --model names another. The criteria are in
+model is that of `make reproduce`, after 200 steps of SFT, unless --model names another. The criteria are in
 docs/data.md, settled before the first run. If it is interrupted, even by kill -9, run the same command to resume.
 Run it in the checkout.
 """
@@ -45,7 +45,7 @@ from stories import stories  # noqa: E402
 Row = dict[str, Any]
 
 HELD_OUT = 200  # pairs
-SFT_STEPS, SFT_BATCH = 150, 64
+SFT_STEPS, SFT_BATCH = 200, 16
 SHARE = 0.1  # of the pairs, dropped
 DRAWS = 5000  # of the bootstrap
 SCORES = ("normalized_ches", "ches", "edit_distance", "chosen_tail_logp", "chosen_tail_mean_logp")
