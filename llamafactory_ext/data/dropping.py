@@ -58,7 +58,7 @@ def drop_worst(settings: Settings, scores: Path, share: float, output: Path, ove
             f"--worst {share:g} drops {count} of {len(worst)} pairs: write a share that leaves some of both."
         )
     _check_match(scored, load_pairs(model_args, data_args), scores)
-    dropped = {row["index"]: row[SCORE] for row in worst[:count]}
+    dropped = {row["index"] for row in worst[:count]}
 
     def keep(row: Row, fields: Fields) -> tuple[str, Fields]:
         if row.number - 1 in dropped:

@@ -37,10 +37,9 @@ TITLES = {
 }
 PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
 WORST = 5  # pairs shown
-BATCH_TOKENS = 4096
 
 
-def foresee(settings: Settings, output: Path, batch_tokens: int = BATCH_TOKENS) -> Iterator[tuple[int, int]]:
+def foresee(settings: Settings, output: Path, batch_tokens: int = 4096) -> Iterator[tuple[int, int]]:
     """Measure every pair of a recipe's data sets into a file; yields (pairs done, pairs in all) as it goes.
 
     Args:
@@ -69,7 +68,7 @@ def check_stage(settings: Settings) -> None:
         UserError: if the recipe is not for stage dpo.
     """
     if settings.get("stage", "dpo") != "dpo":
-        raise UserError(f"--model takes recipes of stage dpo, not {settings['stage']!r}: write stage=dpo.")
+        raise UserError(f"pairs are scored by recipes of stage dpo, not {settings['stage']!r}: write stage=dpo.")
 
 
 def fingerprint_of(row: Row) -> int:
