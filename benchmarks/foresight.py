@@ -30,7 +30,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 import yaml
-from scipy.stats import bootstrap, spearmanr
+from scipy.stats import bootstrap, rankdata
 
 from llamafactory_ext.data.corruption import make_pair
 from llamafactory_ext.whole_files import write_whole
@@ -246,14 +246,17 @@ def logps(of_seeds: list[list[Row]]) -> np.ndarray:
     return np.mean([[row["chosen_logp"] for row in rows] for rows in of_seeds], axis=0)
 
 
-def spearman(values: np.ndarray, others: np.ndarray) -> float:
-    return float(spearmanr(values, others).statistic)
+def spearman(values: np.ndarray, others: np.ndarray, axis: int = -1) -> np.ndarray:
+    """Spearman's correlation along an axis."""
+    ranks = [rankdata(each, axis=axis) for each in (values, others)]
+    a, b = (each - each.mean(axis=axis, keepdims=True) for each in ranks)
+    return (a * b).sum(axis=axis) / np.sqrt((a * a).sum(axis=axis) * (b * b).sum(axis=axis))
 
 
-def interval(statistic: Callable[..., float], *samples: np.ndarray) -> str:
+def interval(statistic: Callable[..., Any], *samples: np.ndarray) -> str:
     """A statistic and its 95 % bootstrap interval over pairs."""
-    about = {"paired": True, "vectorized": False, "n_resamples": DRAWS, "method": "percentile", "rng": 0}
-    low, high = bootstrap(samples, statistic, **about).confidence_interval
+    found = bootstrap(samples, statistic, paired=True, n_resamples=DRAWS, method="percentile", batch=500, rng=0)
+    low, high = found.confidence_interval
     return f"{statistic(*samples):+.2f} [{low:+.2f}, {high:+.2f}]"
 
 

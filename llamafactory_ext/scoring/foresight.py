@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,16 +27,10 @@ if TYPE_CHECKING:
     from ..training.sharing import PrefixSharing
 
 SCORE = "normalized_ches"  # by which pairs are ranked
-TITLES = {
-    SCORE: "length-normalized CHES",
-    "ches": "CHES",
-    "edit_distance": "edit distance",
-    "chosen_tail_logp": "log p(chosen) after the first difference",
-    "rejected_tail_logp": "log p(rejected) after the first difference",
-    "chosen_tail_mean_logp": "the same per token, chosen",
-    "rejected_tail_mean_logp": "the same per token, rejected",
-}
-PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
+# What is shown: of the file's columns, by their names there.
+OF_WORST = (SCORE, "ches", "edit_distance")
+SHOWN = (*OF_WORST, *(f"{side}_{name}" for name in ("tail_logp", "tail_mean_logp") for side in ("chosen", "rejected")))
+PERCENTILES = (0, 25, 50, 75, 100)
 WORST = 5  # pairs shown
 
 
@@ -254,28 +249,33 @@ def render(output: Path) -> Iterable[Any]:
     """
     import numpy as np
     from rich.table import Table
+    from rich.text import Text
 
     rows = [row for row in read_scores(output, SCORE) if not row["skipped"]]
     if not rows:
-        yield f"[yellow]No row is a pair that LLaMA-Factory would train on, so {output} holds no scores."
+        yield Text(f"No row is a pair that LLaMA-Factory would train on, so {output} holds no scores.", style="yellow")
         return
-    table = Table("", *(f"{p}%" for p in PERCENTILES), title=f"{len(rows):,} pairs, percentiles", title_justify="left")
-    for name, title in TITLES.items():
+    table = Table(
+        "column", *(f"{p}%" for p in PERCENTILES), title=f"{len(rows):,} pairs, percentiles", title_justify="left"
+    )
+    for name in SHOWN:
         values = [row[name] for row in rows if row[name] is not None]
         if values:
-            table.add_row(title, *(f"{value:.3g}" for value in np.percentile(values, PERCENTILES)))
+            table.add_row(name, *map(_short, np.percentile(values, PERCENTILES)))
     yield table
-    names = list(TITLES)[:3]
-    worst = Table(
-        "row", *(TITLES[name] for name in names), title="Highest length-normalized CHES", title_justify="left"
-    )
+    worst = Table("row", *OF_WORST, title="Highest length-normalized CHES", title_justify="left")
     for row in ranked(rows)[:WORST]:
-        worst.add_row(str(row["index"] + 1), *(f"{row[name]:.3g}" for name in names))
+        worst.add_row(str(row["index"] + 1), *(_short(row[name]) for name in OF_WORST))
     yield worst
-    yield (
-        "The higher the length-normalized CHES, the more a pair's training is expected to lower its chosen response. "
-        f"`llamafactory-ext data drop RECIPE --scores {output} --worst 0.1` writes the data without such pairs."
+    yield "The higher normalized_ches is, the more the training is expected to lower the pair's chosen response."
+    hint = (
+        f"To write the data without such pairs: llamafactory-ext data drop RECIPE --scores {shlex.quote(str(output))}"
     )
+    yield Text(hint, no_wrap=True, overflow="ignore")  # or a line that is copied would be two
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def ranked(rows: Iterable[Row]) -> list[Row]:
