@@ -48,5 +48,6 @@ def test_tables_by_hand():
         "| all pairs | -2.00 [-2.00, -2.00] |",
         "| without the worst tenth | -1.00 [-1.00, -1.00] |",
         "| without a random tenth | -1.50 [-1.50, -1.50] |",
-        "| worst minus random | +0.50 [+0.50, +0.50] |",
+        "| without the worst minus without a random tenth | +0.50 [+0.50, +0.50] |",
+        "| the same by training | +0.50 |",
     ]
