@@ -178,8 +178,9 @@ def check(
 ) -> None:
     """Check a recipe's pairs as training would load them: empty, identical, truncated, or in the test set.
 
-    With --model, the model to be trained also reads every pair, and the pairs are shown that are most likely to make
-    their chosen response less likely. If that is interrupted, even by kill -9, rerun the same command to resume.
+    With --model, the model to be trained also reads every pair. The command scores how similar the two responses are to
+    the model (CHES, arXiv 2410.08847), and shows the pairs with the highest scores. If a run is interrupted, even by
+    kill -9, rerun the same command to resume.
 
     Exits with 0 if there are no problems, 1 if there are, 2 if the check could not run.
 
@@ -247,7 +248,7 @@ def drop(
     output: Output = Path("data/kept_pairs.jsonl"),
     overwrite: Overwrite = False,
 ) -> None:
-    """Write a recipe's data without the pairs most likely to make their chosen response less likely.
+    """Write a recipe's data without the pairs of the highest length-normalized CHES (arXiv 2410.08847).
 
     The other rows are written as they are, with all columns.
 

@@ -1,4 +1,4 @@
-"""Writes a recipe's data without the pairs that are most likely to push their chosen response down.
+"""Writes a recipe's data without the pairs of the highest length-normalized CHES (arXiv 2410.08847).
 
 The scores are those of `data check --model`. Rows are written as they are in the data, with all their columns.
 """

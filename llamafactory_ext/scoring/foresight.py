@@ -1,4 +1,4 @@
-"""Foresees, before a training, which pairs are likely to push their chosen response down: `data check --model`.
+"""Scores, before a training, which pairs are likely to push their chosen response down: `data check --model`.
 
 The model that is to be trained reads every pair once, in the layout of the training. What is done is on disk: if a run
 is interrupted at any moment, the same command resumes.
@@ -267,7 +267,7 @@ def render(output: Path) -> Iterable[Any]:
     for row in ranked(rows)[:WORST]:
         worst.add_row(str(row["index"] + 1), *(_short(row[name]) for name in OF_WORST))
     yield worst
-    yield "The higher normalized_ches is, the more the training is expected to lower the pair's chosen response."
+    yield "According to arXiv 2410.08847, pairs of a higher normalized_ches lower their chosen response more."
     hint = (
         f"To write the data without such pairs: llamafactory-ext data drop RECIPE --scores {shlex.quote(str(output))}"
     )
