@@ -277,6 +277,18 @@ def test_rows_at_which_a_training_stops_are_not_scored(settings, tmp_path):
     assert not (tmp_path / "scores.jsonl").exists()
 
 
+def test_no_pair_at_all_is_said(settings, tmp_path):
+    path, scores = tmp_path / "data" / "pairs.jsonl", tmp_path / "scores.jsonl"
+    write(path, [row | {"rejected": None} for row in read(path)])
+    words = words_of(settings(dataset="pairs"))
+    checked = command("data", "check", *words, "--model", "--output", scores)
+    assert checked.exit_code == 1
+    assert "No row is a pair that LLaMA-Factory would train on" in checked.stdout
+    dropped = command("data", "drop", *words, "--scores", scores, "--output", tmp_path / "kept.jsonl")
+    assert dropped.exit_code == 2
+    assert "--worst 0.1 drops 0 of 0 pairs" in dropped.stderr
+
+
 def _another_row(folder):
     path = folder / "data" / "pairs.jsonl"
     rows = read(path)
