@@ -1,6 +1,6 @@
 """Whether the scores of `data check --model` foretell which chosen responses a DPO training makes less likely.
 
-    python benchmarks/foresight.py        about 20 minutes on two CPU cores
+    python benchmarks/foresight.py        under half an hour on two shared CPU cores
     python benchmarks/foresight.py --model outputs/SmolLM2-135M-Instruct --template smollm2 --learning-rate 5e-6 \
         --pairs 200 --seeds 1 --output outputs/foresight_smollm2        an hour, after `make model`
 
