@@ -7,6 +7,7 @@ import gzip
 import io
 import itertools
 import json
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -28,6 +29,9 @@ IN_FOLDERS = re.compile(r"\.(jsonl|jsonl\.gz|parquet)$")  # a .json there may be
 SHARD = re.compile(r"(^|[-_])\d+([-_]of[-_]\d+)?(-[0-9a-f]{16})?$")
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 MEANINGLESS = ("", "data", "default", "part", "shard")  # file and folder names that do not name a split
+
+# Columns with external scores of the two responses.
+SCORES = ("score_chosen", "score_rejected")
 
 
 class BadRow(ValueError):  # noqa: N818  (a reason, not a fault of the program)
@@ -262,6 +266,12 @@ def text(fields: Fields, column: str) -> str:
         raise BadRow(f"the column {column!r} is empty")
     check_characters(value)
     return value
+
+
+def number(value: Any) -> float | None:
+    """A finite score, or None for anything else: a column that mixes text and numbers cannot be loaded."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value if is_number and -math.inf < value < math.inf else None
 
 
 def check_characters(value: str) -> None:

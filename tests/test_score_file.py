@@ -10,7 +10,7 @@ import pytest
 from crashes import kill_at_random, walk
 
 from llamafactory_ext.errors import UserError
-from llamafactory_ext.scoring.file import ScoreFile, read_scores, unfinished_path
+from llamafactory_ext.scoring.file import ScoreFile, in_order, read_scores, unfinished_path
 
 MANIFEST = {"settings": 1}
 
@@ -26,7 +26,7 @@ def score(count, batch_size=2, seconds=0.0):
         file = ScoreFile(folder / "scores.jsonl", MANIFEST)
         try:
             with file:
-                for _ in file.fill(count, rows, batch_size):
+                for _ in file.fill(count, rows, in_order(batch_size)):
                     time.sleep(seconds)
         except UserError as error:
             assert "is complete" in str(error)  # noqa: PT017
@@ -55,7 +55,7 @@ def test_one_process_at_a_time(tmp_path):
     with ScoreFile(output, MANIFEST):
         with pytest.raises(UserError, match="another process is writing to"):
             ScoreFile(output, MANIFEST).__enter__()
-        list(ScoreFile(tmp_path / "other.jsonl", MANIFEST).__enter__().fill(1, rows, 1))
+        list(ScoreFile(tmp_path / "other.jsonl", MANIFEST).__enter__().fill(1, rows, in_order(1)))
     assert not output.exists()
 
 
@@ -74,7 +74,7 @@ def test_a_torn_beginning_is_begun_anew_and_another_one_refused(torn, tmp_path):
 def test_a_damaged_line_is_named(tmp_path):
     output = tmp_path / "scores.jsonl"
     with ScoreFile(output, MANIFEST) as file:
-        next(steps := file.fill(3, rows, 1))
+        next(steps := file.fill(3, rows, in_order(1)))
         next(steps)
     unfinished_path(output).write_text(unfinished_path(output).read_text() + "{broken\n")
     with pytest.raises(UserError, match="line 3 is damaged"):
@@ -87,7 +87,7 @@ def test_a_file_that_somebody_else_has_put_there_stays(tmp_path):
         pass
     output.write_text("mine")
     with pytest.raises(UserError, match="already exists and is complete"), ScoreFile(output, MANIFEST) as file:
-        list(file.fill(3, rows, 1))
+        list(file.fill(3, rows, in_order(1)))
     assert output.read_text() == "mine"
 
 
@@ -97,7 +97,7 @@ def test_a_file_that_somebody_else_has_put_there_stays(tmp_path):
         ({"index": 1, "skipped": False, "margin": 1.0}, "a second row of pair 1"),
         *(({"index": index, "skipped": True}, "it names no pair") for index in (-1, 0.0, True, "x", None, [1])),
         ([["index", 0]], "it names no pair"),
-        ({"index": 0}, "it has no margin"),
+        ({"index": 0}, "it does not say whether it was skipped"),
         ({"index": 0, "skipped": False}, "it has no margin"),
         ({"index": 0, "skipped": False, "margin": "x"}, "it has no margin"),
         ({"index": 0, "skipped": False, "margin": 1.0, "loss": "x"}, "loss is not a number"),
@@ -115,7 +115,7 @@ def test_a_row_of_no_pair_is_refused_before_anything_is_scored(tmp_path):
     file = ScoreFile(tmp_path / "scores.jsonl", {})
     file.path.write_text(file.head + json.dumps({"index": 9, "skipped": True}) + "\n")
     with file, pytest.raises(UserError, match="holds pair 10 of 3"):
-        next(file.fill(3, None, 1))
+        next(file.fill(3, None, in_order(1)))
 
 
 def test_what_is_no_file_is_refused(tmp_path):

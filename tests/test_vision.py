@@ -23,6 +23,7 @@ from llamafactory_ext import PairLogps
 from llamafactory_ext.data.check import check_pairs
 from llamafactory_ext.errors import UserError
 from llamafactory_ext.scoring.file import read_scores
+from llamafactory_ext.scoring.foresight import foresee
 from llamafactory_ext.scoring.scorer import score_pairs
 from llamafactory_ext.training.reference import cache
 from llamafactory_ext.training.refinement import is_joinable
@@ -303,6 +304,16 @@ def test_pairs_are_checked_and_scored_as_trained(dataset, family, models, data, 
         "refinement": pairs.refinement,
     }.items():
         assert [row[name] for row in rows] == pytest.approx(values.tolist(), rel=1e-4, abs=1e-4), name
+
+
+@pytest.mark.parametrize("dataset", ["pictures", "texts"])
+def test_pairs_are_read_before_a_training_as_trained(dataset, family, models, data, tmp_path, plain_pairs):
+    """By `data check --model`: with their pictures; text alone with shared prefixes where the family allows them."""
+    settings = recipe(models[0], family, data, tmp_path / "out", dataset=dataset, default_system="Add.")
+    list(foresee({**settings, "infer_dtype": "float32"}, tmp_path / "scores.jsonl", batch_tokens=1000))
+    rows, pairs = read_scores(tmp_path / "scores.jsonl", "normalized_ches"), plain_pairs(dataset)
+    for side, values in (("chosen", pairs.policy_chosen), ("rejected", pairs.policy_rejected)):
+        assert [row[f"{side}_logp"] for row in rows] == pytest.approx(values.tolist(), rel=1e-4, abs=1e-4), side
 
 
 def test_a_picture_that_is_not_there_is_a_row_at_which_the_training_stops(family, models, data, tmp_path):

@@ -14,14 +14,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ..commandline import progress
 from ..errors import UserError
 from ..paths import output_path
-from ..recipe.reading import read_recipe
+from ..recipe.reading import Settings, read_recipe
 from ..rows import Fields, Row, read_rows
 from ..whole_files import write_whole
 from .corruption import PROMPT, corrupt_row
 from .dialogues import hh_rlhf_pair, kind_by_scores, ultrafeedback_pair
-from .files import Tally, check_output, register, write_pairs
+from .files import Tally, alpaca, check_output, register, write_pairs
 from .metamath import Template, index_queries, learn_template, zero_shot_pair
 
 app = typer.Typer(help="Make preference pairs, and check a recipe's pairs before training.", no_args_is_help=True)
@@ -81,7 +82,10 @@ def metamath(
 
     tally = write_pairs(itertools.chain(sample, rows), convert, output, overwrite)
     _finish(
-        tally, output, {"matched": "matched with MetaMathQA", "fallback": "fallback: question found by the template"}
+        tally,
+        output,
+        alpaca(),
+        {"matched": "matched with MetaMathQA", "fallback": "fallback: question found by the template"},
     )
 
 
@@ -104,7 +108,7 @@ def corrupt(
     check_output(output, overwrite, solutions)
     rows = itertools.islice(_rows(solutions, split), limit)
     tally = write_pairs(rows, _each(lambda fields: corrupt_row(fields, seed, prompt)), output, overwrite)
-    _finish(tally, output)
+    _finish(tally, output, alpaca())
 
 
 @app.command(name="hh-rlhf")
@@ -124,7 +128,7 @@ def hh_rlhf(
     """
     check_output(output, overwrite, dialogues)
     tally = write_pairs(_rows(dialogues, split), _each(hh_rlhf_pair), output, overwrite)
-    _finish(tally, output, columns=("history",))
+    _finish(tally, output, alpaca(["history"]))
 
 
 @app.command()
@@ -149,7 +153,7 @@ def ultrafeedback(
         return kind_by_scores(pair), pair
 
     tally = write_pairs(_rows(dialogues, split, "train_prefs"), convert, output, overwrite)
-    _finish(tally, output, columns=("system", "history"))
+    _finish(tally, output, alpaca(["system", "history"]))
 
 
 @app.command()
@@ -163,19 +167,37 @@ def check(
     json_file: Annotated[
         Path | None, Opt("--json", help="Also write the report to this JSON file.", parser=output_path, metavar="PATH")
     ] = None,
+    model: Annotated[
+        bool, Opt("--model", help="Also score the pairs of `dataset` with the recipe's model, into --output.")
+    ] = False,
+    output: Annotated[
+        Path | None,
+        Opt(help="The .jsonl or .parquet file for the scores of --model.", parser=output_path, metavar="PATH"),
+    ] = None,
+    batch_tokens: Annotated[int, Opt(min=1, help="Tokens that --model reads at a time, padding included.")] = 4096,
 ) -> None:
     """Check a recipe's pairs as training would load them: empty, identical, truncated, or in the test set.
+
+    With --model, the model to be trained also reads every pair. The command scores how similar the two responses are to
+    the model (CHES, arXiv 2410.08847), and shows the pairs with the highest scores. If a run is interrupted, even by
+    kill -9, rerun the same command to resume.
 
     Exits with 0 if there are no problems, 1 if there are, 2 if the check could not run.
 
     llamafactory-ext data check recipe.yaml --test-set gsm8k/test.jsonl
 
     llamafactory-ext data check recipe.yaml cutoff_len=512 max_samples=1000
+
+    llamafactory-ext data check recipe.yaml --model --output scores.jsonl
     """
     from .check import EVALUATION, TRAINING, check_pairs, render
     from .contamination import read_test_set
 
     settings = read_recipe(recipe)
+    if model != (output is not None):
+        raise UserError("--model writes its scores to --output: give both or neither.")
+    if output is not None:
+        _check_scores(settings, output)
     questions = read_test_set(_rows(test_set, test_split, "test")) if test_set else None
     report = check_pairs(settings, questions)
     evaluation = check_pairs(settings, questions, EVALUATION) if settings.get(EVALUATION) else None
@@ -187,10 +209,57 @@ def check(
     if json_file is not None:
         both = asdict(report) | ({EVALUATION: asdict(evaluation)} if evaluation else {})
         write_whole(json_file, json.dumps(both, indent=2) + "\n")
+    if output is not None and not report.stop:
+        _foresee(settings, output, batch_tokens)
+    elif output is not None:
+        console.print("The pairs are not scored, because a row cannot be tokenized: correct or remove it.")
     reports = [each for each in (report, evaluation) if each is not None]
     noted = any(any(each.notes.values()) or each.template for each in reports)
     if any(each.found_problems for each in reports) or (strict and noted):
         raise typer.Exit(1)
+
+
+def _check_scores(settings: Settings, output: Path) -> None:
+    """Refuse a recipe or an output that `_foresee` does not take, before anything is loaded."""
+    from ..scoring.file import check_output
+    from ..scoring.foresight import check_stage
+
+    check_stage(settings)
+    check_output(output)
+
+
+def _foresee(settings: Settings, output: Path, batch_tokens: int) -> None:
+    from ..scoring.foresight import foresee, render
+
+    with progress("scoring", "pairs") as show:
+        for done, total in foresee(settings, output, batch_tokens):
+            show(done, total)
+    for part in render(output):
+        console.print(part)
+
+
+@app.command()
+def drop(
+    recipe: Annotated[list[str], Source(help="The recipe and key=value words that the pairs were scored with.")],
+    scores: Annotated[Path, Opt(help="The file that `data check --model` has written.", metavar="PATH")],
+    worst: Annotated[
+        float, Opt(help="The share of pairs to drop, between 0 and 1: those with the highest length-normalized CHES.")
+    ] = 0.1,
+    output: Output = Path("data/kept_pairs.jsonl"),
+    overwrite: Overwrite = False,
+) -> None:
+    """Write a recipe's data without the pairs of the highest length-normalized CHES (arXiv 2410.08847).
+
+    The other rows are written as they are, with all columns.
+
+    llamafactory-ext data drop recipe.yaml --scores scores.jsonl
+
+    llamafactory-ext data drop recipe.yaml --scores scores.jsonl --worst 0.05 --output data/kept.jsonl
+    """
+    from .dropping import drop_worst
+
+    tally, entry = drop_worst(read_recipe(recipe), scores, worst, output, overwrite)
+    _finish(tally, output, entry)
 
 
 def _rows(source: str, split: str | None, usual: str = "train") -> Iterator[Row]:
@@ -210,9 +279,9 @@ def _each(make_pair: Callable[[Fields], Fields]) -> Callable[[Row, Fields], tupl
     return lambda row, fields: ("pairs", make_pair(fields))
 
 
-def _finish(tally: Tally, output: Path, kinds: dict[str, str] | None = None, columns: tuple[str, ...] = ()) -> None:
+def _finish(tally: Tally, output: Path, entry: Fields, kinds: dict[str, str] | None = None) -> None:
     """Register the pairs, and print what became of every row."""
-    is_new = register(output, columns)
+    is_new = register(output, entry)
     table = Table("rows", "result", "first lines", title=str(output), title_justify="left")
     for counter, style, prefix in ((tally.written, None, ""), (tally.dropped, "yellow", "dropped: ")):
         for what, count in counter.most_common():

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import re
 from typing import Any
 
-from ..rows import BadRow, Fields, text
+from ..rows import SCORES, BadRow, Fields, number, text
 
 Turn = tuple[str, str]  # role and text
-
-# Columns with external scores of the two responses.
-SCORES = ("score_chosen", "score_rejected")
 
 _SPEAKER = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
@@ -55,12 +51,6 @@ def kind_by_scores(pair: Fields) -> str:
     if len(scores) == 2 and scores[0] < scores[1]:
         return "pairs whose rejected response has the higher score"
     return "pairs"
-
-
-def number(value: Any) -> float | None:
-    """A finite score, or None for anything else: a column that mixes text and numbers cannot be loaded."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return value if is_number and -math.inf < value < math.inf else None
 
 
 def _turns(dialogue: str) -> list[Turn]:

@@ -37,20 +37,33 @@ class Tally:
             lines.append(row.number)
 
 
-def write_pairs(
-    rows: Iterable[Row], make_pair: Callable[[Row, Fields], tuple[str, Fields]], output: Path, overwrite: bool = False
-) -> Tally:
-    """Make a pair from each row. Pairs go to `output`, dropped rows to `*.dropped.jsonl` beside it.
+Make = Callable[[Row, Fields], tuple[str, Fields]]
+
+
+def write_pairs(rows: Iterable[Row], make_pair: Make, output: Path, overwrite: bool = False) -> Tally:
+    """Make a pair from each row, as `write_rows` does; a pair of identical responses is dropped, too."""
+
+    def made(row: Row, fields: Fields) -> tuple[str, Fields]:
+        how, pair = make_pair(row, fields)
+        if pair["chosen"] == pair["rejected"]:
+            raise BadRow("chosen and rejected are identical")
+        return how, pair
+
+    return write_rows(rows, made, output, overwrite)
+
+
+def write_rows(rows: Iterable[Row], make_row: Make, output: Path, overwrite: bool = False) -> Tally:
+    """Make a row from each row. What is made goes to `output`, dropped rows to `*.dropped.jsonl` beside it.
 
     Args:
         rows: from `read_rows`.
-        make_pair: maps a row and its fields to the kind of the pair (for the tally) and the pair; raises BadRow for a
-            row to drop.
+        make_row: maps a row and its fields to its kind (for the tally) and what is written; raises BadRow for a row to
+            drop.
         output: a .jsonl file; it appears when all rows are done.
         overwrite: whether to replace an existing file.
 
     Raises:
-        UserError: if `output` must not be written, or no row gave a pair.
+        UserError: if `output` must not be written, or all rows were dropped.
     """
     check_output(output, overwrite)
     tally = Tally()
@@ -60,10 +73,8 @@ def write_pairs(
             try:
                 if isinstance(row.fields, BadRow):
                     raise row.fields
-                how, pair = make_pair(row, row.fields)
-                if pair["chosen"] == pair["rejected"]:
-                    raise BadRow("chosen and rejected are identical")
-                line = _json(pair)
+                how, made = make_row(row, row.fields)
+                line = _json(made)
                 check_characters(line)
             except BadRow as reason:
                 tally.count(tally.dropped, str(reason), row)
@@ -121,12 +132,22 @@ def _escaped(fields: Fields, **options: Any) -> str:
 INFO = "dataset_info.json"
 
 
-def register(output: Path, columns: Iterable[str] = ()) -> bool:
+def alpaca(columns: Iterable[str] = ()) -> Fields:
+    """The entry in `dataset_info.json` of pairs in the layout of this module.
+
+    Args:
+        columns: of its rows beside instruction, chosen and rejected: system, history.
+    """
+    names = {"prompt": "instruction", **{column: column for column in columns}, "chosen": "chosen"}
+    return {"ranking": True, "columns": {**names, "rejected": "rejected"}}
+
+
+def register(output: Path, entry: Fields) -> bool:
     """Register the pairs in the `dataset_info.json` beside them, so that a recipe can say `dataset: <stem>`.
 
     Args:
         output: the file of pairs.
-        columns: the columns of its rows beside instruction, chosen and rejected: system, history.
+        entry: what it says of them, without the name of the file.
 
     Returns:
         Whether the name is new; an existing entry for this file is kept.
@@ -137,8 +158,7 @@ def register(output: Path, columns: Iterable[str] = ()) -> bool:
     info = _registered(output)
     if output.stem in info:
         return False
-    names = {"prompt": "instruction", **{column: column for column in columns}, "chosen": "chosen"}
-    info[output.stem] = {"file_name": output.name, "ranking": True, "columns": {**names, "rejected": "rejected"}}
+    info[output.stem] = {"file_name": output.name, **entry}
     write_whole(output.with_name(INFO), _escaped(info, indent=2) + "\n")
     return True
 

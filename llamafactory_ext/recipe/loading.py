@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError, in_a_line
-from ..rows import SUFFIXES, BadRow, Fields, is_utf8, read_rows
+from ..rows import SUFFIXES, BadRow, Fields, Row, is_utf8, read_rows
 from .reading import check_sizes, data_sets
 
 
@@ -94,6 +95,14 @@ def source_files(description: Any, dataset_dir: str) -> list[Path]:
     path = Path(dataset_dir, description.dataset_name)
     files = [path / name for name in os.listdir(path)] if path.is_dir() else [path]  # of every split, as they come
     return [] if any(file.suffix not in SUFFIXES for file in files) else files
+
+
+def source_rows(description: Any, dataset_dir: str) -> Iterator[Row]:
+    """The rows that LLaMA-Factory reads of a data set, in its order; none where they cannot be read like that."""
+    if description.load_from == "hf_hub":
+        name, subset = description.dataset_name, description.subset
+        return read_rows(f"{name}:{subset}" if subset else name, description.split)
+    return itertools.chain.from_iterable(read_rows(str(file)) for file in source_files(description, dataset_dir))
 
 
 def _compressed(description: Any, dataset_dir: str) -> list[Path]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,12 @@ from ..resuming import first_difference, take
 from ..whole_files import whole_file, whole_path, write_whole
 
 Row = dict[str, Any]
+Batches = Callable[[list[int]], Iterable[list[int]]]  # from the indices of pairs to batches of them
+
+
+def in_order(batch_size: int) -> Batches:
+    """Batches of so many pairs, in the order of the data."""
+    return lambda indices: (indices[start : start + batch_size] for start in range(0, len(indices), batch_size))
 
 
 def unfinished_path(output: Path) -> Path:
@@ -47,10 +53,11 @@ class ScoreFile:
     Args:
         output: a .jsonl or .parquet file.
         manifest: what the scores depend on, as JSON.
+        score: the column that every scored pair has.
     """
 
-    def __init__(self, output: Path, manifest: Row) -> None:
-        self.output, self.path = output, unfinished_path(output)
+    def __init__(self, output: Path, manifest: Row, score: str = "margin") -> None:
+        self.output, self.path, self.score = output, unfinished_path(output), score
         self.manifest = json.loads(json.dumps(manifest, sort_keys=True, default=str))
         self.head = json.dumps({"manifest": self.manifest}) + "\n"
         self.lock = FileLock(output.with_name(f".{output.name}.lock"))
@@ -86,7 +93,7 @@ class ScoreFile:
                 write_whole(self.path, self.head)
             elif len(whole) < self.path.stat().st_size:
                 os.truncate(self.path, len(whole))  # of a line that was cut off
-            self.done = {row["index"] for row in read_scores(self.path)}
+            self.done = {row["index"] for row in read_scores(self.path, self.score)}
         except BaseException:
             self.__exit__()
             raise
@@ -96,13 +103,13 @@ class ScoreFile:
         Path(self.lock.lock_file).unlink(missing_ok=True)
         self.lock.release()
 
-    def fill(self, total: int, score: Callable[[list[int]], list[Row]], batch_size: int) -> Iterator[tuple[int, int]]:
+    def fill(self, total: int, score: Callable[[list[int]], list[Row]], batches: Batches) -> Iterator[tuple[int, int]]:
         """Score what is missing; yields (pairs done, pairs in all) as it goes. The output appears at the end.
 
         Args:
             total: the number of pairs, whose indices begin with 0.
             score: makes the rows of some pairs, each with its `index`.
-            batch_size: pairs at a time.
+            batches: the pairs to score at a time.
 
         Raises:
             UserError: if the output is there although pairs are missing: it is another one.
@@ -114,17 +121,18 @@ class ScoreFile:
         missing = [index for index in range(total) if index not in self.done]
         if missing and self.output.exists():
             raise _is_there(self.output)
-        yield total - len(missing), total
+        done = total - len(missing)
+        yield done, total
         with self.path.open("a", encoding="utf-8") as file:
-            for start in range(0, len(missing), batch_size):
-                batch = missing[start : start + batch_size]
+            for batch in batches(missing):
                 file.write("".join(json.dumps(row) + "\n" for row in score(batch)))
                 file.flush()
-                yield total - len(missing) + start + len(batch), total
+                done += len(batch)
+                yield done, total
         self._finish()
 
     def _finish(self) -> None:
-        rows = read_scores(self.path)
+        rows = read_scores(self.path, self.score)
         if self.output.suffix == ".parquet":
             import pyarrow
             import pyarrow.parquet
@@ -147,8 +155,12 @@ def _manifest(head: bytes) -> Any:
         return None
 
 
-def read_scores(path: Path) -> list[Row]:
+def read_scores(path: Path, score: str | None = "margin") -> list[Row]:
     """The scored pairs of a file, finished or not, in the order of the data.
+
+    Args:
+        path: the file.
+        score: the column that every scored pair must have; None: any.
 
     Raises:
         UserError: if a line is damaged.
@@ -163,7 +175,7 @@ def read_scores(path: Path) -> list[Row]:
             row = json.loads(line)
             if isinstance(row, dict) and "manifest" in row:
                 continue
-            _check_row(row)
+            _check_row(row, score)
             if row["index"] in rows:
                 raise ValueError(f"a second row of pair {row['index']}")
         except (ValueError, RecursionError) as error:
@@ -174,15 +186,17 @@ def read_scores(path: Path) -> list[Row]:
     return [rows[index] for index in sorted(rows)]
 
 
-def _check_row(row: Any) -> None:
+def _check_row(row: Any, score: str | None) -> None:
     """
     Raises:
-        ValueError: if it is not what `scorer.score_pairs` makes of a pair.
+        ValueError: if it is not what scoring makes of a pair.
     """
     if not isinstance(row, dict) or type(row.get("index")) is not int or row["index"] < 0:
         raise ValueError("it names no pair")
-    if not isinstance(row.get("skipped"), bool) or not (row["skipped"] or isinstance(row.get("margin"), float)):
-        raise ValueError("it has no margin")
+    if not isinstance(row.get("skipped"), bool):
+        raise ValueError("it does not say whether it was skipped")
+    if score is not None and not (row["skipped"] or isinstance(row.get(score), float)):
+        raise ValueError(f"it has no {score}")
     other = [name for name, value in row.items() if not (value is None or isinstance(value, int | float))]
     if other:
         raise ValueError(f"{other[0]} is not a number")

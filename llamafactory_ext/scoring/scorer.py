@@ -7,18 +7,17 @@ moment, the same command resumes.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import hashes
-from ..data.dialogues import SCORES, number
-from ..errors import UserError, in_a_line
+from ..errors import UserError
 from ..recipe.reading import Settings, data_sets, parse_recipe
-from .file import Row, ScoreFile, check_output
+from ..rows import SCORES, number
+from .file import Row, ScoreFile, check_output, in_order
+from .loading import device_of, fingerprints, load_model, rows_of
 
 if TYPE_CHECKING:
     import torch
@@ -57,23 +56,12 @@ def score_pairs(settings: Settings, output: Path, batch_size: int = 4) -> Iterat
         raise UserError(f"score reads recipes of stage dpo, not {settings['stage']!r}: write stage=dpo.")
     reference_settings = reference_of(settings)
     check_output(output)
-    manifest = {"settings": settings, "reference": reference_settings, "files": _files(settings, reference_settings)}
-    file = ScoreFile(output, manifest)
+    files = fingerprints(settings, [settings, reference_settings])
+    file = ScoreFile(output, {"settings": settings, "reference": reference_settings, "files": files})
     file.check()
     scorer = load_scorer(settings, reference_settings)
     with file:
-        yield from file.fill(len(scorer.rows), lambda batch: _score(scorer, batch), batch_size)
-
-
-def _files(settings: Settings, reference_settings: Settings) -> Row:
-    """Hashes of the local data and models, so that a file is not resumed after one of them has changed."""
-    _, data_args, _ = parse_recipe({"stage": "dpo", **settings})
-    data = {}
-    for about in data_sets(data_args.dataset, data_args.dataset_dir):
-        path = Path(data_args.dataset_dir, about.dataset_name)
-        is_there = about.load_from == "file" and path.exists()
-        data[about.dataset_name] = [hashes.of_value(vars(about)), hashes.of_data(path) if is_there else None]
-    return {"data": data, "named": hashes.of_named([settings, reference_settings])}
+        yield from file.fill(len(scorer.rows), lambda batch: _score(scorer, batch), in_order(batch_size))
 
 
 def reference_of(settings: Settings) -> Settings:
@@ -135,7 +123,7 @@ def load_scorer(settings: Settings, reference_settings: Settings) -> Scorer:
         processor, collator_class = CarryingProcessor(processor), carrying_collator(collator_class, columns)
     with loaded_as_trained(finetuning_args):
         rows = load_pairs(model_args, data_args)
-    policy, reference = (_load_model(each, tools.tokenizer) for each in (settings, reference_settings))
+    policy, reference = (load_model(each, tools.tokenizer) for each in (settings, reference_settings))
     match_precision(reference, policy, autocast=None)
     return Scorer(
         policy=policy,
@@ -148,33 +136,9 @@ def load_scorer(settings: Settings, reference_settings: Settings) -> Scorer:
     )
 
 
-def _load_model(settings: Settings, tokenizer: Any) -> torch.nn.Module:
-    from llamafactory.model import load_config, load_model
-
-    from ..training.reference.model import ADDING_TOKENS, random_weight_keys
-
-    model_args, _, finetuning_args = parse_recipe({"stage": "dpo", **settings})
-    model_args.device_map = "auto"
-    drawn = random_weight_keys(model_args)
-    try:
-        size = load_config(model_args).get_text_config().vocab_size
-        model: Any = load_model(tokenizer, model_args, finetuning_args, is_trainable=False).eval()
-    except Exception as error:  # whatever transformers, peft and the readers of weights raise
-        adapters = f" with {', '.join(model_args.adapter_name_or_path)}" if model_args.adapter_name_or_path else ""
-        name = f"{model_args.model_name_or_path!r}{adapters}"
-        raise UserError(f"the model {name} cannot be loaded: {in_a_line(error)}") from error
-    if drawn and (not set(drawn) <= ADDING_TOKENS or model.config.get_text_config().vocab_size != size):
-        raise UserError(
-            f"{' and '.join(drawn)}: {model_args.model_name_or_path!r} would be given new random weights, on which its "
-            "scores would depend. Put them into a copy first, with `llamafactory-cli export`, and name that copy."
-        )
-    if model_args.infer_dtype != "auto" and getattr(model, "quantization_method", None) is None:
-        model.to(model_args.compute_dtype)  # LLaMA-Factory leaves a half-precision checkpoint as it is
-    return model  # type: ignore[no-any-return]
-
-
 def _data_scores(data_args: Any, count: int) -> list[Row]:
     """What the data says of its answers; LLaMA-Factory drops the columns that it does not know, but keeps the order."""
+    from ..recipe.loading import source_rows
     from ..rows import BadRow
 
     (about,) = data_sets(data_args.dataset, data_args.dataset_dir)
@@ -182,20 +146,10 @@ def _data_scores(data_args: Any, count: int) -> list[Row]:
         return [{}] * count  # a random choice, whose order is not the file's
     scores = []
     with suppress(UserError):  # what LLaMA-Factory has loaded, but this package does not read
-        for row, _ in zip(_source_rows(about, data_args.dataset_dir), range(count), strict=False):
+        for row, _ in zip(source_rows(about, data_args.dataset_dir), range(count), strict=False):
             fields = {} if isinstance(row.fields, BadRow) else row.fields
             scores.append({name: number(fields[name]) for name in SCORES if name in fields})
     return scores if len(scores) == count else [{}] * count
-
-
-def _source_rows(about: Any, dataset_dir: str) -> Iterator[Any]:
-    """The rows that LLaMA-Factory reads of a data set, in its order; none where they cannot be read like that."""
-    from ..recipe.loading import source_files
-    from ..rows import read_rows
-
-    if about.load_from == "hf_hub":
-        return read_rows(f"{about.dataset_name}:{about.subset}" if about.subset else about.dataset_name, about.split)
-    return itertools.chain.from_iterable(read_rows(str(file)) for file in source_files(about, dataset_dir))
 
 
 # --- scoring ---------------------------------------------------------------------------------------------------------
@@ -203,31 +157,8 @@ def _source_rows(about: Any, dataset_dir: str) -> Iterator[Any]:
 
 def _score(scorer: Scorer, indices: list[int]) -> list[Row]:
     """The results of some pairs; one that LLaMA-Factory skips has only its index and says so."""
-    features, scored, results = [], [], []
-    for index in indices:
-        encoded = _encode(scorer, index)
-        if encoded.get("chosen_input_ids"):
-            features.append({name: values[0] for name, values in encoded.items()})
-            scored.append(index)
-        else:
-            results.append({"index": index, "skipped": True})
-    if not features:
-        return results
-
-    columns = _columns(scorer, scorer.collator(features))
-    for position, index in enumerate(scored):
-        values = {name: values[position] for name, values in columns.items()}
-        results.append({"index": index, "skipped": False, **values, **scorer.data_scores[index]})
-    return results
-
-
-def _encode(scorer: Scorer, index: int) -> dict[str, list[Any]]:
-    row = {name: [value] for name, value in scorer.rows[index].items()}
-    try:
-        encoded: dict[str, list[Any]] = scorer.processor.preprocess_dataset(row)
-    except Exception as error:  # whatever the tokenizer, the template or a picture's file raises
-        raise UserError(f"row {index + 1} cannot be tokenized: {in_a_line(error)}; correct or remove it") from error
-    return encoded
+    results = rows_of(indices, scorer.rows, scorer.processor, scorer.collator, lambda batch: _columns(scorer, batch))
+    return [row if row["skipped"] else {**row, **scorer.data_scores[row["index"]]} for row in results]
 
 
 def _columns(scorer: Scorer, batch: Any) -> dict[str, list[Any]]:
@@ -271,7 +202,9 @@ def _pair_logps(scorer: Scorer, batch: Any) -> PairLogps:
 
     terms = terms_of(scorer.objective, is_weighted=False)
     policy, reference = (
-        response_logps(model, padded({name: values.to(_device(model)) for name, values in batch.items()}), terms=needed)
+        response_logps(
+            model, padded({name: values.to(device_of(model)) for name, values in batch.items()}), terms=needed
+        )
         for model, needed in ((scorer.policy, terms), (scorer.reference, None))
     )
     return PairLogps(
@@ -283,7 +216,3 @@ def _pair_logps(scorer: Scorer, batch: Any) -> PairLogps:
         policy.rejected_length,
         contrast=policy.sums[CONTRAST][1] if terms else None,
     )
-
-
-def _device(model: torch.nn.Module) -> torch.device:
-    return next(model.parameters()).device

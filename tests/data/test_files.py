@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from llamafactory_ext.cli import app
 from llamafactory_ext.data import commands
-from llamafactory_ext.data.files import register, whole_file, write_pairs
+from llamafactory_ext.data.files import alpaca, register, whole_file, write_pairs
 from llamafactory_ext.errors import UserError
 from llamafactory_ext.rows import BadRow, parse, read_rows, text
 
@@ -363,7 +363,7 @@ def test_a_file_is_whole_or_not_there(tmp_path):
 
 def test_register(tmp_path):
     output = tmp_path / "pairs.jsonl"
-    assert register(output, ["history"]) is True
+    assert register(output, alpaca(["history"])) is True
     columns = {"prompt": "instruction", "history": "history", "chosen": "chosen", "rejected": "rejected"}
     info = json.loads((tmp_path / "dataset_info.json").read_text(encoding="utf-8"))
     assert info == {"pairs": {"file_name": "pairs.jsonl", "ranking": True, "columns": columns}}
@@ -371,7 +371,7 @@ def test_register(tmp_path):
     info["pairs"]["columns"]["system"] = "mine"
     info["other"] = {"file_name": "elsewhere.jsonl"}
     (tmp_path / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
-    assert register(output) is False
+    assert register(output, alpaca()) is False
     assert json.loads((tmp_path / "dataset_info.json").read_text(encoding="utf-8")) == info
 
     odd = [("pairs", json.dumps({"pairs": entry})) for entry in (None, 3, [], "pairs.jsonl", {"file_name": 3})]
