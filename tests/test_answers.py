@@ -330,6 +330,7 @@ def test_llamafactorys_own_rows_are_converted_as_ever():
     [
         [{"q": "?", "said": ["a"], "marks": [1.0]}],
         [{"q": "?", "said": ["a", "b"], "marks": [1.0, 1.0]}],
+        [{"q": "?", "said": ["a", "b"], "marks": [1e-50, 0.0]}],
         [{"q": "?", "said": ["a", ""], "marks": [1.0, 1.0]}],
     ],
 )
@@ -353,6 +354,7 @@ def test_rows_with_nothing_to_compare_have_no_answers(rows):
             RANKED,
             "a score of .* is nan: write a number",
         ),
+        ([{"q": "?", "said": ["a", "b"], "marks": [1e308, 0.0]}], RANKED, "is 1e.308: write a number of at most 1e.30"),
         ([{"q": "?", "said": [["a"], ["b"]], "marks": [1.0, 2.0]}], RANKED, "an answer of .* is not a text"),
         (
             [{"q": "?", "said": ["a"]}],

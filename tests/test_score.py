@@ -15,6 +15,7 @@ import pytest
 import tiny
 from llamafactory.train import tuner
 from rich.console import Console
+from tiny_answers import make_answers
 from typer.testing import CliRunner
 
 from llamafactory_ext import cli
@@ -335,3 +336,14 @@ def test_command_line_survives_kill(settings, tmp_path):
     again = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert again.returncode == 2
     assert "already exists and is complete" in again.stderr
+
+
+def test_answers_of_several_turns_are_scored_and_more_than_two_refused(model, other_model, data, tmp_path):
+    folder = make_answers(tmp_path / "data", data)
+    recipe = tiny.recipe(model, folder, tmp_path / "out", dataset="turns", ref_model=str(other_model), cutoff_len=200)
+    list(score_pairs(recipe, tmp_path / "turns.jsonl"))
+    scored = read_scores(tmp_path / "turns.jsonl")
+    assert len(scored) == 12
+    assert all(row["chosen_tokens"] > 0 and not row["skipped"] for row in scored)
+    with pytest.raises(UserError, match="row 1 has more than two answers, and pairs are scored"):
+        list(score_pairs(recipe | {"dataset": "four"}, tmp_path / "four.jsonl"))

@@ -43,8 +43,10 @@ def drop_worst(settings: Settings, scores: Path, share: float, output: Path, ove
     """
     if not 0 < share < 1:
         raise UserError(f"--worst is {share:g}: write a number between 0 and 1, such as 0.1.")
+    from ..training.loading import loaded_as_trained
+
     check_stage(settings)
-    model_args, data_args, _ = parse_recipe({"stage": "dpo", **settings})
+    model_args, data_args, finetuning_args = parse_recipe({"stage": "dpo", **settings})
     data_args.streaming = False
     descriptions = data_sets(data_args.dataset, data_args.dataset_dir)
     entry = _entry(data_args, descriptions)
@@ -57,7 +59,9 @@ def drop_worst(settings: Settings, scores: Path, share: float, output: Path, ove
         raise UserError(
             f"--worst {share:g} drops {count} of {len(worst)} pairs: write a share that leaves some of both."
         )
-    _check_match(scored, load_pairs(model_args, data_args), scores)
+    with loaded_as_trained(finetuning_args):
+        rows = load_pairs(model_args, data_args)
+    _check_match(scored, rows, scores)
     dropped = {row["index"] for row in worst[:count]}
 
     def keep(row: Row, fields: Fields) -> tuple[str, Fields]:

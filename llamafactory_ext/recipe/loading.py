@@ -83,7 +83,8 @@ def load_pairs(model_args: Any, data_args: Any) -> Any:
     try:
         return _get_merged_dataset(data_args.dataset, model_args, data_args, training_args, stage="rm")
     except Exception as error:  # whatever datasets, pyarrow and LLaMA-Factory raise
-        reason = next(_faults(descriptions, data_args), None) or _in_words(error)
+        said_by_us = str(error).startswith("data set ")  # which names the row itself
+        reason = (None if said_by_us else next(_faults(descriptions, data_args), None)) or _in_words(error)
         names = ", ".join(data_args.dataset)
         raise UserError(f"the data sets {names} cannot be loaded: {reason.rstrip('.!')}.") from error
 

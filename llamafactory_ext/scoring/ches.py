@@ -44,7 +44,7 @@ def measures(model: torch.nn.Module, layout: Layout) -> dict[str, Tensor]:
             "the model has no language-model head of its own, at whose input CHES is measured: name another."
         )
     hidden = received.pop()[layout.row, layout.column]
-    plain, normalized = ches(hidden[layout.entry], layout.response, layout.pairs)
+    plain, normalized = ches(hidden[layout.entry], layout.response, layout.responses // 2)
     ids = _in_rows(layout)
     found = {"normalized_ches": normalized, "ches": plain, "edit_distance": edit_distance(ids)}
     begins = _tail_begin(ids).repeat(2)[:, None]
@@ -107,7 +107,7 @@ def edit_distance(ids: Tensor) -> Tensor:
 
 def _in_rows(layout: Layout) -> Tensor:
     """The tokens of each response, shape `(2 * pairs, longest)`, `NO_TOKEN` beyond its end."""
-    ids = layout.target.new_full((2 * layout.pairs, layout.longest), NO_TOKEN)
+    ids = layout.target.new_full((layout.responses, layout.longest), NO_TOKEN)
     return ids.index_put((layout.response, layout.ordinal), layout.target[layout.entry])
 
 

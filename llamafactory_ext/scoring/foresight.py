@@ -147,10 +147,10 @@ def _load(settings: Settings) -> _Reader:
     Raises:
         UserError: for a wrong recipe, and where the model or the data cannot be loaded.
     """
-    from llamafactory.data import PairwiseDataCollatorWithPadding
-    from llamafactory.data.processor import PairwiseDatasetProcessor
-
     from ..recipe.loading import load_pairs, load_tokenization
+    from ..training.answers import AnswersProcessor
+    from ..training.loading import loaded_as_trained
+    from ..training.ranking import RankedCollator
 
     model_args, data_args, finetuning_args = parse_recipe({"stage": "dpo", **settings})
     if not data_args.dataset:
@@ -158,8 +158,9 @@ def _load(settings: Settings) -> _Reader:
     data_args.streaming = False
     tools = load_tokenization(model_args, data_args)
     tokenization = {"template": tools.template, "tokenizer": tools.tokenizer, "processor": tools.processor}
-    processor = PairwiseDatasetProcessor(**tokenization, data_args=data_args)
-    rows = load_pairs(model_args, data_args)
+    processor = AnswersProcessor(**tokenization, data_args=data_args)
+    with loaded_as_trained(finetuning_args):
+        rows = load_pairs(model_args, data_args)
     tokens = rows.map(
         _Tokens(processor),
         with_indices=True,
@@ -174,9 +175,7 @@ def _load(settings: Settings) -> _Reader:
         sharing=_sharing(model, tools.tokenizer, finetuning_args.share_prefix),
         rows=rows,
         processor=processor,
-        collator=PairwiseDataCollatorWithPadding(
-            **tokenization, model=model, pad_to_multiple_of=8, label_pad_token_id=-100
-        ),
+        collator=RankedCollator(**tokenization, model=model, pad_to_multiple_of=8, label_pad_token_id=-100),
         tokens=list(tokens["tokens"]),
     )
 

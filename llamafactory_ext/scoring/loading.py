@@ -60,13 +60,19 @@ def encode(processor: Any, row: Row, index: int) -> dict[str, list[Any]]:
         index: of the row, from 0.
 
     Raises:
-        UserError: if it cannot be tokenized.
+        UserError: if it cannot be tokenized, or has more than two answers.
     """
+    from ..training.ranking import has_several
+
     try:
         encoded: dict[str, list[Any]] = processor.preprocess_dataset({name: [value] for name, value in row.items()})
     except Exception as error:  # whatever the tokenizer, the template or a picture's file raises
         raise UserError(f"row {index + 1} cannot be tokenized: {in_a_line(error)}; correct or remove it") from error
-    return encoded if encoded.get("chosen_input_ids") else {}
+    if not encoded.get("chosen_input_ids"):
+        return {}
+    if has_several({name: values[0] for name, values in encoded.items()}):
+        raise UserError(f"row {index + 1} has more than two answers, and pairs are scored: write its answers as pairs.")
+    return encoded
 
 
 def rows_of(

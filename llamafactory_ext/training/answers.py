@@ -10,7 +10,6 @@ ends with a turn of the assistant, and no other two of these are neighbors: that
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,7 +23,7 @@ from llamafactory.extras import logging
 from llamafactory.extras.constants import IGNORE_INDEX
 
 from ..recipe.loss_args import is_number, shown
-from .ranking import BETWEEN, MEDIA, SCORES, Response
+from .ranking import BETWEEN, HIGHEST, LEAST_GAP, MEDIA, SCORES, Response
 
 logger = logging.get_logger()  # LLaMA-Factory's own, whose lines reach the console and the web UI
 
@@ -115,7 +114,7 @@ class _AnswersConverter:
         converted = self._of_texts(row, answers) if self.attr.formatting == "alpaca" else self._of_turns(row, answers)
         order = sorted(range(len(scores)), key=lambda number: -scores[number])
         standard, found = converted
-        is_whole = len(found) >= 2 and all(found) and len(set(scores)) >= 2
+        is_whole = len(found) >= 2 and all(found) and max(scores) - min(scores) >= LEAST_GAP
         return {
             **standard,
             "_prompt": standard["_prompt"] if is_whole else [],
@@ -174,9 +173,9 @@ def _scored(row: Mapping[str, Any], answers: str, scores: str) -> tuple[list[Any
         raise ValueError(
             f"{_row(row)} has {len(row[answers])} answers and {len(row[scores])} scores: write a score for each."
         )
-    wrong = [score for score in row[scores] if not (is_number(score) and math.isfinite(score))]
+    wrong = [score for score in row[scores] if not (is_number(score) and abs(score) <= HIGHEST)]
     if wrong:
-        raise ValueError(f"a score of {_row(row)} is {shown(wrong[0])}: write a number.")
+        raise ValueError(f"a score of {_row(row)} is {shown(wrong[0])}: write a number of at most {HIGHEST:g}.")
     return row[answers], [float(score) for score in row[scores]]
 
 

@@ -24,6 +24,8 @@ BETWEEN = ("between_input_ids", "between_labels")  # columns: of each response b
 SCORES = "answer_scores"  # column: a score per response, none lower than the next
 RANKING = "ranking"  # key of a batch
 MEDIA = ("images", "videos", "audios")
+# A difference of scores has to be a number of float32, and so has its logarithm.
+HIGHEST, LEAST_GAP = 1e30, torch.finfo(torch.float32).tiny
 
 Response = tuple[Sequence[int], Sequence[int]]  # token ids and labels of prompt and response
 
@@ -64,7 +66,7 @@ class Ranking:
             scores, start = _scores(row), sum(sizes)
             for better, high in enumerate(scores):
                 for worse, low in enumerate(scores[better + 1 :], start=better + 1):
-                    if high > low:
+                    if high - low >= LEAST_GAP:
                         pairs.append((start + better, start + worse))
                         gaps.append(high - low)
             sizes.append(len(scores))
