@@ -1,0 +1,189 @@
+"""Sample several answers per problem, and read each: for pass rates, and for pairs of the model's own answers.
+
+llamafactory-ext eval sample --model /path/to/model --data gsm8k/train.jsonl --output runs/samples --samples 8
+
+llamafactory-ext eval sample --engine openai --base-url http://127.0.0.1:8000/v1 --model NAME --data train.jsonl ...
+
+llamafactory-ext data from-samples runs/samples --output data/self_pairs.jsonl
+
+The samples of a run are in OUTPUT/base/generations.jsonl or OUTPUT/ADAPTER/generations.jsonl: one per line, with the
+question, the number that was read, and whether it is right.
+
+Each sample is saved as it arrives. If it is interrupted, even by kill -9, rerun the same command to resume.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .. import hashes
+from ..commandline import Command
+from ..errors import UserError
+from ..whole_files import write_whole
+from .asking import ask_missing, is_answered, plan_runs, print_left_out, print_refused
+from .chat_templates import Chat
+from .generations import Generation
+from .options import Options, with_options, written_to
+from .questions import Question, load_prompt, load_questions, messages
+from .scoring import about_problems, pass_rates, score_output
+
+PASS_RATES = "pass_rates.json"
+LEGEND = (
+    "pass@1: share of samples that are right; solved: problems with a right sample; all right, all wrong: "
+    "problems with only such samples; unread: samples without an answer; degen.: empty, looping or repetitive; cut: at "
+    "the token limit"
+)
+
+Opt = typer.Option
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
+
+
+@dataclass(frozen=True)
+class SampleOptions(Options):
+    """As for other commands, but sampled by default."""
+
+    temperature: Annotated[float, Opt(min=0, help="0: greedy, so that all samples are alike.")] = 1.0
+
+
+@app.command(cls=Command, help=__doc__, no_args_is_help=True)
+@with_options
+def main(
+    data: Annotated[str, Opt(help="A jsonl or parquet file with question and answer (`#### N`), or openai/gsm8k.")],
+    output: Annotated[Path, written_to("Folder for the samples; one sub-folder per model or adapter.")],
+    samples: Annotated[int, Opt(min=1, help="Samples per problem.")] = 8,
+    split: Annotated[str, Opt(help="Split of a Hub data set.")] = "train",
+    prompt: Annotated[str, Opt(help="paper (MinorDPO's), plain, or a file that contains {question}.")] = "paper",
+    *,
+    options: SampleOptions,
+) -> None:
+    if samples > 1 and options.temperature == 0:
+        raise UserError("With --temperature 0 all samples of a problem are alike: write a higher one, or --samples 1.")
+    questions, _ = load_questions(data, split, options.limit)
+    template = load_prompt(prompt)
+    about = {**about_problems(data, questions, template), "samples": samples}
+    chats = [messages(question, template, options.system) for question in questions]
+    engine, runs = plan_runs(options, chats, about, output)
+    plan = Plan(questions, chats, samples, options.seed)
+    fingerprints = {name: hashes.of_value(manifest)[:16] for name, (_, manifest) in runs.items()}
+
+    replies = ask_missing(
+        engine,
+        plan.asked,
+        runs,
+        watch=_running_rate(plan),
+        seeds=plan.seeds,
+        columns=lambda run, reply: {**plan.columns(reply), "run": fingerprints[run]},
+    )
+    _summarize(replies, plan, output)
+
+
+# --- samples ---------------------------------------------------------------------------------------------------------
+
+
+class Plan:
+    """Which samples are asked: all of the first problem, then all of the next.
+
+    Args:
+        questions: the problems.
+        chats: of the problems, in their order.
+        samples: per problem.
+        seed: of the run.
+    """
+
+    def __init__(self, questions: list[Question], chats: list[Chat], samples: int, seed: int) -> None:
+        self.questions, self.samples = questions, samples
+        self.asked = [chat for chat in chats for _ in range(samples)]
+        self.seeds = [sample_seed(seed, question.id, n) for question in questions for n in range(samples)]
+
+    def place(self, index: int) -> tuple[Question, int]:
+        """The problem of a sample, and its number among those of the problem, from 0."""
+        return self.questions[index // self.samples], index % self.samples
+
+    def columns(self, reply: Generation) -> dict[str, Any]:
+        """What is saved beside a reply: what was asked, and the verdict of the tier `strict`."""
+        question, sample = self.place(reply.index)
+        row = score_output(question, reply)
+        turns = {turn["role"]: turn["content"] for turn in self.asked[reply.index]}
+        return {
+            "problem": question.id,
+            "sample": sample,
+            "seed": self.seeds[reply.index],
+            **({"system": turns["system"]} if "system" in turns else {}),
+            "instruction": turns["user"],
+            "gold": row["gold"],
+            "answer": row["strict"]["answer"],
+            "correct": row["strict"]["correct"],
+            "degenerate": row.get("degenerate", False),
+        }
+
+    def rates(self, replies: Mapping[int, Generation]) -> dict[str, Any]:
+        """The pass rates of a run; samples that the server refused do not count."""
+        answered = [reply for reply in replies.values() if is_answered(reply)]
+        return pass_rates({**self.columns(reply), "finish_reason": reply.finish_reason} for reply in answered)
+
+
+def sample_seed(seed: int, problem: str, sample: int) -> int:
+    """The seed of one sample, below 2**32; it does not depend on the other problems."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {problem} {sample}".encode()).digest()[:4])
+
+
+def _running_rate(plan: Plan) -> Callable[[Generation], str]:
+    """The text beside the progress bar: the share of right samples so far."""
+    right: list[bool] = []
+
+    def watch(reply: Generation) -> str:
+        right.append(plan.columns(reply)["correct"])
+        return f"pass@1 {sum(right) / len(right):.1%}"
+
+    return watch
+
+
+# --- pass rates ------------------------------------------------------------------------------------------------------
+
+
+def _summarize(replies: Mapping[str, Mapping[int, Generation]], plan: Plan, output: Path) -> None:
+    """Write the pass rates of each run into its folder and those of all above it, and print them as a table."""
+    rates = {name: plan.rates(found) for name, found in replies.items()}
+    for name, of_run in rates.items():
+        write_whole(output / name / PASS_RATES, json.dumps(of_run, indent=1))
+    write_whole(output / PASS_RATES, json.dumps(rates, indent=1))
+    print_pass_rates(rates)
+    for name, found in replies.items():
+        places = map(plan.place, range(len(plan.asked)))
+        ids = [f"{question.index + 1} (sample {sample + 1})" for question, sample in places]
+        print_refused(output / name, found.values(), ids, "samples")
+        print_left_out(output / name, found.values())
+    print(f"\nPass rates: {output / PASS_RATES}; each sample: {output}/*/generations.jsonl")
+
+
+def print_pass_rates(rates: Mapping[str, Mapping[str, Any]]) -> None:
+    """Print pass rates, by the name of the run, as a table."""
+    from rich import box
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(caption=LEGEND, box=box.SIMPLE, padding=(0, 1, 0, 0))
+    table.add_column("run", overflow="fold")
+    shares = {"solved": "solved", "all_right": "all right", "all_wrong": "all wrong"}
+    shares |= {"unread": "unread", "degenerate": "degen.", "cut_off": "cut"}
+    for column in ("problems", "samples", "pass@1", "95%", *shares.values()):
+        table.add_column(column, justify="right")
+    for name, found in rates.items():
+        low, high = found["wilson_95"]
+        table.add_row(
+            escape(name),
+            f"{found['problems']:,}",
+            f"{found['samples']:,}",
+            f"{found['pass@1']:.1%}",
+            f"{100 * low:.1f}-{100 * high:.1f}",
+            *(f"{found[key]:.1%}" for key in shares),
+        )
+    Console().print(table)
