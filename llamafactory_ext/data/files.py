@@ -9,14 +9,18 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ..errors import UserError
 from ..rows import BadRow, Fields, Row, check_characters, is_utf8, parse
 from ..whole_files import whole_file, write_whole
+
+INFO = "dataset_info.json"
+PAIR = ("chosen", "rejected")  # the columns of a pair's responses
 
 # --- writing ---------------------------------------------------------------------------------------------------------
 
@@ -37,6 +41,55 @@ class Tally:
             lines.append(row.number)
 
 
+class PairFile:
+    """A file of pairs that is being written, that of dropped rows beside it, and the tally of both."""
+
+    def __init__(self, pairs: IO[str], dropped: IO[str]) -> None:
+        self.pairs, self.dropped, self.tally = pairs, dropped, Tally()
+
+    def write(self, pair: Fields) -> None:
+        """Write one pair.
+
+        Raises:
+            BadRow: if it contains half a character.
+        """
+        line = _json(pair)
+        check_characters(line)
+        self.pairs.write(line + "\n")
+
+    def count(self, kind: str, row: Row) -> None:
+        """Count a row that is in a pair."""
+        self.tally.count(self.tally.written, kind, row)
+
+    def drop(self, reason: str, row: Row) -> None:
+        """Count a row that is in no pair, and keep it with the reason."""
+        self.tally.count(self.tally.dropped, reason, row)
+        fields = None if isinstance(row.fields, BadRow) else row.fields
+        self.dropped.write(_escaped({"line": row.number, "reason": reason, "row": fields}) + "\n")
+
+
+@contextmanager
+def pair_file(output: Path, overwrite: bool = False) -> Iterator[PairFile]:
+    """A file of pairs to write to, and `*.dropped.jsonl` beside it for dropped rows; they appear when the block ends.
+
+    Args:
+        output: a .jsonl file.
+        overwrite: whether to replace an existing file.
+
+    Raises:
+        UserError: if `output` must not be written, or no row was counted as written.
+    """
+    check_output(output, overwrite)
+    dropped_path = output.with_name(f"{output.stem}.dropped.jsonl")
+    with whole_file(output) as pairs, whole_file(dropped_path) as dropped:
+        made = PairFile(pairs, dropped)
+        yield made
+        if not made.tally.written:
+            raise UserError(f"nothing was written, because no row makes a pair: {_most_common(made.tally)}.")
+    if not made.tally.dropped:
+        dropped_path.unlink()
+
+
 def write_pairs(
     rows: Iterable[Row], make_pair: Callable[[Row, Fields], tuple[str, Fields]], output: Path, overwrite: bool = False
 ) -> Tally:
@@ -46,16 +99,12 @@ def write_pairs(
         rows: from `read_rows`.
         make_pair: maps a row and its fields to the kind of the pair (for the tally) and the pair; raises BadRow for a
             row to drop.
-        output: a .jsonl file; it appears when all rows are done.
-        overwrite: whether to replace an existing file.
+        output, overwrite: see `pair_file`.
 
     Raises:
-        UserError: if `output` must not be written, or no row gave a pair.
+        UserError: as `pair_file` does.
     """
-    check_output(output, overwrite)
-    tally = Tally()
-    dropped_path = output.with_name(f"{output.stem}.dropped.jsonl")
-    with whole_file(output) as pairs, whole_file(dropped_path) as dropped:
+    with pair_file(output, overwrite) as file:
         for row in rows:
             try:
                 if isinstance(row.fields, BadRow):
@@ -63,20 +112,12 @@ def write_pairs(
                 how, pair = make_pair(row, row.fields)
                 if pair["chosen"] == pair["rejected"]:
                     raise BadRow("chosen and rejected are identical")
-                line = _json(pair)
-                check_characters(line)
+                file.write(pair)
             except BadRow as reason:
-                tally.count(tally.dropped, str(reason), row)
-                fields = None if isinstance(row.fields, BadRow) else row.fields
-                dropped.write(_escaped({"line": row.number, "reason": str(reason), "row": fields}) + "\n")
+                file.drop(str(reason), row)
             else:
-                tally.count(tally.written, how, row)
-                pairs.write(line + "\n")
-        if not tally.written:
-            raise UserError(f"nothing was written, because no row makes a pair: {_most_common(tally)}.")
-    if not tally.dropped:
-        dropped_path.unlink()
-    return tally
+                file.count(how, row)
+    return file.tally
 
 
 def _most_common(tally: Tally) -> str:
@@ -86,13 +127,14 @@ def _most_common(tally: Tally) -> str:
     return f"{reason} ({count:,} rows, the first in line {tally.first_lines[reason][0]})"
 
 
-def check_output(output: Path, overwrite: bool, *sources: str) -> None:
+def check_output(output: Path, overwrite: bool, *sources: str, responses: tuple[str, ...] = PAIR) -> None:
     """Refuse, before anything is read, an output with another suffix, an existing one, or a name that is taken.
 
     Args:
         output: the file of pairs.
         overwrite: whether to replace an existing file.
         sources: the files that pairs are made from; none of them is replaced.
+        responses: the columns of the responses.
 
     Raises:
         UserError: says what to write instead.
@@ -103,7 +145,13 @@ def check_output(output: Path, overwrite: bool, *sources: str) -> None:
         raise UserError(f"{str(output)!r} already exists: choose another --output, or add --overwrite.")
     if output.exists() and any(os.path.exists(source) and output.samefile(source) for source in sources):
         raise UserError(f"{str(output)!r} is what the pairs are made from: choose another --output.")
-    _registered(output)
+    entry = _registered(output).get(output.stem)
+    columns = entry.get("columns") if isinstance(entry, dict) else None
+    if isinstance(columns, dict) and not set(responses) <= set(columns):
+        raise UserError(
+            f"{str(output.with_name(INFO))!r} registers {output.stem!r} without the columns {' and '.join(responses)}: "
+            "choose another --output, or remove that entry."
+        )
 
 
 def _json(fields: Fields, **options: Any) -> str:
@@ -118,15 +166,14 @@ def _escaped(fields: Fields, **options: Any) -> str:
 
 # --- registering -----------------------------------------------------------------------------------------------------
 
-INFO = "dataset_info.json"
 
-
-def register(output: Path, columns: Iterable[str] = ()) -> bool:
+def register(output: Path, columns: Iterable[str] = (), responses: tuple[str, ...] = PAIR) -> bool:
     """Register the pairs in the `dataset_info.json` beside them, so that a recipe can say `dataset: <stem>`.
 
     Args:
         output: the file of pairs.
-        columns: the columns of its rows beside instruction, chosen and rejected: system, history.
+        columns: the columns of its rows beside instruction and responses: system, history.
+        responses: the columns of the responses.
 
     Returns:
         Whether the name is new; an existing entry for this file is kept.
@@ -137,8 +184,8 @@ def register(output: Path, columns: Iterable[str] = ()) -> bool:
     info = _registered(output)
     if output.stem in info:
         return False
-    names = {"prompt": "instruction", **{column: column for column in columns}, "chosen": "chosen"}
-    info[output.stem] = {"file_name": output.name, "ranking": True, "columns": {**names, "rejected": "rejected"}}
+    names = {"prompt": "instruction", **{column: column for column in (*columns, *responses)}}
+    info[output.stem] = {"file_name": output.name, "ranking": True, "columns": names}
     write_whole(output.with_name(INFO), _escaped(info, indent=2) + "\n")
     return True
 
