@@ -29,7 +29,7 @@ def ask_models(
     chats: list[Chat],
     about: dict[str, Any],
     output: Path,
-    watch: Callable[[Generation], str] = lambda reply: "",
+    watch: Callable[[str, Generation], str] = lambda run, reply: "",
 ) -> dict[str, dict[int, Generation]]:
     """Ask a model and its adapters what they have not answered yet, in one load.
 
@@ -101,7 +101,7 @@ def ask_missing(
     chats: list[Chat],
     runs: Runs,
     is_usable: Callable[[Generation], bool] = is_answered,
-    watch: Callable[[Generation], str] = lambda reply: "",
+    watch: Callable[[str, Generation], str] = lambda run, reply: "",
     seeds: Sequence[int] | None = None,
     columns: Callable[[str, Generation], Mapping[str, Any]] = lambda run, reply: {},
 ) -> dict[str, dict[int, Generation]]:
@@ -112,7 +112,8 @@ def ask_missing(
         chats: what to ask; a reply has the index of its chat.
         runs: run -> its folder and manifest.
         is_usable: whether a reply is kept; other chats are asked again, and the last reply counts.
-        watch: called with each reply, saved ones included; returns the text beside the progress bar.
+        watch: called with the run and each usable reply that is saved, and each new one; returns the text beside the
+            progress bar.
         seeds: of the replies, if each chat has its own.
         columns: of a run and a new reply; saved beside the reply.
 
@@ -126,30 +127,30 @@ def ask_missing(
     with ExitStack() as stack:
         opened = {name: stack.enter_context(Run(folder)) for name, (folder, _) in runs.items()}
         jobs: list[Job] = []
-        found: list[Generation] = []
+        found: list[tuple[str, Generation]] = []
         answered = set()
         for name, run in opened.items():
             done = run.open(runs[name][1])
             run.refuse_others(done, len(chats))
             usable = {index for index, reply in done.items() if is_usable(reply)}
-            found += [done[index] for index in sorted(usable)]
+            found += [(name, done[index]) for index in sorted(usable)]
             missing = [index for index in range(len(chats)) if index not in usable]
             jobs += [Job(name, index, chats[index], seeds[index] if seeds else None) for index in missing]
             if any(map(is_answered, done.values())):
                 answered.add(name)
         with tqdm(total=len(chats) * len(runs), desc="replies", unit="", dynamic_ncols=True) as bar:
 
-            def count(reply: Generation) -> None:
-                bar.set_postfix_str(watch(reply), refresh=False)
+            def count(run: str, reply: Generation) -> None:
+                bar.set_postfix_str(watch(run, reply), refresh=False)
                 bar.update()
 
-            for reply in found:
-                count(reply)
+            for name, reply in found:
+                count(name, reply)
             try:
                 replies = stack.enter_context(closing(engine.generate(jobs))) if jobs else ()
                 for job, reply in believable(replies, answered):
                     opened[job.run].append(reply, **columns(job.run, reply))
-                    count(reply)
+                    count(job.run, reply)
             except UserError:
                 # Without a single reply, as after a wrong model name, another manifest may replace this one.
                 for run in opened.values():

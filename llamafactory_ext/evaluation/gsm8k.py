@@ -72,11 +72,11 @@ def main(
     _score(runs, questions, output)
 
 
-def _running_accuracy(gold: dict[int, Decimal]) -> Callable[[Generation], str]:
+def _running_accuracy(gold: dict[int, Decimal]) -> Callable[[str, Generation], str]:
     """The text beside the progress bar: the strict accuracy so far."""
     right: list[bool] = []
 
-    def watch(generation: Generation) -> str:
+    def watch(run: str, generation: Generation) -> str:
         right.append(read_answer(generation.text, "strict").answer == gold[generation.index])
         return f"strict {sum(right) / len(right):.1%}"
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,10 +29,12 @@ from ..errors import UserError
 from ..whole_files import write_whole
 from .asking import ask_missing, is_answered, plan_runs, print_left_out, print_refused
 from .chat_templates import Chat
+from .degeneration import inspect_output
+from .extraction import read_answer
 from .generations import Generation
 from .options import Options, with_options, written_to
 from .questions import Question, load_prompt, load_questions, messages
-from .scoring import about_problems, pass_rates, score_output
+from .scoring import about_problems, pass_rates
 
 PASS_RATES = "pass_rates.json"
 LEGEND = (
@@ -71,17 +73,9 @@ def main(
     chats = [messages(question, template, options.system) for question in questions]
     engine, runs = plan_runs(options, chats, about, output)
     plan = Plan(questions, chats, samples, options.seed)
-    fingerprints = {name: hashes.of_value(manifest)[:16] for name, (_, manifest) in runs.items()}
-
-    replies = ask_missing(
-        engine,
-        plan.asked,
-        runs,
-        watch=_running_rate(plan),
-        seeds=plan.seeds,
-        columns=lambda run, reply: {**plan.columns(reply), "run": fingerprints[run]},
-    )
-    _summarize(replies, plan, output)
+    verdicts = Verdicts(plan, {name: hashes.of_value(manifest)[:16] for name, (_, manifest) in runs.items()})
+    replies = ask_missing(engine, plan.asked, runs, watch=verdicts.watch, seeds=plan.seeds, columns=verdicts.columns)
+    _summarize(replies, verdicts, output)
 
 
 # --- samples ---------------------------------------------------------------------------------------------------------
@@ -106,27 +100,50 @@ class Plan:
         """The problem of a sample, and its number among those of the problem, from 0."""
         return self.questions[index // self.samples], index % self.samples
 
-    def columns(self, reply: Generation) -> dict[str, Any]:
-        """What is saved beside a reply: what was asked, and the verdict of the tier `strict`."""
-        question, sample = self.place(reply.index)
-        row = score_output(question, reply)
-        turns = {turn["role"]: turn["content"] for turn in self.asked[reply.index]}
-        return {
+
+class Verdicts:
+    """What is saved beside each sample: what was asked, the number that the tier `strict` reads, whether it is right.
+
+    Args:
+        plan: of the samples.
+        fingerprints: run -> what tells its samples from those of other runs.
+    """
+
+    def __init__(self, plan: Plan, fingerprints: Mapping[str, str]) -> None:
+        self.plan, self.fingerprints = plan, fingerprints
+        self.rows: dict[str, dict[int, dict[str, Any]]] = {run: {} for run in fingerprints}
+        self.right = self.watched = 0
+
+    def columns(self, run: str, reply: Generation) -> dict[str, Any]:
+        """The columns of a new reply."""
+        (question, sample), turns = self.plan.place(reply.index), self.plan.asked[reply.index]
+        number = read_answer(reply.text, "strict").answer
+        row = {
             "problem": question.id,
             "sample": sample,
-            "seed": self.seeds[reply.index],
-            **({"system": turns["system"]} if "system" in turns else {}),
-            "instruction": turns["user"],
-            "gold": row["gold"],
-            "answer": row["strict"]["answer"],
-            "correct": row["strict"]["correct"],
-            "degenerate": row.get("degenerate", False),
+            "seed": self.plan.seeds[reply.index],
+            **({"system": turns[0]["content"]} if len(turns) > 1 else {}),
+            "instruction": turns[-1]["content"],
+            "gold": str(question.gold),
+            "answer": None if number is None else str(number),
+            "correct": number == question.gold,
+            "degenerate": inspect_output(reply.text, reply.token_ids).degenerate,
+            "run": self.fingerprints[run],
         }
+        self.rows[run][reply.index] = {**row, "finish_reason": reply.finish_reason}
+        return row
 
-    def rates(self, replies: Mapping[int, Generation]) -> dict[str, Any]:
+    def watch(self, run: str, reply: Generation) -> str:
+        """The text beside the progress bar: the share of right samples so far."""
+        if reply.index not in self.rows[run]:
+            self.columns(run, reply)
+        self.watched += 1
+        self.right += self.rows[run][reply.index]["correct"]
+        return f"pass@1 {self.right / self.watched:.1%}"
+
+    def rates(self, run: str, replies: Mapping[int, Generation]) -> dict[str, Any]:
         """The pass rates of a run; samples that the server refused do not count."""
-        answered = [reply for reply in replies.values() if is_answered(reply)]
-        return pass_rates({**self.columns(reply), "finish_reason": reply.finish_reason} for reply in answered)
+        return pass_rates(self.rows[run][index] for index, reply in replies.items() if is_answered(reply))
 
 
 def sample_seed(seed: int, problem: str, sample: int) -> int:
@@ -134,29 +151,18 @@ def sample_seed(seed: int, problem: str, sample: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {problem} {sample}".encode()).digest()[:4])
 
 
-def _running_rate(plan: Plan) -> Callable[[Generation], str]:
-    """The text beside the progress bar: the share of right samples so far."""
-    right: list[bool] = []
-
-    def watch(reply: Generation) -> str:
-        right.append(plan.columns(reply)["correct"])
-        return f"pass@1 {sum(right) / len(right):.1%}"
-
-    return watch
-
-
 # --- pass rates ------------------------------------------------------------------------------------------------------
 
 
-def _summarize(replies: Mapping[str, Mapping[int, Generation]], plan: Plan, output: Path) -> None:
+def _summarize(replies: Mapping[str, Mapping[int, Generation]], verdicts: Verdicts, output: Path) -> None:
     """Write the pass rates of each run into its folder and those of all above it, and print them as a table."""
-    rates = {name: plan.rates(found) for name, found in replies.items()}
+    rates = {name: verdicts.rates(name, found) for name, found in replies.items()}
     for name, of_run in rates.items():
         write_whole(output / name / PASS_RATES, json.dumps(of_run, indent=1))
     write_whole(output / PASS_RATES, json.dumps(rates, indent=1))
     print_pass_rates(rates)
+    places = list(map(verdicts.plan.place, range(len(verdicts.plan.asked))))
     for name, found in replies.items():
-        places = map(plan.place, range(len(plan.asked)))
         ids = [f"{question.index + 1} (sample {sample + 1})" for question, sample in places]
         print_refused(output / name, found.values(), ids, "samples")
         print_left_out(output / name, found.values())

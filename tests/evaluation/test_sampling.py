@@ -248,7 +248,8 @@ def test_every_crash_leads_to_the_same_samples(tmp_path):
 
     def work(folder):
         runs = {"base": (folder, {"samples": 2})}
-        ask_missing(Scripted(), plan.asked, runs, seeds=plan.seeds, columns=lambda run, reply: plan.columns(reply))
+        verdicts = sampling.Verdicts(plan, {"base": "a run"})
+        ask_missing(Scripted(), plan.asked, runs, seeds=plan.seeds, watch=verdicts.watch, columns=verdicts.columns)
 
     def result(folder):
         return {name: (folder / name).read_bytes() for name in (MANIFEST, GENERATIONS)}
