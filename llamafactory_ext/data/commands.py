@@ -184,10 +184,10 @@ def from_samples(
     with pair_file(output, overwrite) as file:
         read = read_samples(_rows(source, None), file, source)
         written, problems = write_sample_pairs(read, file, choose, per_problem, seed, ranked)
-    rates = pass_rates(sample.row.fields for sample in read)  # type: ignore[misc]
-    print_pass_rates({samples: rates})
+    rates = pass_rates(sample.verdict for sample in read)
+    print_pass_rates({Path(source).parent.name: rates})
     has_system = any("system" in sample.prompt for sample in read)
-    kinds = {"right": "right, and chosen", "wrong": "wrong, and rejected"}
+    kinds = None if ranked else {"right": "right, and chosen", "wrong": "wrong, and rejected"}
     _finish(file.tally, output, kinds, ("system",) if has_system else (), responses)
     unit = "ranked rows" if ranked else "pairs"
     console.print(f"{written:,} {unit}, from {problems:,} of {rates['problems']:,} problems.")

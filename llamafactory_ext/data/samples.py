@@ -15,6 +15,14 @@ from ..rows import BadRow, Fields, Row, check_characters, text
 from .files import PairFile
 
 RANKED = ("answers", "scores")  # the columns of a ranked row's responses
+# The columns of a sample that `pass_rates` reads, with their types.
+VERDICT = {
+    "problem": (str,),
+    "correct": (bool,),
+    "answer": (str, type(None)),
+    "degenerate": (bool,),
+    "finish_reason": (str, type(None)),
+}
 
 
 class Choice(StrEnum):
@@ -39,6 +47,7 @@ class Sample:
         prompt: what was asked: `instruction`, and `system` if there was a system turn.
         text: the answer.
         is_right: whether the number that was read from it is the problem's.
+        verdict: the columns that `pass_rates` reads.
         flaw: why it cannot be a chosen response, if it cannot.
     """
 
@@ -48,6 +57,7 @@ class Sample:
     prompt: Fields
     text: str
     is_right: bool
+    verdict: Fields
     flaw: str | None
 
 
@@ -93,16 +103,16 @@ def _sample(row: Row) -> tuple[str, Sample]:
     fields = {name: value for name, value in row.fields.items() if name != "token_ids"}  # most of a row's memory
     if fields.get("refused") is not None:
         raise BadRow("the server refused the question")
-    index, answer, is_right = (_column(fields, *each) for each in (("index", int), ("text", str), ("correct", bool)))
-    is_degenerate = _column(fields, "degenerate", bool)
-    _column(fields, "answer", str, type(None))
-    cut_off = _column(fields, "finish_reason", str, type(None)) == "length"
+    index, answer = _column(fields, "index", int), _column(fields, "text", str)
     check_characters(answer)
+    verdict = {name: _column(fields, name, *kinds) for name, kinds in VERDICT.items()}
     prompt = {"instruction": text(fields, "instruction")}
     if isinstance(fields.get("system"), str):
         prompt["system"] = fields["system"]
-    flaw = "degenerate" if is_degenerate else "cut off at the token limit" if cut_off else None
-    sample = Sample(Row(row.number, fields), index, text(fields, "problem"), prompt, answer, is_right, flaw)
+    cut_off = "cut off at the token limit" if verdict["finish_reason"] == "length" else None
+    flaw = "degenerate" if verdict["degenerate"] else cut_off
+    problem, stripped = text(fields, "problem"), Row(row.number, fields)
+    sample = Sample(stripped, index, problem, prompt, answer, verdict["correct"], verdict, flaw)
     return text(fields, "run"), sample
 
 
@@ -231,7 +241,7 @@ def _count(right: list[Sample], wrong: list[Sample], pairs: list[tuple[Sample, S
     elif not wrong:
         reason = "the problem has no wrong sample to reject"
     else:
-        reason = "left over: the problem has enough pairs"
+        reason = "left over: the problem has enough without it"
     for kind, side in (("right", right), ("wrong", wrong)):
         for sample in side:
             if sample.index in used:

@@ -37,11 +37,15 @@ from .questions import Question, load_prompt, load_questions, messages
 from .scoring import about_problems, pass_rates
 
 PASS_RATES = "pass_rates.json"
-LEGEND = (
-    "pass@1: share of samples that are right; solved: problems with a right sample; all right, all wrong: "
-    "problems with only such samples; unread: samples without an answer; degen.: empty, looping or repetitive; cut: at "
-    "the token limit"
-)
+# What `pass_rates` returns -> how it is called in the table.
+SHARES = {
+    "solved": "problems solved at least once",
+    "all_right": "problems with right samples only",
+    "all_wrong": "problems with wrong samples only",
+    "unread": "samples without a readable answer",
+    "degenerate": "samples that are empty, loop or repeat",
+    "cut_off": "samples cut off at the token limit",
+}
 
 Opt = typer.Option
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
@@ -170,26 +174,20 @@ def _summarize(replies: Mapping[str, Mapping[int, Generation]], verdicts: Verdic
 
 
 def print_pass_rates(rates: Mapping[str, Mapping[str, Any]]) -> None:
-    """Print pass rates, by the name of the run, as a table."""
+    """Print pass rates as a table, with a column per run."""
     from rich import box
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(caption=LEGEND, box=box.SIMPLE, padding=(0, 1, 0, 0))
-    table.add_column("run", overflow="fold")
-    shares = {"solved": "solved", "all_right": "all right", "all_wrong": "all wrong"}
-    shares |= {"unread": "unread", "degenerate": "degen.", "cut_off": "cut"}
-    for column in ("problems", "samples", "pass@1", "95%", *shares.values()):
-        table.add_column(column, justify="right")
-    for name, found in rates.items():
-        low, high = found["wilson_95"]
-        table.add_row(
-            escape(name),
-            f"{found['problems']:,}",
-            f"{found['samples']:,}",
-            f"{found['pass@1']:.1%}",
-            f"{100 * low:.1f}-{100 * high:.1f}",
-            *(f"{found[key]:.1%}" for key in shares),
-        )
+    table = Table("", box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for name in rates:
+        table.add_column(escape(name), justify="right")
+    for key in ("problems", "samples"):
+        table.add_row(key, *(f"{found[key]:,}" for found in rates.values()))
+    table.add_row("pass@1: samples that are right", *(f"{found['pass@1']:.1%}" for found in rates.values()))
+    intervals = (found["wilson_95"] for found in rates.values())
+    table.add_row("its 95% interval", *(f"{100 * low:.1f}-{100 * high:.1f}%" for low, high in intervals))
+    for key, words in SHARES.items():
+        table.add_row(words, *(f"{found[key]:.1%}" for found in rates.values()))
     Console().print(table)

@@ -146,7 +146,7 @@ def test_what_is_reported(tmp_path):
     columns = {"prompt": "instruction", "chosen": "chosen", "rejected": "rejected"}
     assert info == {"pairs": {"file_name": "pairs.jsonl", "ranking": True, "columns": columns}}
     assert reasons(tmp_path) == {
-        "left over: the problem has enough pairs": 1,
+        "left over: the problem has enough without it": 1,
         "the problem has no wrong sample to reject": 1,
     }
     assert all("token_ids" not in row["row"] for row in lines(tmp_path / "pairs.dropped.jsonl"))
