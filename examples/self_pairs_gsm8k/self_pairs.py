@@ -96,7 +96,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def toy() -> Setting:
-    """A model of 2.5 million parameters, trained on the spot, and the demo's word problems."""
+    """A model of 2.5 million parameters, trained on the spot, and sums of three numbers."""
     folder = RESULTS / "toy"
     for name, make in (("data", make_data), ("random", lambda made: make_model(made, folder / "data"))):
         whole, unfinished = folder / name, folder / f".{name}.unfinished"
@@ -112,7 +112,7 @@ def toy() -> Setting:
         folder / "data" / "train.jsonl",
         folder / "data" / "test.jsonl",
         sys.executable,
-        ("--engine", "hf", "--prompt", "plain", "--max-tokens", "96", "--batch-size", "200"),
+        ("--engine", "hf", "--prompt", "plain", "--max-tokens", "64", "--batch-size", "200"),
         ("--samples", "8"),
         ("--choose", "closest", "--per-problem", "4"),
     )
