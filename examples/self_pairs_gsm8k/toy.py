@@ -14,7 +14,7 @@ from llamafactory_ext.whole_files import write_whole
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "reproduce"))
 
-from start import make_model, write_rows  # noqa: E402
+from start import make_model, write_rows
 
 SIZES = {"sft": 10_000, "train": 256, "test": 400}  # problems; none is in two sets
 
