@@ -187,7 +187,8 @@ def test_the_whole_loop_with_a_model_that_guesses(tmp_path, monkeypatch):
     assert (folder / "rounds.png").is_file()
 
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
-    shutil.rmtree(folder / "round2" / "model")
+    for undone in (folder / "round2" / "model", folder / "scores" / "round2"):
+        shutil.rmtree(undone)
     in_a_checkout(checkout)
     after = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
     assert {path for path in after if after[path] != before[path]} == {weights[2]}

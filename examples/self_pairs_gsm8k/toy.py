@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "reproduce"))
 
 from start import make_model, write_rows
 
-SIZES = {"sft": 10_000, "train": 256, "test": 400}  # problems; none is in two sets
+SIZES = {"sft": 3_600, "train": 256, "test": 400}  # problems; none is in two sets
 
 __all__ = ["make_data", "make_model"]
 
@@ -26,7 +26,7 @@ def generate(seed: int) -> Iterator[Problem]:
     rng = random.Random(seed)
     seen: set[tuple[int, int, int]] = set()
     while True:
-        first, more, less = rng.randint(4, 40), rng.randint(2, 20), rng.randint(2, 20)
+        first, more, less = rng.randint(4, 40), rng.randint(2, 12), rng.randint(2, 12)
         total = first + more
         if less < total and (first, more, less) not in seen:
             seen.add((first, more, less))
