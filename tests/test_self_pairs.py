@@ -178,9 +178,6 @@ def test_the_whole_loop_with_a_model_that_guesses(tmp_path, monkeypatch):
         assert len(pairs) >= 8
         for pair in pairs:
             assert extract_answer(pair["chosen"]) != extract_answer(pair["rejected"])
-        state = json.loads((folder / f"round{number}" / "model" / "trainer_state.json").read_text(encoding="utf-8"))
-        margins = [log[key] for log in state["log_history"] for key in log if key == "normalized_rewards/margins"]
-        assert margins
     weights = [folder / name / "model.safetensors" for name in ("start", "round1/model", "round2/model")]
     assert len({path.read_bytes() for path in weights}) == 3
     assert len((folder / "rounds.md").read_text(encoding="utf-8").splitlines()) == 5
