@@ -20,7 +20,7 @@ NEVER_cpu := torchvision torchaudio torchcodec
 # many containers: there, each process would compile all that it imports.
 COMPILED := --compile-bytecode
 
-.PHONY: families help venv browser demo model reproduce test test-fast test-wheel test-compat check format docs bench bench-data gpu-wheels clean
+.PHONY: families help venv browser demo model reproduce self-pairs test test-fast test-wheel test-compat check format docs bench bench-data gpu-wheels clean
 
 help:
 	@echo "make demo         train DPO, DPOP and MinorDPO on a small model, score and plot them: ten minutes (DATA=, MODEL=)"
@@ -132,6 +132,10 @@ bench: venv trl-env
 
 reproduce: venv
 	$(BIN)/python examples/reproduce/reproduce.py $(if $(GSM8K),--gsm8k "$(GSM8K)")
+
+# On a GPU and GSM8K: GSM8K=, and `make eval-env` before.
+self-pairs: venv
+	$(BIN)/python examples/self_pairs_gsm8k/self_pairs.py $(if $(GSM8K),--gsm8k "$(GSM8K)")
 
 bench-data: venv
 	$(BIN)/python benchmarks/metamath.py

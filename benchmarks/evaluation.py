@@ -39,12 +39,12 @@ def main() -> None:
     settings = Settings(args.model, {}, Sampling(max_tokens=args.max_tokens), dtype="float32")
     make_engine("vllm", settings)  # sets vLLM's defaults for a CPU
     llm = load_vllm(settings)
-    llm.chat([jobs[0].messages], vllm_sampling(settings), use_tqdm=False)  # warm
+    llm.chat([jobs[0].messages], vllm_sampling(settings, jobs[:1]), use_tqdm=False)  # warm
 
     ratios = []
     answers: list[Generation] = []
     for turn in range(args.turns):
-        bare = timed(llm, lambda: llm.chat([job.messages for job in jobs], vllm_sampling(settings)))
+        bare = timed(llm, lambda: llm.chat([job.messages for job in jobs], vllm_sampling(settings, jobs)))
         with tempfile.TemporaryDirectory() as folder, Run(Path(folder)) as run:
             run.open({})
 

@@ -41,7 +41,14 @@ def test_help_waits_for_no_heavy_package():
 
 @pytest.mark.parametrize(
     "words",
-    [[], ["data"], *(["data", name] for name in ("metamath", "corrupt", "hh-rlhf", "ultrafeedback", "check", "drop"))],
+    [
+        [],
+        ["data"],
+        *(
+            ["data", name]
+            for name in ("metamath", "corrupt", "hh-rlhf", "ultrafeedback", "from-samples", "check", "drop")
+        ),
+    ],
 )
 def test_help_has_examples(words, tmp_path):
     shown = run(tmp_path, *words, "--help")

@@ -24,9 +24,10 @@ from llamafactory_ext.sweep.spec import Sweep
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "examples").rglob("*.yaml"))
-STUDY = ROOT / "examples" / "reproduce"  # recipes and sweeps that `make reproduce` makes the data of
+# Whose recipes and sweeps are run on data that `make reproduce` and `make self-pairs` make.
+STUDIES = (ROOT / "examples" / "reproduce", ROOT / "examples" / "self_pairs_gsm8k")
 SWEEPS = [path for path in FILES if "axes" in yaml.safe_load(path.read_text(encoding="utf-8"))]
-RECIPES = [path for path in FILES if path not in SWEEPS and path.parent != STUDY]
+RECIPES = [path for path in FILES if path not in SWEEPS and path.parent not in STUDIES]
 INFO = json.loads((ROOT / "data" / "dataset_info.json").read_text(encoding="utf-8"))
 # Made by `llamafactory-ext data`, far too large to ship; each has a sample in its place to try recipes with.
 MADE = {"metamath_zero_shot", "gsm8k_pairs", "hh_rlhf", "hh_rlhf_chosen", "ultrafeedback"}

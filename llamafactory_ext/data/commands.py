@@ -16,14 +16,18 @@ from rich.table import Table
 
 from ..commandline import progress
 from ..errors import UserError
+from ..evaluation.generations import GENERATIONS, run_folder
+from ..evaluation.sampling import print_pass_rates
+from ..evaluation.scoring import pass_rates
 from ..paths import output_path
 from ..recipe.reading import Settings, read_recipe
 from ..rows import Fields, Row, read_rows
 from ..whole_files import write_whole
 from .corruption import PROMPT, corrupt_row
 from .dialogues import hh_rlhf_pair, kind_by_scores, ultrafeedback_pair
-from .files import Tally, alpaca, check_output, register, write_pairs
+from .files import PAIR, Tally, alpaca, check_output, pair_file, register, write_pairs
 from .metamath import Template, index_queries, learn_template, zero_shot_pair
+from .samples import RANKED, Choice, read_samples, write_sample_pairs
 
 app = typer.Typer(help="Make preference pairs, and check a recipe's pairs before training.", no_args_is_help=True)
 console = Console()
@@ -154,6 +158,56 @@ def ultrafeedback(
 
     tally = write_pairs(_rows(dialogues, split, "train_prefs"), convert, output, overwrite)
     _finish(tally, output, alpaca(["system", "history"]))
+
+
+@app.command(name="from-samples")
+def from_samples(
+    samples: Annotated[str, Source(help="The output of `llamafactory-ext eval sample`: its folder, or a file in it.")],
+    output: Output = Path("data/self_pairs.jsonl"),
+    choose: Annotated[
+        Choice, Opt(help="Which pairs first: any, those closest by edit distance, or closest in length.")
+    ] = Choice.random,
+    per_problem: Annotated[
+        int, Opt(min=1, help="Pairs of a problem at most; with --ranked, right answers at most, and wrong ones.")
+    ] = 4,
+    seed: Annotated[int, Opt(help="Random seed: which pairs, where --choose leaves it open.")] = 0,
+    ranked: Annotated[
+        bool, Opt("--ranked", help="Write one row per problem, with several answers and their scores.")
+    ] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Make pairs of a model's own answers, right against wrong; problems solved always or never give none.
+
+    llamafactory-ext data from-samples runs/samples --output data/self_pairs.jsonl
+
+    llamafactory-ext data from-samples runs/samples/dpo --choose closest --per-problem 2 --output data/close_pairs.jsonl
+    """
+    source = _samples_file(samples)
+    responses = RANKED if ranked else PAIR
+    check_output(output, overwrite, source, responses=responses)
+    with pair_file(output, overwrite) as file:
+        read = read_samples(_rows(source, None), file, source)
+        written, problems = write_sample_pairs(read, file, choose, per_problem, seed, ranked)
+    rates = pass_rates(sample.verdict for sample in read)
+    print_pass_rates({Path(source).parent.name: rates})
+    has_system = any("system" in sample.prompt for sample in read)
+    kinds = None if ranked else {"right": "right, and chosen", "wrong": "wrong, and rejected"}
+    _finish(file.tally, output, alpaca(["system"] if has_system else [], responses), kinds)
+    unit = "ranked rows" if ranked else "pairs"
+    console.print(f"{written:,} {unit}, from {problems:,} of {rates['problems']:,} problems.")
+
+
+def _samples_file(samples: str) -> str:
+    """The file of samples that a folder of `eval sample` holds, or the file itself."""
+    folder = Path(samples)
+    if not folder.is_dir():
+        return samples
+    file = run_folder(folder, GENERATIONS) / GENERATIONS
+    if not file.is_file():
+        raise UserError(
+            f"{samples!r} has no samples: make them with `llamafactory-ext eval sample --output {samples}`."
+        )
+    return str(file)
 
 
 @app.command()

@@ -9,14 +9,18 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ..errors import UserError
 from ..rows import BadRow, Fields, Row, check_characters, is_utf8, parse
 from ..whole_files import whole_file, write_whole
+
+INFO = "dataset_info.json"
+PAIR = ("chosen", "rejected")  # the columns of a pair's responses
 
 # --- writing ---------------------------------------------------------------------------------------------------------
 
@@ -37,6 +41,55 @@ class Tally:
             lines.append(row.number)
 
 
+class PairFile:
+    """A file of pairs that is being written, that of dropped rows beside it, and the tally of both."""
+
+    def __init__(self, pairs: IO[str], dropped: IO[str]) -> None:
+        self.pairs, self.dropped, self.tally = pairs, dropped, Tally()
+
+    def write(self, pair: Fields) -> None:
+        """Write one pair.
+
+        Raises:
+            BadRow: if it contains half a character.
+        """
+        line = _json(pair)
+        check_characters(line)
+        self.pairs.write(line + "\n")
+
+    def count(self, kind: str, row: Row) -> None:
+        """Count a row that is in a pair."""
+        self.tally.count(self.tally.written, kind, row)
+
+    def drop(self, reason: str, row: Row) -> None:
+        """Count a row that is in no pair, and keep it with the reason."""
+        self.tally.count(self.tally.dropped, reason, row)
+        fields = None if isinstance(row.fields, BadRow) else row.fields
+        self.dropped.write(_escaped({"line": row.number, "reason": reason, "row": fields}) + "\n")
+
+
+@contextmanager
+def pair_file(output: Path, overwrite: bool = False) -> Iterator[PairFile]:
+    """A file of pairs to write to, and `*.dropped.jsonl` beside it for dropped rows; they appear when the block ends.
+
+    Args:
+        output: a .jsonl file.
+        overwrite: whether to replace an existing file.
+
+    Raises:
+        UserError: if `output` must not be written, or no row was counted as written.
+    """
+    check_output(output, overwrite)
+    dropped_path = output.with_name(f"{output.stem}.dropped.jsonl")
+    with whole_file(output) as pairs, whole_file(dropped_path) as dropped:
+        made = PairFile(pairs, dropped)
+        yield made
+        if not made.tally.written:
+            raise UserError(f"nothing was written, because no row makes a pair: {_most_common(made.tally)}.")
+    if not made.tally.dropped:
+        dropped_path.unlink()
+
+
 Make = Callable[[Row, Fields], tuple[str, Fields]]
 
 
@@ -53,41 +106,29 @@ def write_pairs(rows: Iterable[Row], make_pair: Make, output: Path, overwrite: b
 
 
 def write_rows(rows: Iterable[Row], make_row: Make, output: Path, overwrite: bool = False) -> Tally:
-    """Make a row from each row. What is made goes to `output`, dropped rows to `*.dropped.jsonl` beside it.
+    """Make a row from each row.
 
     Args:
         rows: from `read_rows`.
         make_row: maps a row and its fields to its kind (for the tally) and what is written; raises BadRow for a row to
             drop.
-        output: a .jsonl file; it appears when all rows are done.
-        overwrite: whether to replace an existing file.
+        output, overwrite: see `pair_file`.
 
     Raises:
-        UserError: if `output` must not be written, or all rows were dropped.
+        UserError: as `pair_file` does.
     """
-    check_output(output, overwrite)
-    tally = Tally()
-    dropped_path = output.with_name(f"{output.stem}.dropped.jsonl")
-    with whole_file(output) as pairs, whole_file(dropped_path) as dropped:
+    with pair_file(output, overwrite) as file:
         for row in rows:
             try:
                 if isinstance(row.fields, BadRow):
                     raise row.fields
                 how, made = make_row(row, row.fields)
-                line = _json(made)
-                check_characters(line)
+                file.write(made)
             except BadRow as reason:
-                tally.count(tally.dropped, str(reason), row)
-                fields = None if isinstance(row.fields, BadRow) else row.fields
-                dropped.write(_escaped({"line": row.number, "reason": str(reason), "row": fields}) + "\n")
+                file.drop(str(reason), row)
             else:
-                tally.count(tally.written, how, row)
-                pairs.write(line + "\n")
-        if not tally.written:
-            raise UserError(f"nothing was written, because no row makes a pair: {_most_common(tally)}.")
-    if not tally.dropped:
-        dropped_path.unlink()
-    return tally
+                file.count(how, row)
+    return file.tally
 
 
 def _most_common(tally: Tally) -> str:
@@ -97,13 +138,14 @@ def _most_common(tally: Tally) -> str:
     return f"{reason} ({count:,} rows, the first in line {tally.first_lines[reason][0]})"
 
 
-def check_output(output: Path, overwrite: bool, *sources: str) -> None:
+def check_output(output: Path, overwrite: bool, *sources: str, responses: tuple[str, ...] = PAIR) -> None:
     """Refuse, before anything is read, an output with another suffix, an existing one, or a name that is taken.
 
     Args:
         output: the file of pairs.
         overwrite: whether to replace an existing file.
         sources: the files that pairs are made from; none of them is replaced.
+        responses: the columns of the responses.
 
     Raises:
         UserError: says what to write instead.
@@ -114,7 +156,13 @@ def check_output(output: Path, overwrite: bool, *sources: str) -> None:
         raise UserError(f"{str(output)!r} already exists: choose another --output, or add --overwrite.")
     if output.exists() and any(os.path.exists(source) and output.samefile(source) for source in sources):
         raise UserError(f"{str(output)!r} is what the pairs are made from: choose another --output.")
-    _registered(output)
+    entry = _registered(output).get(output.stem)
+    columns = entry.get("columns") if isinstance(entry, dict) else None
+    if isinstance(columns, dict) and not set(responses) <= set(columns):
+        raise UserError(
+            f"{str(output.with_name(INFO))!r} registers {output.stem!r} without the columns {' and '.join(responses)}: "
+            "choose another --output, or remove that entry."
+        )
 
 
 def _json(fields: Fields, **options: Any) -> str:
@@ -129,17 +177,16 @@ def _escaped(fields: Fields, **options: Any) -> str:
 
 # --- registering -----------------------------------------------------------------------------------------------------
 
-INFO = "dataset_info.json"
 
-
-def alpaca(columns: Iterable[str] = ()) -> Fields:
+def alpaca(columns: Iterable[str] = (), responses: tuple[str, ...] = PAIR) -> Fields:
     """The entry in `dataset_info.json` of pairs in the layout of this module.
 
     Args:
-        columns: of its rows beside instruction, chosen and rejected: system, history.
+        columns: of its rows beside instruction and responses: system, history.
+        responses: the columns of the responses.
     """
-    names = {"prompt": "instruction", **{column: column for column in columns}, "chosen": "chosen"}
-    return {"ranking": True, "columns": {**names, "rejected": "rejected"}}
+    names = {"prompt": "instruction", **{column: column for column in (*columns, *responses)}}
+    return {"ranking": True, "columns": names}
 
 
 def register(output: Path, entry: Fields) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from .generations import MANIFEST, Generation, Run
 from .models import folder_hashes
 from .options import Options
 
+Runs = dict[str, tuple[Path, dict[str, Any]]]  # run -> its folder and manifest
+
 
 def is_answered(reply: Generation) -> bool:
     """Whether a reply is an answer, not a refusal of the server."""
@@ -27,25 +29,39 @@ def ask_models(
     chats: list[Chat],
     about: dict[str, Any],
     output: Path,
-    watch: Callable[[Generation], str] = lambda reply: "",
+    watch: Callable[[str, Generation], str] = lambda run, reply: "",
 ) -> dict[str, dict[int, Generation]]:
     """Ask a model and its adapters what they have not answered yet, in one load.
-
-    The manifest records everything that the answers depend on; a run resumes only with the same manifest.
 
     Args:
         options: which models, and how they answer.
         chats: the problems in their order.
-        about: what else the answers and scores depend on, for the manifest.
-        output: the folder that contains a folder per run.
+        about, output: see `plan_runs`.
         watch: see `ask_missing`.
 
     Returns:
         Run -> index of the problem -> answer.
 
     Raises:
-        UserError: as `ask_missing`; also, before anything is loaded or written, if an option is wrong or a problem
-            cannot be asked.
+        UserError: as `plan_runs` and `ask_missing` do.
+    """
+    engine, runs = plan_runs(options, chats, about, output)
+    return ask_missing(engine, chats, runs, watch=watch)
+
+
+def plan_runs(options: Options, chats: list[Chat], about: dict[str, Any], output: Path) -> tuple[Engine, Runs]:
+    """The engine of these options, and the runs of the model and its adapters; nothing is loaded or written yet.
+
+    A manifest records everything that the answers depend on; a run resumes only with the same manifest.
+
+    Args:
+        options: which models, and how they answer.
+        chats: each once, in the order of the problems.
+        about: what else the answers and scores depend on, for the manifest.
+        output: the folder that contains a folder per run.
+
+    Raises:
+        UserError: if an option is wrong, or a problem cannot be asked.
     """
     settings = options.settings()
     engine = make_engine(options.engine, settings)
@@ -59,11 +75,10 @@ def ask_models(
         "sent": engine.parameters(),
         "engine": {"name": str(options.engine), "dtype": settings.dtype, "versions": engine.versions()},
     }
-    runs = {
+    return engine, {
         name: (output / name, {**manifest, "adapter": folder_hashes(settings.adapters.get(name))})
         for name in options.runs(settings)
     }
-    return ask_missing(engine, chats, runs, watch=watch)
 
 
 def make_engine(name: str, settings: Settings) -> Engine:
@@ -84,9 +99,11 @@ def make_engine(name: str, settings: Settings) -> Engine:
 def ask_missing(
     engine: Engine,
     chats: list[Chat],
-    runs: dict[str, tuple[Path, dict[str, Any]]],
+    runs: Runs,
     is_usable: Callable[[Generation], bool] = is_answered,
-    watch: Callable[[Generation], str] = lambda reply: "",
+    watch: Callable[[str, Generation], str] = lambda run, reply: "",
+    seeds: Sequence[int] | None = None,
+    columns: Callable[[str, Generation], Mapping[str, Any]] = lambda run, reply: {},
 ) -> dict[str, dict[int, Generation]]:
     """Ask, in each run, the chats that have no usable reply yet; save each reply as it arrives.
 
@@ -95,7 +112,10 @@ def ask_missing(
         chats: what to ask; a reply has the index of its chat.
         runs: run -> its folder and manifest.
         is_usable: whether a reply is kept; other chats are asked again, and the last reply counts.
-        watch: called with each reply, saved ones included; returns the text beside the progress bar.
+        watch: called with the run and each usable reply that is saved, and each new one; returns the text beside the
+            progress bar.
+        seeds: of the replies, if each chat has its own.
+        columns: of a run and a new reply; saved beside the reply.
 
     Returns:
         Run -> index of the chat -> reply.
@@ -107,29 +127,30 @@ def ask_missing(
     with ExitStack() as stack:
         opened = {name: stack.enter_context(Run(folder)) for name, (folder, _) in runs.items()}
         jobs: list[Job] = []
-        found: list[Generation] = []
+        found: list[tuple[str, Generation]] = []
         answered = set()
         for name, run in opened.items():
             done = run.open(runs[name][1])
             run.refuse_others(done, len(chats))
             usable = {index for index, reply in done.items() if is_usable(reply)}
-            found += [done[index] for index in sorted(usable)]
-            jobs += [Job(name, index, chat) for index, chat in enumerate(chats) if index not in usable]
+            found += [(name, done[index]) for index in sorted(usable)]
+            missing = [index for index in range(len(chats)) if index not in usable]
+            jobs += [Job(name, index, chats[index], seeds[index] if seeds else None) for index in missing]
             if any(map(is_answered, done.values())):
                 answered.add(name)
         with tqdm(total=len(chats) * len(runs), desc="replies", unit="", dynamic_ncols=True) as bar:
 
-            def count(reply: Generation) -> None:
-                bar.set_postfix_str(watch(reply), refresh=False)
+            def count(run: str, reply: Generation) -> None:
+                bar.set_postfix_str(watch(run, reply), refresh=False)
                 bar.update()
 
-            for reply in found:
-                count(reply)
+            for name, reply in found:
+                count(name, reply)
             try:
                 replies = stack.enter_context(closing(engine.generate(jobs))) if jobs else ()
                 for job, reply in believable(replies, answered):
-                    opened[job.run].append(reply)
-                    count(reply)
+                    opened[job.run].append(reply, **columns(job.run, reply))
+                    count(job.run, reply)
             except UserError:
                 # Without a single reply, as after a wrong model name, another manifest may replace this one.
                 for run in opened.values():
@@ -170,13 +191,15 @@ def believable(
         )
 
 
-def print_refused(folder: Path, replies: Iterable[Generation], ids: Sequence[str] | None = None) -> None:
+def print_refused(
+    folder: Path, replies: Iterable[Generation], ids: Sequence[str] | None = None, what: str = "problems"
+) -> None:
     """Print which problems of a run were refused, and why; by id, or else by number, counted from 1."""
     refused = [reply for reply in replies if reply.refused is not None]
     if refused:
         called = [str(reply.index + 1) if ids is None else ids[reply.index] for reply in refused]
         print(
-            f"{folder}: the server refused {len(refused)} problems: {first_of(called)} ({refused[0].refused}). "
+            f"{folder}: the server refused {len(refused)} {what}: {first_of(called)} ({refused[0].refused}). "
             "Run the same command to ask them again."
         )
 

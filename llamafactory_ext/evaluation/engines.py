@@ -34,11 +34,23 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Job:
-    """A problem for a model: `run` is the name of the adapter, or `base`; `index` is that of the problem, from 0."""
+    """A question to a model.
+
+    Args:
+        run: the name of the adapter, or `base`.
+        index: of the answer in its run, from 0: that of the problem, if each is asked once.
+        messages: the chat.
+        seed: of this answer, if it is sampled; None: that of the settings.
+    """
 
     run: str
     index: int
     messages: Chat
+    seed: int | None = None
+
+    def seeded(self, parameters: dict[str, Any]) -> dict[str, Any]:
+        """The sampling parameters of an engine, with this job's own seed if it has one."""
+        return parameters if self.seed is None else {**parameters, "seed": self.seed}
 
 
 @dataclass(frozen=True)

@@ -94,9 +94,10 @@ class Run:
             if content and not content.endswith(b"\n"):
                 file.truncate(content.rfind(b"\n") + 1)
 
-    def append(self, generation: Generation) -> None:
-        """Save one answer: written to the operating system at once, so that it survives if this process is killed."""
-        self.file.write(json.dumps(asdict(generation)) + "\n")
+    def append(self, generation: Generation, **columns: Any) -> None:
+        """Save one answer with further columns: written to the operating system at once, so that it survives if this
+        process is killed."""
+        self.file.write(json.dumps({**asdict(generation), **columns}) + "\n")
         self.file.flush()
         self.unsynced += 1
         if self.unsynced >= CHUNK:
@@ -150,7 +151,7 @@ class Run:
 
 
 def _generation(fields: dict[str, Any]) -> Generation:
-    """The answer in a line; fields that a later release has added are ignored.
+    """The answer in a line; other columns are ignored: those beside the answer, and those that a later release adds.
 
     Raises:
         ValueError, TypeError, KeyError: if it is not an answer.

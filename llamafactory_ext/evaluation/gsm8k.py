@@ -30,11 +30,11 @@ from ..errors import UserError
 from ..whole_files import write_whole
 from .asking import ask_models, print_left_out, print_refused
 from .degeneration import is_degenerate
-from .extraction import VERSION, extract_answer, read_answer
+from .extraction import extract_answer, read_answer
 from .generations import MANIFEST, Generation, Run
 from .options import Options, with_options, written_to
 from .questions import Question, load_prompt, load_questions, messages
-from .scoring import score_run
+from .scoring import about_problems, score_run
 
 __all__ = ["extract_answer", "is_degenerate"]
 
@@ -65,22 +65,18 @@ def main(
         runs = _recorded_runs(output, data, data_hash, len(questions))
     else:
         template = load_prompt(prompt)
-        about = {
-            "data": {"source": data, "sha256": data_hash, "problems": len(questions)},
-            "prompt": template,
-            "extractor": VERSION,
-        }
+        about = about_problems(data, questions, template)
         chats = [messages(question, template, options.system) for question in questions]
         gold = {question.index: question.gold for question in questions}
         runs = [output / name for name in ask_models(options, chats, about, output, _running_accuracy(gold))]
     _score(runs, questions, output)
 
 
-def _running_accuracy(gold: dict[int, Decimal]) -> Callable[[Generation], str]:
+def _running_accuracy(gold: dict[int, Decimal]) -> Callable[[str, Generation], str]:
     """The text beside the progress bar: the strict accuracy so far."""
     right: list[bool] = []
 
-    def watch(generation: Generation) -> str:
+    def watch(run: str, generation: Generation) -> str:
         right.append(read_answer(generation.text, "strict").answer == gold[generation.index])
         return f"strict {sum(right) / len(right):.1%}"
 

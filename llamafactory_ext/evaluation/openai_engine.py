@@ -110,7 +110,7 @@ class OpenAIEngine:
                     client.chat.completions.create(
                         model=job.run if job.run in self.settings.adapters else self.settings.model,
                         messages=job.messages,
-                        extra_body=self._fields(left_out),
+                        extra_body=self._fields(job, left_out),
                     )
                 )
                 break
@@ -123,9 +123,9 @@ class OpenAIEngine:
         text, ids = answer.message.content or "", getattr(answer, "token_ids", None)
         return Generation(job.index, text, ids, answer.finish_reason, left_out=tuple(sorted(left_out)))
 
-    def _fields(self, left_out: frozenset[str]) -> dict[str, Any]:
+    def _fields(self, job: Job, left_out: frozenset[str]) -> dict[str, Any]:
         """The parameters to send; reasoning models need `max_completion_tokens` instead of `max_tokens`."""
-        fields = {name: value for name, value in self.parameters().items() if name not in left_out}
+        fields = {name: value for name, value in job.seeded(self.parameters()).items() if name not in left_out}
         limit = {"max_completion_tokens": self.settings.sampling.max_tokens} if "max_tokens" in left_out else {}
         return {**fields, **limit}
 

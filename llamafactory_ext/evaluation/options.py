@@ -28,7 +28,7 @@ def written_to(help: str) -> Any:
 
 @dataclass(frozen=True)
 class Options:
-    """Which models are asked, with which engine, and how they answer: the options of `gsm8k` and `answers`."""
+    """Which models are asked, with which engine, and how they answer."""
 
     model: Annotated[
         str, Option(help="A model folder or a name on the Hub; with --engine openai, its name on the server.")
@@ -78,9 +78,11 @@ class Options:
 
 
 def with_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Replace a command's parameter `options: Options` by one Typer option per field."""
-    own = [each for each in inspect.signature(command, eval_str=True).parameters.values() if each.name != "options"]
-    kinds, known = get_type_hints(Options, include_extras=True), fields(Options)
+    """Replace a command's parameter `options`, which is `Options` or derived from it, by one Typer option per field."""
+    parameters = inspect.signature(command, eval_str=True).parameters
+    own = [each for each in parameters.values() if each.name != "options"]
+    options = parameters["options"].annotation
+    kinds, known = get_type_hints(options, include_extras=True), fields(options)
     shared = [
         inspect.Parameter(each.name, inspect.Parameter.KEYWORD_ONLY, default=each.default, annotation=kinds[each.name])
         for each in known
@@ -88,7 +90,7 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(command)
     def main(**words: Any) -> None:
-        command(options=Options(**{each.name: words.pop(each.name) for each in known}), **words)
+        command(options=options(**{each.name: words.pop(each.name) for each in known}), **words)
 
     del main.__wrapped__  # whose signature and annotations Typer would read
     signature = inspect.Signature([*(each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in own), *shared])

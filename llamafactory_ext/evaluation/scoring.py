@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from decimal import Decimal
+from statistics import fmean, variance
 from typing import Any
 
 from .degeneration import inspect_output
@@ -69,3 +70,61 @@ def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
     signs = {sign: sum(row[sign] for row in answered) / max(len(answered), 1) for sign in SIGNS}
     means = {key: sum(row[key] for row in answered) / max(len(answered), 1) for key in ("seq_rep_4", "zlib_ratio")}
     return {"problems": count, "missing": count - len(answered), **tiers, "degeneration": {**signs, **means}}
+
+
+def about_problems(source: str, questions: list[Question], template: str) -> dict[str, Any]:
+    """What the answers to problems and their scores depend on, for the manifest.
+
+    Args:
+        source: a file or a Hub data set.
+        questions: its problems.
+        template: the prompt.
+    """
+    return {
+        "data": {"source": source, "sha256": problems_hash(questions), "problems": len(questions)},
+        "prompt": template,
+        "extractor": VERSION,
+    }
+
+
+def pass_rates(samples: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """What several samples per problem say of a model; rates from 0 to 1.
+
+    `pass@1` is the mean over problems of the share of right samples. Samples of a problem are not independent, so its
+    interval is Wilson's for the effective number of samples (Kish's design effect), which is at least the number of
+    problems and at most that of samples.
+
+    Args:
+        samples: rows with `problem`, `correct`, `answer`, `degenerate` and `finish_reason`, in any order; at least one.
+    """
+    from statsmodels.stats.proportion import proportion_confint
+
+    rows = list(samples)
+    by_problem: dict[str, list[bool]] = {}
+    for row in rows:
+        by_problem.setdefault(row["problem"], []).append(row["correct"])
+    rates = [fmean(right) for right in by_problem.values()]
+    rate, effective = fmean(rates), _effective_number(rates, len(rows))
+    low, high = proportion_confint(rate * effective, effective, method="wilson")
+    return {
+        "problems": len(rates),
+        "samples": len(rows),
+        "pass@1": rate,
+        "wilson_95": [float(low), float(high)],
+        "solved": fmean(each > 0 for each in rates),
+        "all_right": fmean(each == 1 for each in rates),
+        "all_wrong": fmean(each == 0 for each in rates),
+        "unread": fmean(row["answer"] is None for row in rows),
+        "degenerate": fmean(row["degenerate"] for row in rows),
+        "cut_off": fmean(row["finish_reason"] == "length" for row in rows),
+    }
+
+
+def _effective_number(rates: list[float], samples: int) -> float:
+    """So many independent samples would give the mean of the rates the same variance; `len(rates)` if nothing varies at
+    0 or 1, where the variance is unknown."""
+    rate = fmean(rates)
+    if len(rates) == 1 or not 0 < rate < 1:
+        return len(rates)
+    of_mean = variance(rates) / len(rates)
+    return samples if of_mean == 0 else min(max(rate * (1 - rate) / of_mean, len(rates)), samples)

@@ -36,12 +36,18 @@ class TransformersEngine:
         return package_versions("torch", "transformers", *(["peft"] if self.settings.adapters else []))
 
     def parameters(self) -> dict[str, Any]:
-        """The fields of transformers' `GenerationConfig`; others keep their neutral defaults."""
+        """What the answers depend on, in the words of transformers' `GenerationConfig`."""
         sampling = self.settings.sampling
-        drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+        if sampling.temperature == 0:
+            return self._greedy()
+        drawn = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+        return {**self._greedy(), **drawn}
+
+    def _greedy(self) -> dict[str, Any]:
+        """The fields of transformers' `GenerationConfig`; others keep their defaults. `_Draw` does the sampling."""
+        sampling = self.settings.sampling
         return {
-            "do_sample": sampling.temperature > 0,
-            **(drawn if sampling.temperature > 0 else {}),
+            "do_sample": False,
             "num_beams": 1,
             "repetition_penalty": sampling.repetition_penalty,
             "max_new_tokens": sampling.max_tokens,
@@ -51,12 +57,11 @@ class TransformersEngine:
 
     def generate(self, jobs: list[Job]) -> Generator[tuple[Job, Generation]]:
         import torch
-        from transformers import AutoModelForCausalLM, GenerationConfig, set_seed
+        from transformers import AutoModelForCausalLM, GenerationConfig
 
-        set_seed(self.settings.sampling.seed)
         dtype = self.settings.dtype if self.settings.dtype == "auto" else getattr(torch, self.settings.dtype)
         # Replaces the model's own, from which `generate` would take all fields that are not set.
-        fields = self.parameters()
+        fields = self._greedy()
         config = GenerationConfig(**fields)
         try:
             model: Any = AutoModelForCausalLM.from_pretrained(
@@ -105,12 +110,26 @@ class TransformersEngine:
         inputs = apply_chat_template(self.tokenizer, chats, arguments, padding=True, return_tensors="pt")
         inputs = inputs.to(model.device)
         output = model.generate(
-            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], generation_config=config
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            generation_config=config,
+            logits_processor=self._processors(batch, model.device),
         )
         rows = output[:, inputs["input_ids"].shape[1] :].tolist()
         return [
             self._generation(job.index, row, config.eos_token_id or []) for job, row in zip(batch, rows, strict=True)
         ]
+
+    def _processors(self, batch: list[Job], device: Any) -> Any:
+        """What makes greedy decoding sample: each answer with its own seed."""
+        from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+
+        sampling = self.settings.sampling
+        if sampling.temperature == 0:
+            return LogitsProcessorList()
+        seeds = [sampling.seed + job.index if job.seed is None else job.seed for job in batch]
+        warpers = [TemperatureLogitsWarper(sampling.temperature), TopPLogitsWarper(sampling.top_p)]
+        return LogitsProcessorList([*warpers, _Draw(seeds, device)])
 
     def _generation(self, index: int, row: list[int], ends: list[int]) -> Generation:
         """A row of a batch, up to and including its end token; the rest is padding."""
@@ -118,6 +137,28 @@ class TransformersEngine:
         ids = row if end is None else row[: end + 1]
         text = self.tokenizer.decode(ids, skip_special_tokens=True)
         return Generation(index, text, ids, "length" if end is None else "stop")
+
+
+class _Draw:
+    """Adds noise to the logits, so that the largest is a sample (the Gumbel-max trick, arXiv 1411.0030).
+
+    Each row has a generator of its own. So an answer depends on its seed, not on the batch that it is in.
+    """
+
+    def __init__(self, seeds: list[int], device: Any) -> None:
+        import torch
+
+        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        """The logits of the next tokens, shape `(batch, vocabulary)`, with noise."""
+        import torch
+
+        noise = torch.empty_like(scores, dtype=torch.float32)
+        for row, generator in zip(noise, self.generators, strict=True):
+            row.exponential_(generator=generator)
+        # log(0) would make a token certain, or not a number where top-p has removed it.
+        return scores - noise.clamp_min(torch.finfo(noise.dtype).tiny).log()
 
 
 def _with_adapters(model: Any, adapters: dict[str, str]) -> Any:

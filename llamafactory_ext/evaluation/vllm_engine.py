@@ -104,11 +104,12 @@ def vllm_parameters(settings: Settings, tokenizer: Any) -> dict[str, Any]:
     return {**vars(settings.sampling), "top_k": 0, "stop_token_ids": end_tokens(settings.model, tokenizer)}
 
 
-def vllm_sampling(settings: Settings) -> Any:
-    """vLLM's `SamplingParams` for these settings."""
+def vllm_sampling(settings: Settings, jobs: list[Job]) -> list[Any]:
+    """vLLM's `SamplingParams` of each job."""
     from vllm import SamplingParams
 
-    return SamplingParams(**vllm_parameters(settings, load_tokenizer(settings.model)))
+    parameters = vllm_parameters(settings, load_tokenizer(settings.model))
+    return [SamplingParams(**job.seeded(parameters)) for job in jobs]
 
 
 def _check_generation_config(model: str) -> None:
@@ -134,7 +135,7 @@ def ask_vllm(llm: Any, settings: Settings, jobs: list[Job]) -> Iterator[tuple[Jo
     }
     ids = llm.enqueue_chat(
         [job.messages for job in jobs],
-        vllm_sampling(settings),
+        vllm_sampling(settings, jobs),
         use_tqdm=False,
         chat_template_kwargs=settings.chat_template_kwargs,
         lora_request=[adapters.get(job.run) for job in jobs] if adapters else None,

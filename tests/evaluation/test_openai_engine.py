@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from engine_cases import QUESTIONS, answers, jobs, settings
@@ -13,71 +11,11 @@ from typer.testing import CliRunner
 
 from llamafactory_ext.evaluation import gsm8k
 from llamafactory_ext.evaluation.asking import make_engine
-from llamafactory_ext.evaluation.engines import Job
 from llamafactory_ext.evaluation.transformers_engine import TransformersEngine
 
 
 def invoke(*words: object):
     return CliRunner().invoke(gsm8k.app, [str(word) for word in words])
-
-
-@pytest.fixture
-def server(model32, adapters, monkeypatch):
-    """The chat API over the tiny model; it answers 500 to the first question, and for good after `broken_after`.
-
-    `server.refuse(question)` says with which status, if with any, a question is refused; requests with fields in
-    `server.unknown` are refused with `unknown_status`.
-    """
-    monkeypatch.setattr("openai._base_client.MAX_RETRY_DELAY", 0.05)
-    engine = TransformersEngine(settings(model32, adapters=adapters))
-    lock = threading.Lock()
-
-    class Handler(BaseHTTPRequestHandler):
-        def reply(self, status: int, body: dict) -> None:
-            content = json.dumps(body).encode()
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
-
-        def do_GET(self) -> None:
-            if http.key_status:
-                return self.reply(http.key_status, {"error": {"message": "no such key"}})
-            served = [{"id": name, "object": "model"} for name in ("tiny", "one", "two")]
-            self.reply(200, {"object": "list", "data": served})
-
-        def do_POST(self) -> None:
-            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            with lock:
-                http.requests.append(request)
-                if len(http.requests) == 1 or len(http.requests) > http.broken_after:
-                    return self.reply(500, {"error": {"message": "out of luck"}})
-                if named := sorted(http.unknown & request.keys()):
-                    return self.reply(http.unknown_status, {"error": {"message": f"Unknown field: {named[0]}"}})
-                if status := http.refuse(request["messages"][-1]["content"]):
-                    return self.reply(status, {"error": {"message": f"refused with {status}"}})
-                run = "base" if request["model"] == "tiny" else request["model"]
-                ((_, generation),) = engine.generate([Job(run, 0, request["messages"])])
-            message = {"role": "assistant", "content": generation.text}
-            choice = {
-                "index": 0,
-                "message": message,
-                "finish_reason": generation.finish_reason,
-                "token_ids": generation.token_ids,
-            }
-            self.reply(200, {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]})
-
-        def log_message(self, *args: object) -> None:
-            pass
-
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    http.requests, http.broken_after, http.key_status, http.refuse = [], math.inf, None, lambda question: None
-    http.unknown, http.unknown_status = set(), 400
-    threading.Thread(target=http.serve_forever, args=(0.02,), daemon=True).start()
-    http.url = f"http://127.0.0.1:{http.server_port}/v1"
-    yield http
-    http.shutdown()
 
 
 def test_server_answers_like_the_model_after_a_retry(server, model32, adapters):
