@@ -49,6 +49,8 @@ def plain_loss(name: str, pairs: PairLogps, **hyper: Any) -> Tensor:
         return ((1 - 1 / (1 + torch.exp(-beta * (d_w - kl_l)))) + (1 - 1 / (1 + torch.exp(-beta * (kl_w - d_l))))) / 2
     if name in ("exo_pair", "aot", "aot_unpaired"):
         return _plain_with_smoothing(name, pairs, beta, hyper["label_smoothing"])
+    if name == "pl_dpo":
+        return _plain_plackett_luce(pairs, beta * (d_w - d_l))
     sigma_w, sigma_l = (1 / (1 + torch.exp(-beta * d)) for d in (d_w, d_l))
     others = {
         "squared_po": lambda: -log_sigma(beta * (d_w * torch.exp(-d_w) - d_l * torch.exp(-d_l))),
@@ -101,6 +103,18 @@ def _plain_with_smoothing(name: str, pairs: PairLogps, beta: float, e: float) ->
     opposite = dict(zip(in_order, sorted(range(len(below)), key=lambda at: below[at].item()), strict=True))
     margins = torch.stack([above[at] - below[opposite[at]] for at in range(len(above))])
     return -(1 - e) * log_sigma(beta * margins) - e * log_sigma(-beta * margins)
+
+
+def _plain_plackett_luce(pairs: PairLogps, argument: Tensor) -> Tensor:
+    """Of each response, how likely it is to come before those that it beats: split among its pairs, times its row's."""
+    alone = list(range(len(argument)))
+    winners, rows = (alone if each is None else each.tolist() for each in (pairs.winner, pairs.group))
+    values = []
+    for winner, row in zip(winners, rows, strict=True):
+        beaten = [at for at in alone if winners[at] == winner]
+        first = 1 / (1 + sum(torch.exp(-argument[at]) for at in beaten))
+        values.append(-torch.log(first) / len(beaten) * rows.count(row))
+    return torch.stack(values)
 
 
 def plain_logps(model: torch.nn.Module, tokenizer: Any, prompt: str, response: str) -> tuple[float, int]:

@@ -54,6 +54,9 @@ def parse(**settings):
         ({"pref_loss": "hinge", "ld_alpha": 0.5}, "hinge(beta=0.1)", True),
         ({"pref_loss": "rrhf", "ld_alpha": 0.5}, "rrhf(rrhf_weight=1.0)", False),
         ({"pref_loss": "robust", "dpo_label_smoothing": 0.2}, "robust(beta=0.1, label_smoothing=0.2, sr_", True),
+        ({"pref_loss": "pl_dpo", "pref_ranked_weights": "equal"}, "pl_dpo(beta=0.1)", True),
+        ({"pref_loss": "pl_dpo", "f_divergence": "js"}, "pl_dpo(beta=0.1), f_divergence=js", True),
+        ({"pref_loss": "pl_dpo", "pref_weight_column": "weight"}, "pl_dpo(beta=0.1)", True),
         ({"pref_loss": "exo_pair"}, "exo_pair(beta=0.1, label_smoothing=0.001)", True),
         ({"pref_loss": "discopop"}, "discopop(beta=0.1, discopop_tau=0.05, sr_lambda=0.0)", True),
         ({"pref_loss": "discopop", "discopop_tau": 0.1}, "discopop(beta=0.1, discopop_tau=0.1, sr_lambda=0.0)", True),
@@ -187,6 +190,17 @@ def test_resolved_loss(settings, described, needs_reference):
         ({"pref_loss": "cringe", "cringe_top_k": 2.0}, "a whole number of at least 1"),
         ({"f_divergence": "alpha", "f_divergence_alpha": 1e3}, "write a number from -100 to 100"),
         ({"pref_loss": "cringe", "cringe_tau": 0}, "`cringe_tau` is 0: write a number above 0"),
+        ({"pref_ranked_weights": "foo"}, "`pref_ranked_weights` is 'foo': write equal or score_gap"),
+        ({"pref_ranked_weights": True}, "`pref_ranked_weights` is True: write equal or score_gap"),
+        (
+            {"pref_loss": "pl_dpo", "pref_ranked_weights": "score_gap"},
+            "'pl_dpo' ranks all answers of a row at once, .*: remove `pref_ranked_weights`",
+        ),
+        ({"pref_loss": "sft,pl_dpo", "pref_ranked_weights": "score_gap"}, "'pl_dpo' .*remove `pref_ranked_weights`"),
+        ({"pref_loss": "pl_dpo", "pref_wpo": True}, "'pl_dpo' .*remove `pref_wpo`"),
+        ({"pref_loss": "pl_dpo", "ld_alpha": 0.5}, "remove `ld_alpha`"),
+        ({"pref_loss": "pl_dpo", "sr_lambda": 0.3}, "`sr_lambda` is not a hyper-parameter of pref_loss 'pl_dpo'"),
+        ({"stage": "sft", "pref_ranked_weights": "equal"}, "belongs to `stage: dpo`"),
     ],
 )
 def test_refused(settings, message):
@@ -276,6 +290,13 @@ def test_a_new_loss_of_the_package_needs_no_key_of_its_own():
 def test_what_changes_the_objective_is_described():
     args = parse(pref_loss="hinge", pref_wpo=True, pref_weight_column=["weight"], pref_ftx=0.5)
     assert args.described == "hinge(beta=0.1), pref_ftx=0.5, pref_wpo=True, pref_weight_column=['weight']"
+
+
+@pytest.mark.parametrize(("value", "by_gap"), [(None, False), ("equal", False), ("score_gap", True)])
+def test_weights_of_the_pairs_of_a_row(value, by_gap):
+    args = parse(pref_loss="hinge", pref_ranked_weights=value)
+    assert args.weights_by_gap is by_gap
+    assert ("pref_ranked_weights=score_gap" in args.described) is by_gap
 
 
 def test_loss_of_the_user_without_reference_and_beta(loss_file):

@@ -31,6 +31,7 @@ HYPER = {
     "minor_sft": {"beta": 0.5},
     "discopop": {"beta": 0.5, "discopop_tau": 0.5, "sr_lambda": 0.4},
     "exo_pair": {"beta": 0.5, "label_smoothing": 0.01},
+    "pl_dpo": {"beta": 0.5},
     "aot": {"beta": 0.5, "label_smoothing": 0.2},
     "aot_unpaired": {"beta": 0.5, "label_smoothing": 0.2},
     "nca_pair": {"beta": 0.5},
@@ -128,6 +129,7 @@ GOLDEN = [
         (-softplus(-1.5) - math.log(0.9)) / (1 + math.exp(-1.5))
         + (-softplus(1.5) - math.log(0.1)) / (1 + math.exp(1.5)),
     ),
+    ("pl_dpo", {"beta": 0.5}, 2.0, -1.0, softplus(-1.5)),  # of two responses: DPO
     ("aot", {"beta": 0.5}, 2.0, -1.0, softplus(-1.5)),  # of one pair: DPO
     ("aot_unpaired", {"beta": 0.5}, 2.0, -1.0, softplus(-1.5)),
     ("nca_pair", {"beta": 0.5}, 2.0, -1.0, softplus(-1.0) + (softplus(1.0) + softplus(-0.5)) / 2),
@@ -366,7 +368,7 @@ def test_direction_of_the_first_step(name):
     assert tuple(words) == PUSHES[name]
 
 
-OF_MARGINS = ["sigmoid", "robust", "discopop", "odpo", "hinge", "sr_dpo", "sr_ipo", "exo_pair"]
+OF_MARGINS = ["sigmoid", "robust", "discopop", "odpo", "hinge", "sr_dpo", "sr_ipo", "exo_pair", "pl_dpo"]
 
 
 @pytest.mark.parametrize("name", OF_MARGINS)

@@ -96,9 +96,11 @@ def test_the_table_fits_and_holds_everything(losses, width):
             == ("reference" if loss.needs_reference else "noreference")
             + "batch>1" * loss.needs_batch
             + "scores" * loss.needs_scores
+            + "ranking" * loss.needs_ranking
         )
         assert keys == squeezed("".join(f"{key}:{yaml.safe_dump(value)[:-4]}" for key, value in keys_of(loss).items()))
     assert "batch > 1: several pairs in a micro-batch" in shown
+    assert "ranking: data rows with more than two answers" in shown
     assert lines[-1] == "One loss whole, with lines for a recipe: llamafactory-ext losses NAME"
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plain import plain_loss
 from test_layout import model_of
 
 from llamafactory_ext import PairLogps, get_loss
@@ -74,11 +75,17 @@ def answer(draw, stems):
 
 
 @st.composite
+def scores_of(draw, size):
+    """From the highest to the lowest, not all the same: such rows are skipped."""
+    found = st.lists(st.integers(0, 3), min_size=size, max_size=size).filter(lambda scores: len(set(scores)) > 1)
+    return [float(score) for score in sorted(draw(found), reverse=True)]
+
+
+@st.composite
 def group(draw):
     prompt, stem = draw(text), draw(text)
     stems = [[], stem, [*stem, *draw(text)]]
     answers = draw(st.lists(answer(stems), min_size=2, max_size=5))
-    scores = sorted(draw(st.lists(st.integers(0, 3), min_size=len(answers), max_size=len(answers))), reverse=True)
     rows = [([*prompt, *ids], [-100] * len(prompt) + labels) for ids, labels in answers]
     return {
         "chosen_input_ids": rows[0][0],
@@ -87,7 +94,7 @@ def group(draw):
         "rejected_labels": rows[-1][1],
         BETWEEN[0]: [ids for ids, _ in rows[1:-1]],
         BETWEEN[1]: [labels for _, labels in rows[1:-1]],
-        SCORES: [float(score) for score in scores],
+        SCORES: draw(scores_of(len(answers))),
     }
 
 
@@ -200,13 +207,18 @@ def test_the_gap_of_a_pair_beside_a_ranking_is_the_datas():
 # --- Plackett-Luce ---------------------------------------------------------------------------------------------------
 
 
-def ranked_pairs(logratios, scores):
-    """`PairLogps` of one row's ordered pairs, with a reference of 0."""
-    ranking = Ranking.of_rows([row_with(scores)])
+def in_one_batch(logratios, scores):
+    """`PairLogps` of the ordered pairs of rows with these scores, with a reference of 0."""
+    ranking = Ranking.of_rows([row_with(of_row) for of_row in scores])
     chosen, rejected = ranking.sides(logratios)
     zeros, ones = torch.zeros_like(chosen), torch.ones(len(chosen), dtype=torch.int64)
     about = ranking.comparison(logratios.device)
     return PairLogps(chosen, rejected, zeros, zeros, ones, ones, winner=about["winner"], group=about["group"])
+
+
+def ranked_pairs(logratios, scores):
+    """The same of one row."""
+    return in_one_batch(logratios, [scores])
 
 
 def test_golden_values_of_plackett_luce():
@@ -240,6 +252,42 @@ def test_plackett_luce_is_the_likelihood_of_the_ranking(logratios, beta):
     torch.testing.assert_close(actual, wanted, rtol=1e-9, atol=1e-9)
 
 
+@st.composite
+def rankings(draw):
+    """The log-ratios and the scores of each row's answers, some of them tied."""
+    size = draw(st.integers(2, 5))
+    return draw(st.lists(st.floats(-15, 15), min_size=size, max_size=size)), draw(scores_of(size))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 2e-4)])
+@given(rows=st.lists(rankings(), min_size=1, max_size=3))
+@settings(max_examples=60, deadline=None)
+def test_parity_with_plain_formula_over_rows_with_ties(dtype, tolerance, rows):
+    ours, exact = (
+        torch.tensor([value for values, _ in rows for value in values], dtype=each, requires_grad=True)
+        for each in (dtype, torch.float64)
+    )
+    actual, expected = (in_one_batch(each, [scores for _, scores in rows]) for each in (ours, exact))
+    losses = get_loss("pl_dpo")(actual, beta=0.5), plain_loss("pl_dpo", expected, beta=0.5)
+    assert losses[0].dtype == dtype
+    torch.testing.assert_close(losses[0].double(), losses[1], rtol=tolerance, atol=tolerance)
+    gradients = (torch.autograd.grad(loss.sum(), to)[0] for loss, to in zip(losses, (ours, exact), strict=True))
+    torch.testing.assert_close(*(each.double() for each in gradients), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_extremes_of_a_ranking_stay_finite(dtype):
+    """Log-ratios of 1e4 nats: each place costs beta times what its answer lacks to the best of those below."""
+    for found in itertools.product([-1e4, 0.0, 1e4], repeat=3):
+        values = torch.tensor(found, dtype=dtype, requires_grad=True)
+        loss = get_loss("pl_dpo")(ranked_pairs(values, [2.0, 1.0, 0.0]), beta=0.5).mean()
+        (gradient,) = torch.autograd.grad(loss, values)
+        lacking = 0.5 * (max(found) - found[0] + max(found[1:]) - found[1])
+        assert loss.item() == pytest.approx(lacking, rel=1e-5, abs=2.0)  # ties cost log 2 or log 3
+        assert gradient.isfinite().all()
+        assert gradient.sum().item() == pytest.approx(0, abs=1e-6)
+
+
 def test_the_likelihoods_of_all_rankings_add_up_to_one():
     values = torch.tensor([0.3, -1.2, 2.0, 0.0], dtype=torch.float64)
     total = sum(
@@ -252,9 +300,5 @@ def test_the_likelihoods_of_all_rankings_add_up_to_one():
 def test_rows_of_a_batch_do_not_touch_one_another():
     rows = [([3.0, 1.0, 0.0], [2.0, 1.0, 0.0]), ([0.5, 0.2], [1.0, 0.0])]
     alone = [get_loss("pl_dpo")(ranked_pairs(torch.tensor(values), scores), beta=0.5) for values, scores in rows]
-    ranking = Ranking.of_rows([row_with(scores) for _, scores in rows])
-    chosen, rejected = ranking.sides(torch.tensor([value for values, _ in rows for value in values]))
-    zeros, ones = torch.zeros_like(chosen), torch.ones(len(chosen), dtype=torch.int64)
-    about = ranking.comparison(torch.device("cpu"))
-    pairs = PairLogps(chosen, rejected, zeros, zeros, ones, ones, winner=about["winner"], group=about["group"])
+    pairs = in_one_batch(torch.tensor([3.0, 1.0, 0.0, 0.5, 0.2]), [scores for _, scores in rows])
     torch.testing.assert_close(get_loss("pl_dpo")(pairs, beta=0.5), torch.cat(alone))

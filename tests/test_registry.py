@@ -49,7 +49,7 @@ def test_a_contrast_without_its_number_of_tokens_is_refused():
 def test_own_losses():
     expected = {"sigmoid", "hinge", "ipo", "kto_pair", "orpo", "simpo", "minor_dpo", "dpop", "sr_dpo", "sr_ipo"}
     expected |= {"robust", "sigmoid_norm", "exo_pair", "aot", "aot_unpaired", "nca_pair", "bco_pair", "sppo_hard"}
-    expected |= {"apo_zero", "apo_down", "sft", "discopop", "odpo", "squared_po", "minor_sft"}
+    expected |= {"apo_zero", "apo_down", "sft", "discopop", "odpo", "squared_po", "minor_sft", "pl_dpo"}
     without_reference = {"orpo", "simpo", "sft", "rrhf", "cringe"}
     expected |= without_reference
     modules = {name: lookup.get_loss(name).function.__module__ for name in lookup.loss_names()}

@@ -37,6 +37,7 @@ LOSSES = {
     "squared_po": {"beta": 0.1},
     "minor_sft": {"beta": 0.1},
     "exo_pair": {"beta": 0.1, "label_smoothing": 1e-3},
+    "pl_dpo": {"beta": 0.1},
     "aot": {"beta": 0.1, "label_smoothing": 0.0},
     "aot_unpaired": {"beta": 0.1, "label_smoothing": 0.0},
     "nca_pair": {"beta": 0.1},

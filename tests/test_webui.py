@@ -65,6 +65,7 @@ SET = {key: NUMBER for key, field in FIELDS.items() if field.kind is gr.Number} 
     "f_divergence": st.sampled_from(["reverse_kl", "forward_kl", "js", "alpha"]),
     "pref_loss_weights": st.sampled_from(["", "1.0,0.1"]),
     "pref_weight_column": st.sampled_from(["", "weight"]),
+    "pref_ranked_weights": st.sampled_from(["equal", "score_gap"]),
     "pref_margin_column": st.sampled_from(["", "gap", "chosen_score,rejected_score"]),
 }
 
@@ -129,7 +130,8 @@ def test_the_boards_ranges_are_the_arguments(key):
 def test_fields_are_the_stages_and_the_losses_own():
     shown = {name: {key for key in FIELDS if is_shown(key, "DPO", loss)} for name, loss in LOSSES.items()}
     common_to_all = {"share_prefix", "pref_loss_file", "pref_stop_on_degeneration"}
-    weighed = {"pref_wpo", "pref_weight_column"}
+    ranked = {"pref_ranked_weights"}
+    weighed = {"pref_wpo", "pref_weight_column"} | ranked
     with_reference = {"precompute_ref_log_probs", "ref_log_probs_cache_dir", "ref_model", "pref_bco_weight"}
     cached = common_to_all | with_reference | {"ld_alpha", "ld_alpha_reference"}
     in_scores, refined = {"f_divergence", "f_divergence_alpha"}, {"sr_lambda", "sr_prompt"}
@@ -137,7 +139,8 @@ def test_fields_are_the_stages_and_the_losses_own():
     assert shown["rrhf"] == shown["sft"] | {"rrhf_weight"}
     assert shown["orpo"] == shown["sft"]
     assert shown["simpo"] == shown["orpo"] | {"simpo_gamma"}
-    assert shown["kto_pair"] == cached
+    assert shown["kto_pair"] == cached | ranked
+    assert shown["pl_dpo"] == cached | in_scores | {"pref_weight_column"}
     assert shown["hinge"] == cached | in_scores | weighed
     assert shown["discopop"] == shown["hinge"] | refined | {"discopop_tau"}
     assert shown["sigmoid"] == shown["hinge"] | refined | {"dpo_label_smoothing"}
@@ -157,6 +160,7 @@ def test_several_losses_have_the_fields_of_each():
     assert of("sigmoid,dpop") == of_each - {"f_divergence", "f_divergence_alpha"}
     assert of("sigmoid,rrhf") == of("sigmoid") | of("rrhf") | {"pref_loss_weights"}
     assert of("hinge,ipo") >= {"f_divergence", "f_divergence_alpha", "ipo_length_normalize", "pref_loss_weights"}
+    assert of("minor_dpo,pl_dpo") == of("minor_dpo") - {"pref_wpo", "pref_ranked_weights"} | {"pref_loss_weights"}
     assert of("minor_dpo,nothing") == of("nothing") == set(STAGE_FIELDS)
     assert why_not("minor_dpo,sft", losses_of("DPO", "")[0], None, "en") is None
     assert "'nothing'" in why_not("minor_dpo,nothing", losses_of("DPO", "")[0], None, "en")

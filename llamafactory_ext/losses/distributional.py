@@ -32,12 +32,11 @@ def exo_pair(pairs: PairLogps, *, beta: float, label_smoothing: float = 1e-3) ->
 
 @register_loss("pl_dpo", needs_ranking=True, takes_divergence=True)
 def pl_dpo(pairs: PairLogps, *, beta: float) -> Tensor:
-    """Plackett-Luce DPO: sum over answers k of log(1 + sum over answers j that rank below k of e^(-beta(D_k - D_j))).
+    """Plackett-Luce DPO: sum over answers k of log(1 + sum over answers j with a lower score of e^(-beta(D_k - D_j))).
 
-    The likelihood of a ranking of all answers to a prompt; of two answers, it is DPO. Answers with the same score are
-    not compared. Usual beta: as DPO's.
-    Source: arXiv 2305.18290, appendix A.3. A pair's value is its part of its row's sum, times the row's pairs, so that
-    their mean is the sum.
+    The negative log-likelihood of the ranking of all answers to a prompt. Of two answers, it is DPO. Answers with equal
+    scores are not compared. The mean of the values of a row's pairs is the loss of the row. Usual beta: as DPO's.
+    Source: arXiv 2305.18290, appendix A.3.
     """
     argument = beta * pairs.margin
     if pairs.winner is None or pairs.group is None:

@@ -21,6 +21,7 @@ from .keys import keys_of
 NOTATION = "D_w, D_l: log pi/pi_ref of the chosen and the rejected response; sigma: the logistic function."
 NEEDS = {
     "batch > 1": "several pairs in a micro-batch (per_device_train_batch_size).",
+    "ranking": "data rows with more than two answers; it trains on pairs, too.",
     "scores": "columns of the data with the responses' scores (pref_margin_column).",
 }
 WIDEST = 100  # columns of a text, on consoles that have more

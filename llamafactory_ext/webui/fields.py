@@ -22,7 +22,7 @@ from llamafactory.webui.locales import LOCALES
 from ..losses import STOCK_LOSSES
 from ..losses.lookup import forgotten_afterwards, get_loss, load_loss_file, loss_names
 from ..losses.registry import Loss
-from ..recipe.arguments import SR_PROMPT
+from ..recipe.arguments import BY_GAP, EQUAL, SR_PROMPT
 from ..recipe.keys import NUMBERS, args_of, divergence_names, split
 from . import errors
 
@@ -101,8 +101,16 @@ def _takes_divergence(losses: Sequence[Loss]) -> bool:
     return can and _has_reference(losses) and not any(loss.defaults().get("sr_lambda") for loss in losses)
 
 
-def _weighs_pairs(losses: Sequence[Loss]) -> bool:
+def _compares_pairs(losses: Sequence[Loss]) -> bool:
+    return not any(loss.needs_ranking for loss in losses)
+
+
+def _weighs_rows(losses: Sequence[Loss]) -> bool:
     return not any(loss.needs_batch for loss in losses)
+
+
+def _weighs_pairs(losses: Sequence[Loss]) -> bool:
+    return _weighs_rows(losses) and _compares_pairs(losses)
 
 
 def _always(losses: Sequence[Loss]) -> bool:
@@ -126,6 +134,7 @@ _PROMPT: dict[str, Any] = {
 _AUTO: dict[str, Any] = {"choices": list(TRI_STATE), "value": "auto"}
 _DIVERGENCE: dict[str, Any] = {"choices": divergence_names(), "value": "reverse_kl"}
 _COLUMN: dict[str, Any] = {"value": ""}
+_RANKED: dict[str, Any] = {"choices": [EQUAL, BY_GAP], "value": EQUAL}
 
 # In the board's order: the loss's own, those of what is trained with it, and those of the stage; a row each.
 LOSS_FIELDS: dict[str, Field] = {
@@ -157,7 +166,8 @@ OBJECTIVE_FIELDS: dict[str, Field] = {
     "pref_bco_weight": _number(_has_reference, step=0.1, default="0"),
     "pref_loss_weights": Field(gr.Textbox, lambda losses: len(losses) > 1, {"value": "", "placeholder": "1.0,0.1"}),
     "pref_wpo": Field(gr.Checkbox, _weighs_pairs, {"value": False}),
-    "pref_weight_column": Field(gr.Textbox, _weighs_pairs, _COLUMN),
+    "pref_weight_column": Field(gr.Textbox, _weighs_rows, _COLUMN),
+    "pref_ranked_weights": Field(gr.Dropdown, _compares_pairs, _RANKED),
 }
 STAGE_FIELDS: dict[str, Field] = {
     "ref_model": Field(gr.Textbox, _has_reference, {"value": ""}),

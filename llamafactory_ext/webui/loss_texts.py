@@ -19,6 +19,7 @@ LOSSES: dict[str, dict[str, str]] = {
         "robust": "Robust DPO: DPO without the bias of swapped labels, whose share label smoothing sets.",
         "sigmoid_norm": "Length-normalized DPO: DPO on means per token, so that length does not count.",
         "exo_pair": "EXO: minimizes the reverse KL divergence from the preference; DPO minimizes the forward one.",
+        "pl_dpo": "Plackett-Luce DPO: raises the likelihood of the ranking of all responses. Of two, it is DPO.",
         "aot": "AOT: raises the sorted margins of a batch above the reference's. It needs several pairs in a batch.",
         "aot_unpaired": (
             "Unpaired AOT: raises chosen above rejected responses by rank. It needs several pairs in a batch."
@@ -50,6 +51,7 @@ LOSSES: dict[str, dict[str, str]] = {
         "robust": "Робастный DPO: DPO без смещения от перепутанных ответов, долю которых задаёт сглаживание меток.",
         "sigmoid_norm": "DPO с нормировкой по длине: DPO на средних по токенам, чтобы длина ответа не влияла.",
         "exo_pair": "EXO: минимизирует обратное KL-расхождение с предпочтением пары, а не прямое, как DPO.",
+        "pl_dpo": "DPO Плакетта — Льюса: повышает правдоподобие порядка всех ответов на запрос. При двух это DPO.",
         "aot": "AOT: поднимает упорядоченные отрывы пакета над отрывами эталона. В пакете нужно несколько пар.",
         "aot_unpaired": (
             "Непарный AOT: ставит выбранные ответы выше отвергнутых по рангу. В пакете нужно несколько пар."
@@ -87,6 +89,7 @@ LOSSES: dict[str, dict[str, str]] = {
         "robust": "稳健 DPO：消除标注颠倒所致偏差的 DPO，颠倒比例由标签平滑设定。",
         "sigmoid_norm": "长度归一化 DPO：在每个词元的平均值上做 DPO，使回答长度不产生影响。",
         "exo_pair": "EXO：最小化与样本对偏好的反向 KL 散度，而不是像 DPO 那样的正向 KL 散度。",
+        "pl_dpo": "Plackett-Luce DPO：提高同一问题全部回答的排序的似然。只有两个回答时就是 DPO。",
         "aot": "AOT：把批内排序后的间隔抬到参考模型的间隔之上。每批需要多个样本对。",
         "aot_unpaired": "非成对 AOT：按排名把被选回答抬到被拒回答之上。每批需要多个样本对。",
         "nca_pair": "NCA：压低被拒回答，并防止被选回答的概率低于参考模型。",
@@ -116,6 +119,7 @@ LOSSES: dict[str, dict[str, str]] = {
         "robust": "강건한 DPO: 뒤바뀐 레이블이 만드는 편향을 없앤 DPO. 그 비율은 레이블 스무딩으로 정합니다.",
         "sigmoid_norm": "길이 정규화 DPO: 토큰 평균으로 계산하여 길이의 영향을 없앤 DPO.",
         "exo_pair": "EXO: 쌍의 선호에 대한 역방향 KL 발산을 최소화합니다. DPO는 순방향을 최소화합니다.",
+        "pl_dpo": "Plackett-Luce DPO: 한 질문에 대한 모든 응답의 순위의 우도를 높입니다. 응답이 둘이면 DPO입니다.",
         "aot": "AOT: 배치의 정렬된 마진을 참조 모델의 마진보다 높입니다. 배치에 여러 쌍이 필요합니다.",
         "aot_unpaired": "비쌍 AOT: 순위별로 선택된 응답을 거부된 응답보다 높입니다. 배치에 여러 쌍이 필요합니다.",
         "nca_pair": "NCA: 거부된 응답을 낮추고, 선택된 응답의 확률이 참조 모델보다 낮아지지 않게 합니다.",
@@ -149,6 +153,7 @@ LOSSES: dict[str, dict[str, str]] = {
         "robust": "ロバスト DPO：逆のラベルによる偏りを除いた DPO。その割合はラベルスムージングで決まります。",
         "sigmoid_norm": "長さを正規化した DPO：トークンの平均で計算し、長さの影響を除きます。",
         "exo_pair": "EXO：ペアの選好に対する逆方向の KL ダイバージェンスを最小化します。DPO は順方向を最小化します。",
+        "pl_dpo": "Plackett-Luce DPO：一つの質問への全応答の順位の尤度を高めます。応答が二つなら DPO と同じです。",
         "aot": "AOT：バッチの並べ替えたマージンを参照モデルのマージンより高くします。バッチに複数のペアが必要です。",
         "aot_unpaired": (
             "非ペアの AOT：順位ごとに、選ばれた応答を拒否された応答より高くします。バッチに複数のペアが必要です。"

@@ -56,6 +56,10 @@ FIELDS: dict[str, dict[str, Field]] = {
             "Score columns",
             "Columns of the data with the scores of the chosen and rejected response, or one with their difference.",
         ),
+        "pref_ranked_weights": (
+            "Ranked pair weights",
+            "Weights of the pairs of a row with more than two answers. score_gap: by the difference of their scores.",
+        ),
         "pref_loss_weights": ("Loss weights", "A weight for each of several losses, separated by commas."),
         "reward_viewer": ("Normalized rewards", ""),
     },
@@ -109,6 +113,10 @@ FIELDS: dict[str, dict[str, Field]] = {
             "Столбцы оценок",
             "Столбцы данных с оценками выбранного и отвергнутого ответа или один с их разностью.",
         ),
+        "pref_ranked_weights": (
+            "Веса пар в строке",
+            "Веса пар в строке, где больше двух ответов. score_gap: по разности их оценок.",
+        ),
         "pref_loss_weights": ("Веса функций потерь", "Вес каждой из нескольких функций потерь, через запятую."),
         "reward_viewer": ("Нормированные награды", ""),
     },
@@ -144,6 +152,10 @@ FIELDS: dict[str, dict[str, Field]] = {
         "ld_alpha_reference": ("参考模型的 LD alpha", "对参考模型中多出的词元也按 LD alpha 加权。"),
         "pref_weight_column": ("权重列", "数据中各样本对权重所在的列。"),
         "pref_margin_column": ("评分列", "数据中被选回答与被拒回答的评分所在的两列，或二者之差所在的一列。"),
+        "pref_ranked_weights": (
+            "排序样本对的权重",
+            "一行有两个以上回答时各样本对的权重。score_gap：按评分之差。",
+        ),
         "pref_loss_weights": ("损失权重", "多个损失各自的权重，以逗号分隔。"),
         "reward_viewer": ("归一化奖励", ""),
     },
@@ -187,6 +199,10 @@ FIELDS: dict[str, dict[str, Field]] = {
         "pref_margin_column": (
             "점수 열",
             "선택된 응답과 거부된 응답의 점수가 있는 데이터의 두 열, 또는 그 차이가 있는 한 열.",
+        ),
+        "pref_ranked_weights": (
+            "순위 쌍의 가중치",
+            "응답이 셋 이상인 행에서 각 쌍의 가중치. score_gap: 점수 차이에 비례합니다.",
         ),
         "pref_loss_weights": ("로스 가중치", "여러 로스 각각의 가중치. 쉼표로 구분합니다."),
         "reward_viewer": ("정규화된 보상", ""),
@@ -234,6 +250,10 @@ FIELDS: dict[str, dict[str, Field]] = {
         "pref_margin_column": (
             "スコアの列",
             "選ばれた応答と拒否された応答のスコアが入ったデータの 2 列、またはその差の 1 列。",
+        ),
+        "pref_ranked_weights": (
+            "順位付きペアの重み",
+            "応答が 3 つ以上ある行での各ペアの重み。score_gap：スコアの差に比例します。",
         ),
         "pref_loss_weights": ("損失の重み", "複数の損失それぞれの重み。カンマで区切ります。"),
         "reward_viewer": ("正規化報酬", ""),

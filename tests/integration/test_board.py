@@ -255,6 +255,7 @@ def test_each_loss_shows_its_own_fields(open_page, address):
         "sr_ipo": ["Length normalization", *refined, *of_reference],
         "odpo": ["ODPO alpha", "Score columns", "f-divergence", *refined, *of_reference],
         "cringe": ["CRINGE top k", "LD alpha"],
+        "pl_dpo": ["f-divergence", *of_reference],
     }
     choose_loss(page, "hinge")
     for loss, fields in own.items():
@@ -263,6 +264,7 @@ def test_each_loss_shows_its_own_fields(open_page, address):
             expect(title(page, field)).to_have_count(1 if field in fields else 0)
         for field in ("Reference model", "Reference cache"):
             expect(title(page, field)).to_have_count(0 if loss in ("simpo", "cringe") else 1)
+        expect(title(page, "Ranked pair weights")).to_have_count(0 if loss == "pl_dpo" else 1)
 
 
 @pytest.mark.parametrize("width", [1440, 1024, 390])

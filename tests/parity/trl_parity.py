@@ -69,6 +69,7 @@ OURS_ONLY = {
     "sr_ipo": "not in TRL",
     "odpo": "not in TRL",
     "squared_po": "not in TRL",
+    "pl_dpo": "not in TRL",
     "minor_sft": "not in TRL",
     "rrhf": "not in TRL",
     "cringe": "not in TRL",
