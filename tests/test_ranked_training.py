@@ -105,9 +105,13 @@ def test_plackett_luce_is_the_rankings_likelihood(train, scored, other_model):
     assert history(output)[0]["loss"] == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["sigmoid", "pl_dpo", "dpop"])
+@pytest.mark.parametrize("name", ["sigmoid", "pl_dpo", "dpop", "odpo"])
 def test_a_row_of_two_answers_is_a_pair_bit_for_bit(name, train):
-    logs = [history(train(dataset=dataset, pref_loss=name)) for dataset in ("pairs", "two")]
+    columns = [{"pref_margin_column": column} if name == "odpo" else {} for column in ("gap", "scores")]
+    logs = [
+        history(train(dataset=dataset, pref_loss=name, **named))
+        for dataset, named in zip(("pairs", "two"), columns, strict=True)
+    ]
     for one, other in zip(*logs, strict=True):
         assert {k: v for k, v in one.items() if "runtime" not in k and "second" not in k} == {
             k: v for k, v in other.items() if "runtime" not in k and "second" not in k

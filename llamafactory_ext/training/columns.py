@@ -58,7 +58,7 @@ class Columns:
             if numbers[WEIGHT] < 0:
                 raise ValueError(f"the weight in {_place(self.weight, row)} is negative: write a number of at least 0.")
         if len(self.scores) == 1 and isinstance(row.get(self.scores[0]), list):
-            numbers[SCORE_GAP] = 1.0  # of several answers (`answers.py`), which says more of their scores
+            numbers[SCORE_GAP] = _spread(row, self.scores[0])  # of all answers; `ranking.py` has that of each pair
         elif self.scores:
             scores = [_number(row, "pref_margin_column", name) for name in self.scores]
             numbers[SCORE_GAP] = scores[0] - scores[1] if len(scores) == 2 else scores[0]
@@ -92,6 +92,13 @@ def _number(row: Mapping[str, Any], key: str, name: str) -> float:
     if not is_number(row[name]) or not abs(row[name]) <= FLOAT32.max:  # which a NaN is not, either
         raise ValueError(f"{_place(name, row)} is no number: correct it, or remove the row.")
     return float(row[name])
+
+
+def _spread(row: Mapping[str, Any], name: str) -> float:
+    """The difference of the highest and the lowest score in a list."""
+    if not row[name] or not all(is_number(each) and abs(each) <= FLOAT32.max for each in row[name]):
+        raise ValueError(f"{_place(name, row)} is no list of numbers: correct it, or remove the row.")
+    return float(max(row[name]) - min(row[name]))
 
 
 def _place(name: str, row: Mapping[str, Any]) -> str:
