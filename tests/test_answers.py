@@ -16,7 +16,7 @@ from llamafactory.data.template import TEMPLATES
 from llamafactory.hparams.data_args import DataArguments
 
 from llamafactory_ext.training.answers import CUT, STANDARD_SCORES, AnswersProcessor, answers_of, say_what_was_cut
-from llamafactory_ext.training.ranking import BETWEEN, SCORES, responses_of
+from llamafactory_ext.training.ranking import LENGTHS, SCORES, responses_of
 
 TOOLS = json.dumps([{"name": "add", "description": "Adds.", "parameters": {"type": "object", "properties": {}}}])
 
@@ -169,7 +169,7 @@ def test_a_message_on_each_side_is_llamafactorys_pair(tokenizer, template, cutof
     expected = stock.preprocess_dataset({name: values for name, values in examples.items() if name != STANDARD_SCORES})
     found = made.preprocess_dataset(examples)
     assert {name: found[name] for name in expected} == dict(expected)
-    assert found[BETWEEN[0]] == [[]]
+    assert [len(each) for each in found[LENGTHS]] == [0]
 
 
 @pytest.mark.parametrize("cutoff_len", range(4, 200, 13))
@@ -336,7 +336,7 @@ def test_llamafactorys_own_rows_are_converted_as_ever():
 )
 def test_rows_with_nothing_to_compare_have_no_answers(rows):
     (found,) = convert(rows, RANKED)
-    assert found["_response"] == []
+    assert len(answers_of(found["_response"])) == 1
 
 
 @pytest.mark.parametrize(
@@ -373,9 +373,9 @@ def test_rows_with_nothing_to_compare_have_no_answers(rows):
             "two turns of the assistant follow one another: if they are several answers, write each as a list",
         ),
         (
-            [{"conversations": [turn("human", "?")], "chosen": [turn("gpt", "a")], "rejected": []}],
+            [{"conversations": [turn("human", "?")], "chosen": [turn("gpt", None)], "rejected": [turn("gpt", "b")]}],
             SHAREGPT,
-            "an answer of .* is \\[\\]: write a message",
+            "a turn in an answer of .* has no text: write one",
         ),
         (
             [{"chosen": [turn("gpt", "a")], "rejected": [turn("gpt", "b")]}],
@@ -398,4 +398,36 @@ def test_a_conversation_that_does_not_alternate_has_no_answers():
         }
     ]
     (found,) = convert(rows, SHAREGPT)
-    assert found["_response"] == []
+    assert len(answers_of(found["_response"])) == 1
+
+
+@pytest.mark.parametrize("rejected", [[], [None], ["b", None]])
+def test_answers_that_are_missing_are_no_answers(rejected):
+    rows = [{"q": "?", "good": "a", "bad": rejected}, {"q": "?", "good": "a", "bad": ["b", "c"]}]
+    first, second = convert(rows, ALPACA)
+    assert len(answers_of(first["_response"])) == max(1, 1 + len([each for each in rejected if each]))
+    assert answers_of(second["_response"]) == [[said("a")], [said("b")], [said("c")]]
+
+
+def test_a_result_at_the_end_ends_no_answer():
+    chosen = [{"role": "assistant", "content": None, "tool_calls": CALLS}, {"role": "tool", "content": "3"}]
+    messages = [{"role": "user", "content": "1 + 2?"}]
+    rejected = [{"role": "assistant", "content": "4.", "tool_calls": None}]
+    (found,) = convert([{"messages": messages, "chosen": chosen, "rejected": rejected, "tools": TOOLS}], OPENAI)
+    assert len(answers_of(found["_response"])) == 1
+
+
+def test_no_answers_and_no_column_of_messages_is_skipped():
+    entry = {**SHAREGPT, "columns": {"messages": "m", "answers": "said", "scores": "marks"}}
+    rows = [
+        {"said": [[turn("human", "?"), turn("gpt", text)] for text in "ab"], "marks": [1.0, 2.0]},
+        {"said": [], "marks": []},
+    ]
+    first, second = convert(rows, entry)
+    assert answers_of(first["_response"]) == [[said("b")], [said("a")]]
+    assert len(answers_of(second["_response"])) == 1
+
+
+def test_lists_are_found_behind_any_number_of_nulls():
+    rows = [{"q": "?", "good": "a", "bad": None}] * 150 + [{"q": "?", "good": "a", "bad": ["b", "c"]}]
+    assert len(answers_of(convert(rows, ALPACA)[-1]["_response"])) == 3

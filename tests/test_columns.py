@@ -27,6 +27,16 @@ def test_numbers_of_a_row(columns, numbers):
     assert columns.numbers(ROW) == numbers
 
 
+def test_scores_of_several_answers_are_their_data_sets_own():
+    row = {"marks": [0.5, 3.0, 1.0], "gap": 7.0, "other": [1.0, 2.0]}
+    assert Columns(scores=("marks",)).numbers(row, ranked_by="marks") == {SCORE_GAP: 2.5}
+    for named in (("gap",), ("other",), ("marks", "gap")):
+        with pytest.raises(ValueError, match=r"ordered by 'marks' .*: write `pref_margin_column: marks`"):
+            Columns(scores=named).numbers(row, ranked_by="marks")
+    with pytest.raises(ValueError, match=r"column 'marks' .* is no number"):
+        Columns(scores=("marks",)).numbers(row)
+
+
 @pytest.mark.parametrize(
     ("columns", "message"),
     [

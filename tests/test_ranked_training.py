@@ -190,6 +190,24 @@ def test_ld_alpha_is_for_pairs(train):
         train(dataset="four", ld_alpha=0.5)
 
 
+def test_ld_alpha_is_for_pairs_in_a_stream_too(train):
+    with pytest.raises(ValueError, match="some rows have more than two responses: remove `ld_alpha`"):
+        train(dataset="four", ld_alpha=0.5, streaming=True, dataloader_num_workers=1)
+
+
+def test_rows_of_two_answers_before_all_others(train, sets, monkeypatch):
+    """The first rows decide of which type a column is, and so does each worker's part of them."""
+    several = train(dataset="two,four", preprocessing_num_workers=2, max_steps=12)
+    assert len(set(steps(several))) > 1
+
+
+def test_a_gap_of_the_data_counts_for_all_rejected_answers(train):
+    logs = [steps(train(dataset="rejected", pref_loss="odpo", pref_margin_column=name)) for name in ("gap", "half")]
+    assert logs[0][0] != pytest.approx(logs[1][0], rel=1e-3)
+    with pytest.raises(ValueError, match="write `pref_margin_column: scores`"):
+        train(dataset="four", pref_loss="odpo", pref_margin_column="weight")
+
+
 @pytest.mark.parametrize("streaming", [True, False])
 def test_a_training_widens_margins(streaming, train):
     changes = {"streaming": True, "dataloader_num_workers": 1} if streaming else {}

@@ -17,7 +17,7 @@ from llamafactory_ext import PairLogps, get_loss
 from llamafactory_ext.training import flash
 from llamafactory_ext.training.layout import padded, shared_prefix
 from llamafactory_ext.training.logps import response_logps
-from llamafactory_ext.training.ranking import BETWEEN, SCORES, Ranking, responses_of
+from llamafactory_ext.training.ranking import SCORES, Ranking, between_columns, responses_of
 from llamafactory_ext.training.trie import Branch, branches, in_row, pair_tree, paths, places
 
 # --- trees -----------------------------------------------------------------------------------------------------------
@@ -92,14 +92,13 @@ def group(draw):
         "chosen_labels": rows[0][1],
         "rejected_input_ids": rows[-1][0],
         "rejected_labels": rows[-1][1],
-        BETWEEN[0]: [ids for ids, _ in rows[1:-1]],
-        BETWEEN[1]: [labels for _, labels in rows[1:-1]],
+        **between_columns(rows[1:-1]),
         SCORES: draw(scores_of(len(answers))),
     }
 
 
 def collate(groups, pad_left=False):
-    rows = [response for group in groups for response in responses_of(group)]
+    rows = [(list(ids), list(labels)) for group in groups for ids, labels in responses_of(group)]
     length = max(len(ids) for ids, _ in rows)
     columns = {"input_ids": [], "attention_mask": [], "labels": []}
     for ids, labels in rows:
@@ -181,7 +180,7 @@ def test_flash_attention_over_any_tree(groups, window):
 
 def row_with(scores):
     sides = {f"{side}_{column}": [1, 2] for side in ("chosen", "rejected") for column in ("input_ids", "labels")}
-    return sides | {name: [[1, 2]] * (len(scores) - 2) for name in BETWEEN} | {SCORES: scores}
+    return sides | between_columns([([1, 2], [1, 2])] * (len(scores) - 2)) | {SCORES: scores}
 
 
 def test_each_response_is_compared_with_those_that_score_lower():
@@ -200,8 +199,8 @@ def test_each_response_is_compared_with_those_that_score_lower():
 
 
 def test_the_gap_of_a_pair_beside_a_ranking_is_the_datas():
-    pair = row_with([1.0, 0.0]) | {"score_gap": 4.5}
-    assert Ranking.of_rows([row_with([2.0, 1.0, 0.0]), pair]).gaps == (1.0, 2.0, 1.0, 4.5)
+    pair, several = row_with([1.0, 0.0]) | {"score_gap": 4.5}, row_with([1.0, 0.0, 0.0]) | {"score_gap": 0.5}
+    assert Ranking.of_rows([row_with([2.0, 1.0, 0.0]), pair, several]).gaps == (1.0, 2.0, 1.0, 4.5, 0.5, 0.5)
 
 
 # --- Plackett-Luce ---------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llamafactory_ext.training.ranking import BETWEEN, responses_of
+from llamafactory_ext.training.ranking import between_columns, responses_of
 from llamafactory_ext.training.reference import cache as cache
 from llamafactory_ext.training.reference import logps as reference_logps
 from llamafactory_ext.training.reference import reading
@@ -55,9 +55,8 @@ def test_pairs_are_read_as_the_data_set_gives_them(kind, at_once, monkeypatch, t
 
 def test_rows_of_several_responses_are_read_and_kept_two_by_two(tmp_path):
     """A pair's key is the same whether it stands alone or in a longer row; the last of an odd number stands twice."""
-    several = {**next(rows(1)), BETWEEN[0]: [[7, 8], [9]], BETWEEN[1]: [[-100, 8], [9]]}
-    five = several | {BETWEEN[0]: [[7, 8], [9], [4, 5]], BETWEEN[1]: [[-100, 8], [9], [4, 5]]}
-    of_two = several | {BETWEEN[0]: [], BETWEEN[1]: []}
+    others = [([7, 8], [-100, 8]), ([9], [9]), ([4, 5], [4, 5])]
+    of_two, several, five = (next(rows(1)) | between_columns(others[:count]) for count in (0, 2, 3))
     references = ReferenceLogps(tmp_path, {}, [datasets.Dataset.from_list([of_two, several, five, several])])
     read = [pair for (_, _, augmented), pair in references._pairs() if not augmented]
     assert [cache.row_keys(pair) for pair in read] == [cache.row_keys(row) for row in (of_two, several, five, several)]

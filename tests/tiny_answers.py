@@ -46,6 +46,7 @@ def make_answers(folder: Path, data: Path) -> Path:
         ],
         "rejected": [
             {"instruction": f"What is {a} + {b}?", "chosen": answers_to(a, b)[0], "rejected": answers_to(a, b)[1:]}
+            | {"gap": a / 4, "half": a / 8}
             for a, b in SUMS[:12]
         ],
         "turns": [

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError, in_a_line
 from ..recipe.loading import Tokenization, load_pairs, load_tokenization
-from ..recipe.reading import UNCUT, Settings, parse_recipe
+from ..recipe.reading import UNCUT, Settings, data_sets, parse_recipe
 from .contamination import CHARACTERS, NGRAM, TestSet
 
 if TYPE_CHECKING:
@@ -93,6 +93,8 @@ def check_pairs(settings: Settings, test_set: TestSet | None = None, key: str = 
 
     tools = load_tokenization(model_args, data_args)
     is_dpo = settings.get("stage", "dpo") == "dpo"
+    if not is_dpo and any(each.answers for each in data_sets(data_args.dataset, data_args.dataset_dir)):
+        raise UserError("a data set has a column of `answers` in dataset_info.json, which only `stage: dpo` takes.")
     with loaded_as_trained(finetuning_args) if is_dpo else nullcontext():
         pairs = load_pairs(model_args, data_args)
     difference = _template_difference(pairs, tools)
@@ -101,7 +103,7 @@ def check_pairs(settings: Settings, test_set: TestSet | None = None, key: str = 
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     measures = pairs.map(
-        _Measure(tools, data_args, test_set, sr_prompt, context),
+        _Measure(tools, data_args, test_set, sr_prompt, context, is_dpo and finetuning_args.ld_alpha is not None),
         with_indices=True,
         remove_columns=pairs.column_names,
         num_proc=data_args.preprocessing_num_workers,
@@ -174,7 +176,13 @@ class _Measure:
     """Maps a row in LLaMA-Factory's standard format to what `_report` counts; picklable, for several processes."""
 
     def __init__(
-        self, tools: Tokenization, data_args: Any, test_set: TestSet | None, sr_prompt: str | None, context: int | None
+        self,
+        tools: Tokenization,
+        data_args: Any,
+        test_set: TestSet | None,
+        sr_prompt: str | None,
+        context: int | None,
+        only_pairs: bool,
     ) -> None:
         from ..training.answers import AnswersProcessor
         from ..training.refinement import AugmentingProcessor
@@ -186,7 +194,7 @@ class _Measure:
             self.cut = AnswersProcessor(*about, data_args)
         else:
             self.cut = AugmentingProcessor(*about, data_args, sr_prompt=sr_prompt, context=context)
-        self.test_set = test_set
+        self.test_set, self.only_pairs = test_set, only_pairs
 
     def __call__(self, row: dict[str, Any], index: int) -> dict[str, Any]:
         try:
@@ -198,7 +206,8 @@ class _Measure:
     def _measure(self, row: dict[str, Any]) -> dict[str, Any]:
         """The measures of a pair; empty if LLaMA-Factory skips the row."""
         batch = {name: [value] for name, value in row.items()}
-        from ..training.answers import answers_of
+        from ..training.answers import STANDARD_SCORES, answers_of
+        from ..training.ranking import LD_ALPHA, SCORES, Ranking
         from ..training.refinement import prompt_length
 
         encoded = self.whole.preprocess_dataset(batch)
@@ -212,6 +221,9 @@ class _Measure:
         is_cut = longer > self.cut.data_args.cutoff_len
         cut = self.cut.preprocess_dataset(batch) if is_cut or self.augments else encoded
         kept, answers = _sequences(cut), answers_of(row["_response"])
+        if self.only_pairs and len(answers) > 2:
+            raise ValueError(LD_ALPHA)
+        compared = Ranking.of_rows([{SCORES: row.get(STANDARD_SCORES)}]).pairs
         question = "\n".join(turn["content"] for turn in row["_prompt"] if turn["role"] == "user")
         overlap = self.test_set.overlap(question) if self.test_set else ""
         asked = (str(row["_prompt"]), row["_system"] or "", str([row[name] for name in ("_tools", *MEDIA)]))
@@ -219,8 +231,10 @@ class _Measure:
             "pair": _digest(*asked, *map(_text, answers)),
             "question": _digest(*asked),
             "empty": not all(map(_says_something, answers)),
-            "identical": answers[0] == answers[-1],
-            "identical_cut": answers[0] != answers[-1] and kept[0] == kept[-1],
+            "identical": any(answers[one] == answers[other] for one, other in compared),
+            "identical_cut": any(
+                answers[one] != answers[other] and kept[one] == kept[other] for one, other in compared
+            ),
             "truncated": any(len(after) < len(before) for after, before in zip(kept, whole, strict=True)),
             "prompt": prompt,
             "chosen": len(whole[0]) - prompt,

@@ -41,10 +41,17 @@ def pl_dpo(pairs: PairLogps, *, beta: float) -> Tensor:
     argument = beta * pairs.margin
     if pairs.winner is None or pairs.group is None:
         return -F.logsigmoid(argument)
-    same_winner, same_group = (each[:, None] == each for each in (pairs.winner, pairs.group))
-    below = (-argument).expand(len(argument), -1).masked_fill(~same_winner, -math.inf)
-    of_winner = torch.logsumexp(torch.cat([torch.zeros_like(argument)[:, None], below], dim=1), dim=1)
-    return of_winner * same_group.sum(dim=1) / same_winner.sum(dim=1)
+    size = 2 * len(argument)  # above every number of a response, known without waiting for the GPU
+    highest = argument.new_zeros(size).scatter_reduce(0, pairs.winner, -argument.detach(), "amax")
+    shifted = torch.exp(-argument - highest[pairs.winner])
+    of_winner = highest + torch.log(torch.exp(-highest).index_add(0, pairs.winner, shifted))
+    pairs_of_winner, pairs_of_group = (_counts(each, size) for each in (pairs.winner, pairs.group))
+    return of_winner[pairs.winner] * pairs_of_group / pairs_of_winner
+
+
+def _counts(numbers: Tensor, size: int) -> Tensor:
+    """How often each number occurs, at each place where it does, shape `(batch,)`."""
+    return numbers.new_zeros(size).index_add(0, numbers, torch.ones_like(numbers))[numbers]
 
 
 @register_loss("aot", needs_batch=True)

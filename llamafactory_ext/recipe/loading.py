@@ -184,6 +184,8 @@ def _first_key_written_twice(file: Path) -> str | None:
 def _first_refused(file: Path, columns: Fields, description: Any, data_args: Any) -> str | None:
     from llamafactory.data.converter import get_dataset_converter
 
+    if getattr(description, "answers", None) is not None:  # another converter's, whose errors name the row
+        return None
     try:
         converter = get_dataset_converter(description.formatting, description, data_args)
     except ValueError:  # there is none, which LLaMA-Factory says itself

@@ -23,7 +23,7 @@ from llamafactory.extras import logging
 from llamafactory.extras.constants import IGNORE_INDEX
 
 from ..recipe.loss_args import is_number, shown
-from .ranking import BETWEEN, HIGHEST, LEAST_GAP, MEDIA, SCORES, Response
+from .ranking import HIGHEST, LEAST_GAP, MEDIA, SCORES, Response, between_columns
 
 logger = logging.get_logger()  # LLaMA-Factory's own, whose lines reach the console and the web UI
 
@@ -58,9 +58,14 @@ def _holds_answers(dataset: Any, attr: Any) -> bool:
     """Whether a data set's rows have more than one message, or more than one answer, on a side.
 
     Raises:
-        ValueError: if dataset_info.json names one of `answers` and `scores` without the other.
+        ValueError: if dataset_info.json names one of `answers` and `scores` without the other, or no `messages`.
     """
     answers, scores = getattr(attr, "answers", None), getattr(attr, "scores", None)
+    if attr.ranking and attr.formatting != "alpaca" and attr.messages is None:
+        raise ValueError(
+            f'data set {attr}: dataset_info.json names no column of the prompt\'s messages: write "messages" under '
+            '"columns". That column may be missing in the data, if the answers begin with the prompt.'
+        )
     if (answers is None) != (scores is None):
         missing = "scores" if scores is None else "answers"
         raise ValueError(
@@ -72,9 +77,14 @@ def _holds_answers(dataset: Any, attr: Any) -> bool:
     if not attr.ranking or attr.chosen is None or attr.rejected is None:
         return False
     sides = [attr.chosen, attr.rejected]
-    if set(sides) <= set(dataset.column_names or ()):  # without decoding pictures
-        dataset = dataset.select_columns(sides)
+    if dataset.features is not None:
+        return any(_is_list(dataset.features.get(side)) for side in sides)
     return any(isinstance(row.get(side), list) for row in islice(dataset, LOOKED_AT) for side in sides)
+
+
+def _is_list(feature: Any) -> bool:
+    """Whether a column's type is a list: written as one, or one of several classes, by release of `datasets`."""
+    return isinstance(feature, list) or type(feature).__name__ in ("List", "LargeList", "Sequence")
 
 
 # --- the data's columns ------------------------------------------------------------------------------------------
@@ -97,6 +107,7 @@ class _AnswersConverter:
     @classmethod
     def of(cls, make: Callable[..., Any], name: str, attr: Any, data_args: Any) -> _AnswersConverter:
         plain = replace(attr, ranking=False, kto_tag=None, response=None)
+        plain.answers, plain.scores = attr.answers, attr.scores  # no fields of LLaMA-Factory's
         return cls(make(name, attr, data_args), make(name, plain, data_args), attr)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -111,16 +122,26 @@ class _AnswersConverter:
             raise ValueError(f"data set {self.attr}: {error}") from error
         if answers is None:
             return {**self.pair(row), STANDARD_SCORES: scores}
+        there = [number for number, answer in enumerate(answers) if answer is not None]
+        answers, scores = [answers[number] for number in there], [scores[number] for number in there]
+        if len(answers) < 2 or max(scores) - min(scores) < LEAST_GAP:
+            return self._skipped(row)
         converted = self._of_texts(row, answers) if self.attr.formatting == "alpaca" else self._of_turns(row, answers)
-        order = sorted(range(len(scores)), key=lambda number: -scores[number])
         standard, found = converted
-        is_whole = len(found) >= 2 and all(found) and max(scores) - min(scores) >= LEAST_GAP
+        if not all(found):
+            return self._skipped(row)
+        order = sorted(range(len(scores)), key=lambda number: -scores[number])
         return {
             **standard,
-            "_prompt": standard["_prompt"] if is_whole else [],
-            "_response": [turn for number in order for turn in found[number]] if is_whole else [],
-            STANDARD_SCORES: [scores[number] for number in order] if is_whole else [0.0],
+            "_response": [turn for number in order for turn in found[number]],
+            STANDARD_SCORES: [scores[number] for number in order],
         }
+
+    def _skipped(self, row: dict[str, Any]) -> dict[str, Any]:
+        """A row with one answer, which is skipped. It has every column in its type, whatever rows stand beside it."""
+        standard = self.conversation({**row, self.attr.messages or "": []})
+        empty = [{"role": role.value, "content": ""} for role in (Role.USER, Role.ASSISTANT)]
+        return {**standard, "_prompt": empty[:1], "_response": empty[1:], STANDARD_SCORES: [0.0]}
 
     def _answers_and_scores(self, row: Mapping[str, Any]) -> tuple[list[Any] | None, list[float]]:
         """A row's answers, None for a pair in LLaMA-Factory's own format, and a score for each."""
@@ -130,6 +151,8 @@ class _AnswersConverter:
         chosen, rejected = row.get(attr.chosen), row.get(attr.rejected)
         if not isinstance(chosen, list) and not isinstance(rejected, list):
             return None, [1.0, 0.0]
+        if rejected == []:
+            return [chosen], [1.0]
         others = rejected if isinstance(rejected, list) and _are_several(rejected) else [rejected]
         return [chosen, *others], [1.0] + [0.0] * len(others)
 
@@ -144,11 +167,6 @@ class _AnswersConverter:
     def _of_turns(self, row: dict[str, Any], answers: list[Any]) -> tuple[dict[str, Any], list[list[Message]]]:
         """The row in the standard format, and the turns of each answer; none of one that is no conversation."""
         attr = self.attr
-        if attr.messages is None:
-            raise ValueError(
-                f'data set {attr}: dataset_info.json names no column of the prompt\'s messages: write "messages" under '
-                '"columns". That column may be missing in the data, if the answers begin with the prompt.'
-            )
         conversations = [_messages(answer, attr, row) for answer in answers]
         prompt = list(row.get(attr.messages) or [])
         if not prompt:
@@ -161,7 +179,10 @@ class _AnswersConverter:
         for turns in conversations:
             converted = self.conversation({**row, attr.messages: [*prompt, *turns]})
             whole = [*converted["_prompt"], *converted["_response"]]
-            found.append(whole[before:] if before and whole[before - 1 : before] == standard["_prompt"][-1:] else [])
+            # LLaMA-Factory leaves out a tool's result at the end, which no turn of the assistant follows.
+            ends = turns[-1:] and turns[-1][attr.role_tag] in (attr.assistant_tag, attr.function_tag)
+            goes_on = before and whole[before - 1 : before] == standard["_prompt"][-1:]
+            found.append(whole[before:] if ends and goes_on else [])
         return standard, found
 
 
@@ -181,7 +202,7 @@ def _scored(row: Mapping[str, Any], answers: str, scores: str) -> tuple[list[Any
 
 def _are_several(answers: list[Any]) -> bool:
     """Whether a list in `rejected` is one of answers, that is of texts or lists, and not of one answer's messages."""
-    return bool(answers) and all(isinstance(each, str | list) for each in answers)
+    return all(isinstance(each, str | list | None) for each in answers)
 
 
 def _messages(answer: Any, attr: Any, row: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -195,6 +216,10 @@ def _messages(answer: Any, attr: Any, row: Mapping[str, Any]) -> list[dict[str, 
         raise ValueError(
             f"data set {attr}: an answer of {_row(row)} is {shown(answer)}: write a message with {attr.role_tag!r} and "
             f"{attr.content_tag!r}, or a list of messages."
+        )
+    if not all(isinstance(each.get(attr.content_tag), str) or each.get("tool_calls") for each in messages):
+        raise ValueError(
+            f"data set {attr}: a turn in an answer of {_row(row)} has no text: write one, or remove the row."
         )
     roles = [each[attr.role_tag] for each in messages]
     if any(first == second == attr.assistant_tag for first, second in pairwise(roles)):
@@ -283,8 +308,7 @@ class AnswersProcessor(PairwiseDatasetProcessor):
                 f"{side}_attention_mask": [1] * len(response[0]),
                 f"{side}_labels": response[1],
             }
-        between = [[response[part] for response in responses[1:-1]] for part in range(2)]
-        found |= dict(zip(BETWEEN, between, strict=True))
+        found |= between_columns(responses[1:-1])
         found |= {SCORES: row[STANDARD_SCORES] or [1.0, 0.0], CUT: [len(prompt) - kept, cut]}
         return found | {name: row[f"_{name}"] for name in MEDIA}
 

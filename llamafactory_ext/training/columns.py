@@ -45,8 +45,12 @@ class Columns:
         named = {"pref_weight_column": self.weight, "pref_margin_column": ", ".join(self.scores)}
         return " and ".join(f"`{key}: {name}`" for key, name in named.items() if name)
 
-    def numbers(self, row: Mapping[str, Any]) -> dict[str, float]:
+    def numbers(self, row: Mapping[str, Any], ranked_by: str | None = None) -> dict[str, float]:
         """A row's numbers, by their keys in a batch.
+
+        Args:
+            row: of the data.
+            ranked_by: the column with the scores of its answers, where there may be more than two (`answers.py`).
 
         Raises:
             ValueError: if a column is missing or holds no number of float32, a weight is negative, or the chosen
@@ -57,8 +61,13 @@ class Columns:
             numbers[WEIGHT] = _number(row, "pref_weight_column", self.weight)
             if numbers[WEIGHT] < 0:
                 raise ValueError(f"the weight in {_place(self.weight, row)} is negative: write a number of at least 0.")
-        if len(self.scores) == 1 and isinstance(row.get(self.scores[0]), list):
-            numbers[SCORE_GAP] = _spread(row, self.scores[0])  # of all answers; `ranking.py` has that of each pair
+        if self.scores and ranked_by is not None:
+            if self.scores != (ranked_by,):
+                raise ValueError(
+                    f"its answers are ordered by {ranked_by!r} (dataset_info.json), but `pref_margin_column` names "
+                    f"{', '.join(map(repr, self.scores))}: write `pref_margin_column: {ranked_by}`."
+                )
+            numbers[SCORE_GAP] = _spread(row, ranked_by)  # `ranking.py` makes each pair's of it
         elif self.scores:
             scores = [_number(row, "pref_margin_column", name) for name in self.scores]
             numbers[SCORE_GAP] = scores[0] - scores[1] if len(scores) == 2 else scores[0]
@@ -95,10 +104,11 @@ def _number(row: Mapping[str, Any], key: str, name: str) -> float:
 
 
 def _spread(row: Mapping[str, Any], name: str) -> float:
-    """The difference of the highest and the lowest score in a list."""
-    if not row[name] or not all(is_number(each) and abs(each) <= FLOAT32.max for each in row[name]):
-        raise ValueError(f"{_place(name, row)} is no list of numbers: correct it, or remove the row.")
-    return float(max(row[name]) - min(row[name]))
+    """The difference of the highest and the lowest score in a list; 0 for what is no list of numbers."""
+    scores = row.get(name)
+    if not isinstance(scores, list) or not scores or not all(map(is_number, scores)):
+        return 0.0  # the row is refused or skipped for it (`answers.py`)
+    return float(max(scores) - min(scores))
 
 
 def _place(name: str, row: Mapping[str, Any]) -> str:
@@ -119,10 +129,11 @@ class CarryingConverter:
     converter: Callable[[dict[str, Any]], dict[str, Any]]
     columns: Columns
     dataset: str  # its name, for errors
+    ranked_by: str | None = None
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         try:
-            numbers = self.columns.numbers(row)
+            numbers = self.columns.numbers(row, self.ranked_by)
         except ValueError as error:
             raise ValueError(f"data set {self.dataset}: {error}") from error
         return {**self.converter(row), **numbers, MADE_OF: str(self.columns)}

@@ -74,7 +74,8 @@ def _carrying(columns: Columns) -> Replacement:
 
     @functools.wraps(stock)
     def get_dataset_converter(name: str, dataset_attr: Any, *args: Any, **kwargs: Any) -> CarryingConverter:
-        return CarryingConverter(stock(name, dataset_attr, *args, **kwargs), columns, str(dataset_attr))
+        ranked_by = getattr(dataset_attr, "scores", None)
+        return CarryingConverter(stock(name, dataset_attr, *args, **kwargs), columns, str(dataset_attr), ranked_by)
 
     return converter, "get_dataset_converter", get_dataset_converter
 

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .head import HeadOutput, head_output
 from .layout import Layout, inner_model
+from .ranking import LD_ALPHA
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -77,9 +78,14 @@ def response_logps(
         model: a causal language model, possibly wrapped for distributed training.
         layout: the batch, from `layout.padded` or `layout.shared_prefix`.
         ld_alpha: weight of the tokens beyond the length of the pair's shorter response (LD-DPO, arXiv 2409.06411); for
-            pairs only, not for a layout with a ranking.
+            pairs only.
         terms: more to compute of each response token, by name.
+
+    Raises:
+        ValueError: for `ld_alpha` with more than two responses to a prompt.
     """
+    if ld_alpha is not None and layout.ranking is not None:
+        raise ValueError(LD_ALPHA)
     terms = terms or {}
     (logps, logit_means, *others), router_loss = _scored(model, layout, tuple(terms.values()))
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from llamafactory.data import PairwiseDataCollatorWithPadding
 from llamafactory.data.collator import MultiModalDataCollatorForSeq2Seq
@@ -20,10 +22,17 @@ from .columns import SCORE_GAP
 if TYPE_CHECKING:
     from torch import Tensor
 
-BETWEEN = ("between_input_ids", "between_labels")  # columns: of each response between the first and the last
+# Columns: the responses between the first and the last, one after the other, and their lengths. Flat, so that rows with
+# none have the same type, whatever rows stand beside them.
+BETWEEN = ("between_input_ids", "between_labels")
+LENGTHS = "between_lengths"
 SCORES = "answer_scores"  # column: a score per response, none lower than the next
 RANKING = "ranking"  # key of a batch
 MEDIA = ("images", "videos", "audios")
+LD_ALPHA = (
+    "`ld_alpha` weights tokens beyond the shorter response of a pair, but some rows have more than two responses: "
+    "remove `ld_alpha`, or write the rows as pairs."
+)
 # A difference of scores has to be a number of float32, and so has its logarithm.
 HIGHEST, LEAST_GAP = 1e30, torch.finfo(torch.float32).tiny
 
@@ -32,14 +41,22 @@ Response = tuple[Sequence[int], Sequence[int]]  # token ids and labels of prompt
 
 def responses_of(row: Mapping[str, Any]) -> list[Response]:
     """A tokenized row's responses, from the highest score to the lowest."""
-    between = zip(*(row[name] for name in BETWEEN), strict=True) if BETWEEN[0] in row else ()
     sides = [(row[f"{side}_input_ids"], row[f"{side}_labels"]) for side in ("chosen", "rejected")]
-    return [sides[0], *between, sides[1]]
+    ends = [0, *accumulate(map(int, row.get(LENGTHS, ())))]
+    ids, labels = (row.get(name, ()) for name in BETWEEN)
+    return [sides[0], *((ids[start:end], labels[start:end]) for start, end in pairwise(ends)), sides[1]]
+
+
+def between_columns(responses: Sequence[Response]) -> dict[str, Any]:
+    """The columns of some responses that stand between the first and the last."""
+    flat = [[number for response in responses for number in response[part]] for part in range(2)]
+    columns = dict(zip(BETWEEN, flat, strict=True)) | {LENGTHS: [len(ids) for ids, _ in responses]}
+    return {name: np.array(values, dtype=np.int64) for name, values in columns.items()}
 
 
 def has_several(row: Mapping[str, Any]) -> bool:
     """Whether a tokenized row has more than two responses."""
-    return len(row.get(BETWEEN[0], ())) > 0
+    return len(row.get(LENGTHS, ())) > 0
 
 
 @dataclass(frozen=True)
@@ -116,10 +133,11 @@ class Ranking:
 
 
 def _scores(row: Mapping[str, Any]) -> list[float]:
-    """A score per response. A pair's differ by what the recipe's columns say, and by 1 if it names none."""
-    if has_several(row):
-        return [float(score) for score in row[SCORES]]
-    return [float(row.get(SCORE_GAP, 1.0)), 0.0]
+    """A score per response. The first and the last differ by what the recipe's columns say, if it names any."""
+    given = row.get(SCORES)
+    scores = [1.0, 0.0] if given is None else [float(score) for score in given]
+    scale = row[SCORE_GAP] / (scores[0] - scores[-1]) if SCORE_GAP in row else 1.0
+    return [scale * score for score in scores]
 
 
 def _on(numbers: Any, device: torch.device) -> Tensor:
@@ -132,13 +150,10 @@ def check_ranking(finetuning_args: Any, dataset: Any) -> None:
     Raises:
         ValueError: with what to write instead.
     """
-    if finetuning_args.ld_alpha is None or BETWEEN[0] not in (getattr(dataset, "column_names", None) or []):
+    if finetuning_args.ld_alpha is None or LENGTHS not in (getattr(dataset, "column_names", None) or []):
         return
-    if any(map(has_several, dataset.select_columns([BETWEEN[0]]))):
-        raise ValueError(
-            "`ld_alpha` weights tokens beyond the shorter response of a pair, but some rows have more than two "
-            "responses: remove `ld_alpha`, or write the rows as pairs."
-        )
+    if any(map(has_several, dataset.select_columns([LENGTHS]))):
+        raise ValueError(LD_ALPHA)
 
 
 class RankedCollator(PairwiseDataCollatorWithPadding):
@@ -150,9 +165,9 @@ class RankedCollator(PairwiseDataCollatorWithPadding):
             return dict(super().__call__(features))
         responses = [
             {
-                "input_ids": list(ids),
+                "input_ids": np.asarray(ids).tolist(),
                 "attention_mask": [1] * len(ids),
-                "labels": list(labels),
+                "labels": np.asarray(labels).tolist(),
                 **{name: feature.get(name) for name in MEDIA},
             }
             for feature in features

@@ -20,7 +20,7 @@ from llamafactory.extras.constants import IGNORE_INDEX
 
 from ..recipe.reading import UNCUT
 from .answers import AnswersProcessor
-from .ranking import BETWEEN, RankedCollator
+from .ranking import LENGTHS, RankedCollator, between_columns, responses_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,9 +69,8 @@ class AugmentingProcessor(AnswersProcessor):
                 kept, inputs[PROMPT_IDS], inputs.get(f"{side}_input_ids", []), strict=True
             ):
                 self._check_length(len(row) - len(prompt) + len(augmented_prompt))
-        for prompt, augmented_prompt, rows in zip(kept, inputs[PROMPT_IDS], inputs.get(BETWEEN[0], []), strict=False):
-            for row in rows:
-                self._check_length(len(row) - len(prompt) + len(augmented_prompt))
+        for prompt, augmented_prompt, lengths in zip(kept, inputs[PROMPT_IDS], inputs.get(LENGTHS, []), strict=False):
+            self._check_length(max(lengths, default=0) - len(prompt) + len(augmented_prompt))
         return inputs
 
     @staticmethod
@@ -152,9 +151,8 @@ def augmented_pair(pair: dict[str, Any]) -> dict[str, Any]:
     for side in ("chosen", "rejected"):
         ids, labels = _after(prompt, pair[f"{side}_input_ids"], pair[f"{side}_labels"])
         changed |= {f"{side}_input_ids": ids, f"{side}_labels": labels, f"{side}_attention_mask": [1] * len(ids)}
-    if BETWEEN[0] in pair:
-        moved = [_after(prompt, *response) for response in zip(*(pair[name] for name in BETWEEN), strict=True)]
-        changed |= {name: [response[part] for response in moved] for part, name in enumerate(BETWEEN)}
+    if LENGTHS in pair:
+        changed |= between_columns([_after(prompt, *response) for response in responses_of(pair)[1:-1]])
     return pair | changed
 
 

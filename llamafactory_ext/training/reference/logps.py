@@ -26,7 +26,7 @@ from ...errors import in_a_line, not_possible
 from ...paths import named_path
 from ..layout import depends_on_batch
 from ..modes import ranks_wait_for_each_other
-from ..ranking import BETWEEN, has_several, responses_of
+from ..ranking import BETWEEN, LENGTHS, has_several, responses_of
 from ..refinement import BATCH_PREFIX, PROMPT_IDS, augmented_pair
 from . import cache as cache
 from .cache import Logps
@@ -210,7 +210,7 @@ class ReferenceLogps:
     def _pairs(self) -> Iterator[tuple[Place, Pair]]:
         """Every pair, and where it is."""
         for number, dataset in enumerate(self.datasets):
-            names = [name for name in (*cache.TOKENS, *BETWEEN, PROMPT_IDS) if name in dataset.column_names]
+            names = [name for name in (*cache.TOKENS, *BETWEEN, LENGTHS, PROMPT_IDS) if name in dataset.column_names]
             media = columns_with_media(dataset)
             shown: Iterable[dict[str, Any]] = itertools.repeat({})
             if media:
