@@ -34,6 +34,7 @@ help:
 	@echo "make test-all     test, test-trl, test-compat, and all environments above: run it before a release"
 	@echo "make eval         score a model on GSM8K with vLLM: MODEL=, DATA=, ARGS= (make eval-env, test-eval, bench-eval)"
 	@echo "make reproduce    the papers' studies at small scale, with a verdict per claim: 75 to 90 minutes on two cores (with a GPU: GSM8K=)"
+	@echo "make self-pairs   train a model on pairs of its own answers, twice: a quarter of an hour on two cores (with a GPU: GSM8K=)"
 	@echo "make bench        speed and memory, LLaMA-Factory's DPO stage and TRL against the plugin: two hours on two cores (ARGS=--quick)"
 	@echo "make bench-data   time and memory of \`llamafactory-ext data metamath\` and of the cache look-up, at full size"
 	@echo "make gpu-wheels   fetch what benchmarks/gpu.py needs on a machine with a GPU and no network (22 MiB)"
