@@ -5,10 +5,20 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llamafactory_ext.training.columns import MADE_OF, SCORE_GAP, WEIGHT, CarryingConverter, CarryingProcessor, Columns
+from llamafactory_ext.training.columns import (
+    MADE_OF,
+    SCORE_GAP,
+    WEIGHT,
+    CarryingConverter,
+    CarryingProcessor,
+    Columns,
+    carrying_collator,
+    take_columns,
+)
 
 ROW = {"instruction": "What is 1 + 1?", "weight": 2, "good": 5.5, "bad": 3, "text": "3", "none": None}
 ROW |= {"nan": math.nan, "huge": 1e39, "small": 1e-50}
@@ -106,3 +116,19 @@ def test_numbers_stay_with_their_pair_where_others_are_dropped(rows):
     expected = [(prompt, weight) for prompt, is_kept, weight in rows if is_kept]
     assert list(zip(found.get("a", []), found.get(WEIGHT, []), strict=True)) == expected
     assert len(found.get("b", [])) == len(expected)
+
+
+def test_numbers_keep_their_precision_where_the_floats_of_a_batch_are_cast():
+    """As transformers casts them for DeepSpeed, to the precision of its configuration."""
+
+    class Base:
+        def __call__(self, features):
+            return {"input_ids": torch.zeros(len(features), 2, dtype=torch.int64), "pixels": torch.ones(1)}
+
+    collator = carrying_collator(Base, Columns(weight="weight", scores=("gap",)))()
+    batch = collator([{WEIGHT: 0.3, SCORE_GAP: 1.2345678}, {WEIGHT: 1e30, SCORE_GAP: 1e-30}])
+    cast = {name: values.bfloat16() if values.is_floating_point() else values for name, values in batch.items()}
+    numbers = take_columns(cast)
+    assert numbers[WEIGHT].tolist() == torch.tensor([0.3, 1e30]).tolist()
+    assert numbers[SCORE_GAP].tolist() == torch.tensor([1.2345678, 1e-30]).tolist()
+    assert set(cast) == {"input_ids", "pixels"}
