@@ -281,7 +281,8 @@ def turn(speaker, text):
 
 
 @pytest.mark.parametrize("has_column", [True, False])
-def test_a_prompt_within_the_answers(has_column):
+@pytest.mark.parametrize("is_named", [True, False])
+def test_a_prompt_within_the_answers(has_column, is_named):
     """As hubs have them: both sides are whole conversations."""
     start = [turn("human", "Hi"), turn("gpt", "Hello"), turn("human", "1 + 2?")]
     rows = [
@@ -292,7 +293,8 @@ def test_a_prompt_within_the_answers(has_column):
     ]
     if has_column:
         rows[0]["conversations"] = []
-    (found,) = convert(rows, SHAREGPT)
+    columns = {name: column for name, column in SHAREGPT["columns"].items() if is_named or name != "messages"}
+    (found,) = convert(rows, {**SHAREGPT, "columns": columns})
     assert found["_prompt"] == [asked("Hi"), said("Hello"), asked("1 + 2?")]
     assert answers_of(found["_response"]) == [[said("3")], [said("4"), asked("?"), said("3")]]
 
@@ -354,7 +356,14 @@ def test_rows_with_nothing_to_compare_have_no_answers(rows):
             RANKED,
             "a score of .* is nan: write a number",
         ),
-        ([{"q": "?", "said": ["a", "b"], "marks": [1e308, 0.0]}], RANKED, "is 1e.308: write a number of at most 1e.30"),
+        ([{"q": "?", "said": ["a", "b"], "marks": [1e308, 0.0]}], RANKED, "is 1e.308: write one from -1e.30 to 1e.30"),
+        ([{"q": "?", "said": ["a", "b"]}], RANKED, "names the column 'marks', but the data has 'q', 'said': write one"),
+        ([{"q": "?", "good": "a"}], {"columns": {"prompt": "q"}}, "names no column of answers: write .chosen. and"),
+        (
+            [{"prompt": "?", "chosen": [turn("gpt", "a")], "rejected": [turn("gpt", "b")]}],
+            {**SHAREGPT, "columns": {"messages": "prompt", "chosen": "chosen", "rejected": "rejected"}},
+            'column .prompt. of .* is no list of messages: if the answers begin .*, remove "messages"',
+        ),
         ([{"q": "?", "said": [["a"], ["b"]], "marks": [1.0, 2.0]}], RANKED, "an answer of .* is not a text"),
         (
             [{"q": "?", "said": ["a"]}],
@@ -376,11 +385,6 @@ def test_rows_with_nothing_to_compare_have_no_answers(rows):
             [{"conversations": [turn("human", "?")], "chosen": [turn("gpt", None)], "rejected": [turn("gpt", "b")]}],
             SHAREGPT,
             "a turn in an answer of .* has no text: write one",
-        ),
-        (
-            [{"chosen": [turn("gpt", "a")], "rejected": [turn("gpt", "b")]}],
-            {**SHAREGPT, "columns": {"chosen": "chosen", "rejected": "rejected"}},
-            'no column of the prompt\'s messages: write "messages"',
         ),
     ],
 )

@@ -345,5 +345,5 @@ def test_answers_of_several_turns_are_scored_and_more_than_two_refused(model, ot
     scored = read_scores(tmp_path / "turns.jsonl")
     assert len(scored) == 12
     assert all(row["chosen_tokens"] > 0 and not row["skipped"] for row in scored)
-    with pytest.raises(UserError, match="row 1 has more than two answers, and pairs are scored"):
+    with pytest.raises(UserError, match="row 1 has more than two answers, and only pairs are scored"):
         list(score_pairs(recipe | {"dataset": "four"}, tmp_path / "four.jsonl"))

@@ -93,7 +93,9 @@ def check_pairs(settings: Settings, test_set: TestSet | None = None, key: str = 
 
     tools = load_tokenization(model_args, data_args)
     is_dpo = settings.get("stage", "dpo") == "dpo"
-    if not is_dpo and any(each.answers for each in data_sets(data_args.dataset, data_args.dataset_dir)):
+    if not is_dpo and any(
+        getattr(each, "answers", None) for each in data_sets(data_args.dataset, data_args.dataset_dir)
+    ):
         raise UserError("a data set has a column of `answers` in dataset_info.json, which only `stage: dpo` takes.")
     with loaded_as_trained(finetuning_args) if is_dpo else nullcontext():
         pairs = load_pairs(model_args, data_args)

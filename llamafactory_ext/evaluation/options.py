@@ -48,7 +48,7 @@ class Options:
     tensor_parallel: Annotated[int, Option(min=1, help="vllm: GPUs per copy of the model.")] = 1
     data_parallel: Annotated[int, Option(min=1, help="vllm: copies of the model.")] = 1
     max_model_len: Annotated[int | None, Option(min=1, help="vllm: context length.")] = None
-    batch_size: Annotated[int, Option(min=1, help="hf: problems per batch.")] = 16
+    batch_size: Annotated[int, Option(min=1, help="hf: prompts per batch.")] = 16
     base_url: Annotated[str, Option(help="openai: address of the server.")] = "http://127.0.0.1:8000/v1"
     concurrency: Annotated[int, Option(min=1, help="openai: parallel requests.")] = 64
 

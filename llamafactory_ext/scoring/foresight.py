@@ -266,7 +266,10 @@ def render(output: Path) -> Iterable[Any]:
     for row in ranked(rows)[:WORST]:
         worst.add_row(str(row["index"] + 1), *(_short(row[name]) for name in OF_WORST))
     yield worst
-    yield "According to arXiv 2410.08847, pairs of a higher normalized_ches lower their chosen response more."
+    yield (
+        "According to arXiv 2410.08847, pairs of a higher normalized_ches lower their chosen response more. What this "
+        "package's authors measured did not show it (docs/data.md)."
+    )
     hint = (
         f"To write the data without such pairs: llamafactory-ext data drop RECIPE --scores {shlex.quote(str(output))}"
     )

@@ -71,7 +71,7 @@ def encode(processor: Any, row: Row, index: int) -> dict[str, list[Any]]:
     if not encoded.get("chosen_input_ids"):
         return {}
     if has_several({name: values[0] for name, values in encoded.items()}):
-        raise UserError(f"row {index + 1} has more than two answers, and pairs are scored: write its answers as pairs.")
+        raise UserError(f"row {index + 1} has more than two answers, and only pairs are scored: write it as pairs.")
     return encoded
 
 

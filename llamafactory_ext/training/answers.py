@@ -10,6 +10,7 @@ ends with a turn of the assistant, and no other two of these are neighbors: that
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -58,14 +59,9 @@ def _holds_answers(dataset: Any, attr: Any) -> bool:
     """Whether a data set's rows have more than one message, or more than one answer, on a side.
 
     Raises:
-        ValueError: if dataset_info.json names one of `answers` and `scores` without the other, or no `messages`.
+        ValueError: if dataset_info.json names one of `answers` and `scores` without the other, or no answers.
     """
     answers, scores = getattr(attr, "answers", None), getattr(attr, "scores", None)
-    if attr.ranking and attr.formatting != "alpaca" and attr.messages is None:
-        raise ValueError(
-            f'data set {attr}: dataset_info.json names no column of the prompt\'s messages: write "messages" under '
-            '"columns". That column may be missing in the data, if the answers begin with the prompt.'
-        )
     if (answers is None) != (scores is None):
         missing = "scores" if scores is None else "answers"
         raise ValueError(
@@ -74,6 +70,11 @@ def _holds_answers(dataset: Any, attr: Any) -> bool:
         )
     if answers is not None:
         return True
+    if attr.ranking and attr.chosen is None and attr.rejected is None:
+        raise ValueError(
+            f'data set {attr}: dataset_info.json names no column of answers: write "chosen" and "rejected", or '
+            '"answers" and "scores", under "columns".'
+        )
     if not attr.ranking or attr.chosen is None or attr.rejected is None:
         return False
     sides = [attr.chosen, attr.rejected]
@@ -98,17 +99,20 @@ class _AnswersConverter:
         pair: LLaMA-Factory's own, for rows in its ranking format.
         conversation: the same for rows without `chosen` and `rejected`: of a conversation's messages.
         attr: the data set's entry in dataset_info.json.
+        messages: the column of the prompt's messages, which the data may lack.
     """
 
     pair: Callable[[dict[str, Any]], dict[str, Any]]
     conversation: Callable[[dict[str, Any]], dict[str, Any]]
     attr: Any
+    messages: str
 
     @classmethod
     def of(cls, make: Callable[..., Any], name: str, attr: Any, data_args: Any) -> _AnswersConverter:
-        plain = replace(attr, ranking=False, kto_tag=None, response=None)
+        messages = attr.messages or "messages of the prompt"  # a column that no data has
+        plain = replace(attr, ranking=False, kto_tag=None, response=None, messages=messages)
         plain.answers, plain.scores = attr.answers, attr.scores  # no fields of LLaMA-Factory's
-        return cls(make(name, attr, data_args), make(name, plain, data_args), attr)
+        return cls(make(name, attr, data_args), make(name, plain, data_args), attr, messages)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """A row in the standard format, its best answer first; without answers if LLaMA-Factory is to skip it.
@@ -139,7 +143,7 @@ class _AnswersConverter:
 
     def _skipped(self, row: dict[str, Any]) -> dict[str, Any]:
         """A row with one answer, which is skipped. It has every column in its type, whatever rows stand beside it."""
-        standard = self.conversation({**row, self.attr.messages or "": []})
+        standard = self.conversation({**row, self.messages: []})
         empty = [{"role": role.value, "content": ""} for role in (Role.USER, Role.ASSISTANT)]
         return {**standard, "_prompt": empty[:1], "_response": empty[1:], STANDARD_SCORES: [0.0]}
 
@@ -168,16 +172,21 @@ class _AnswersConverter:
         """The row in the standard format, and the turns of each answer; none of one that is no conversation."""
         attr = self.attr
         conversations = [_messages(answer, attr, row) for answer in answers]
-        prompt = list(row.get(attr.messages) or [])
+        prompt = row.get(self.messages) or []
+        if not isinstance(prompt, list):
+            raise ValueError(
+                f"data set {attr}: column {self.messages!r} of {_row(row)} is no list of messages: if the answers "
+                'begin with the prompt, remove "messages" from "columns" in dataset_info.json.'
+            )
         if not prompt:
             kept = _common_prompt(conversations, attr)
             prompt, conversations = conversations[0][:kept], [turns[kept:] for turns in conversations]
         asked = [*prompt, {attr.role_tag: attr.assistant_tag, attr.content_tag: ""}]
-        standard = self.conversation({**row, attr.messages: asked})
+        standard = self.conversation({**row, self.messages: asked})
         before = len(standard["_prompt"])
         found = []
         for turns in conversations:
-            converted = self.conversation({**row, attr.messages: [*prompt, *turns]})
+            converted = self.conversation({**row, self.messages: [*prompt, *turns]})
             whole = [*converted["_prompt"], *converted["_response"]]
             # LLaMA-Factory leaves out a tool's result at the end, which no turn of the assistant follows.
             ends = turns[-1:] and turns[-1][attr.role_tag] in (attr.assistant_tag, attr.function_tag)
@@ -188,15 +197,22 @@ class _AnswersConverter:
 
 def _scored(row: Mapping[str, Any], answers: str, scores: str) -> tuple[list[Any], list[float]]:
     for name in (answers, scores):
-        if not isinstance(row.get(name), list):
+        if name not in row:
+            there = ", ".join(map(repr, row))
+            raise ValueError(
+                f"dataset_info.json names the column {name!r}, but the data has {there}: write one of these."
+            )
+        if not isinstance(row[name], list):
             raise ValueError(f"column {name!r} of {_row(row)} is {shown(row.get(name))}: write a list.")
     if len(row[answers]) != len(row[scores]):
         raise ValueError(
             f"{_row(row)} has {len(row[answers])} answers and {len(row[scores])} scores: write a score for each."
         )
-    wrong = [score for score in row[scores] if not (is_number(score) and abs(score) <= HIGHEST)]
-    if wrong:
-        raise ValueError(f"a score of {_row(row)} is {shown(wrong[0])}: write a number of at most {HIGHEST:g}.")
+    for score in row[scores]:
+        if not is_number(score) or math.isnan(score):
+            raise ValueError(f"a score of {_row(row)} is {shown(score)}: write a number.")
+        if abs(score) > HIGHEST:
+            raise ValueError(f"a score of {_row(row)} is {shown(score)}: write one from -{HIGHEST:g} to {HIGHEST:g}.")
     return row[answers], [float(score) for score in row[scores]]
 
 
@@ -279,8 +295,9 @@ class AnswersProcessor(PairwiseDatasetProcessor):
             answers = answers_of(row["_response"])
             if len(row["_prompt"]) % 2 != 1 or len(answers) < 2:
                 logger.warning_rank0_once(
-                    "Some rows are skipped: they lack a prompt or a second answer, their turns do not alternate, or "
-                    "all scores are the same. `llamafactory-ext data check` names them."
+                    "Some rows are skipped: they lack a prompt or a second answer, their turns do not alternate, their "
+                    "answers follow different questions, or all scores are the same. `llamafactory-ext data check` "
+                    "says which."
                 )
                 continue
             for name, value in self._tokenized(row, answers).items():
