@@ -153,8 +153,8 @@ def test_stock_dispatch_bug_is_not_back(train, other_model):
     losses = {
         name: steps(train(pref_loss=name, max_steps=1, disable_shuffling=True, ref_model=str(other_model)))[0]
         for name in WITH_REFERENCE
-        if name
-        not in ("robust", "aot", "aot_unpaired", "pl_dpo")  # without smoothing, in one order, of pairs: `sigmoid`
+        # Without label smoothing, in one order, and of two answers, they are `sigmoid`.
+        if name not in ("robust", "aot", "aot_unpaired", "pl_dpo")
     }
     assert len({round(loss, 4) for loss in losses.values()}) == len(losses), losses
 
