@@ -54,6 +54,7 @@ def tokenizer(model):
 
 def processor(tokenizer, template="qwen", cutoff_len=100_000, kind=AnswersProcessor):
     made = copy.deepcopy(TEMPLATES[template])
+    made.enable_thinking, made.preserve_thinking = True, False  # whatever another test has set for all
     return kind(made, tokenizer, None, DataArguments(cutoff_len=cutoff_len))
 
 
