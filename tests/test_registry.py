@@ -63,7 +63,7 @@ def test_losses_that_need_a_batch_are_those_that_look_at_other_pairs():
     columns = {field.name: torch.rand(4, generator=generator) for field in dataclasses.fields(PairLogps)}
     columns |= {name: -8 * column for name, column in columns.items() if name.startswith(("policy", "reference"))}
     columns |= {name: torch.full((4,), 8) for name in columns if name.endswith("length")}
-    pairs = PairLogps(**columns)
+    pairs = PairLogps(**columns | {"winner": None, "group": None})  # of two responses each
 
     def looks_at_others(loss):
         given = {"beta": 0.1, **loss.defaults()}
