@@ -130,6 +130,7 @@ docs: venv
 bench: venv trl-env
 	$(BIN)/python benchmarks/training.py $(ARGS)
 	$(BIN)/python benchmarks/systems.py --trl "$(TRL_BIN)/python" $(ARGS)
+	$(BIN)/python benchmarks/answers.py
 
 reproduce: venv
 	$(BIN)/python examples/reproduce/reproduce.py $(if $(GSM8K),--gsm8k "$(GSM8K)")

@@ -28,6 +28,7 @@ from llamafactory_ext.training.logps import response_logps
 from llamafactory_ext.training.ranking import Ranking
 
 Response = tuple[list[int], list[int]]
+MODEL, DATA = Path("outputs/SmolLM2-135M-Instruct"), Path("data/gsm8k_pairs.jsonl")
 BETA = 0.1
 AT_ONCE = 6  # pairs
 HALF = "differ after half of the response"
@@ -35,13 +36,11 @@ PROMPT = "share the prompt only"
 
 
 def main(
-    model: Annotated[Path, typer.Option(help="A small model's folder.")] = Path("outputs/SmolLM2-135M-Instruct"),
-    data: Annotated[Path, typer.Option(help="Pairs with `instruction` and `chosen` (.jsonl).")] = Path(
-        "data/gsm8k_pairs.jsonl"
-    ),
+    model: Annotated[Path, typer.Option(exists=True, help="A small model's folder (make model).")] = MODEL,
+    data: Annotated[Path, typer.Option(exists=True, help="Pairs, as `llamafactory-ext data corrupt` writes.")] = DATA,
     answers: Annotated[list[int] | None, typer.Option(min=2, help="Answers to a prompt.")] = None,
-    prompts: Annotated[int, typer.Option(min=1, help="Prompts of each kind.")] = 4,
-    rounds: Annotated[int, typer.Option(min=1, help="Times that each is measured.")] = 3,
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts of each kind.")] = 1,
+    rounds: Annotated[int, typer.Option(min=1, help="Times that each is measured.")] = 2,
 ) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
