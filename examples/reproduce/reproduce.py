@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -79,14 +79,19 @@ def parse_arguments() -> argparse.Namespace:
 # --- the model -------------------------------------------------------------------------------------------------------
 
 
+def make_whole(folder: Path, make: Callable[[Path], object]) -> None:
+    """Make a folder, unless it is there: whole or not at all."""
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    if not folder.is_dir():
+        shutil.rmtree(unfinished, ignore_errors=True)
+        make(unfinished)
+        unfinished.replace(folder)
+
+
 def make_data_and_weights() -> None:
-    """Data and random weights, whole or not at all."""
-    for name, make in (("data", make_data), ("random", lambda folder: make_model(folder, RESULTS / "data"))):
-        folder, unfinished = RESULTS / name, RESULTS / f".{name}.unfinished"
-        if not folder.is_dir():
-            shutil.rmtree(unfinished, ignore_errors=True)
-            make(unfinished)
-            unfinished.replace(folder)
+    """Data and random weights."""
+    make_whole(RESULTS / "data", make_data)
+    make_whole(RESULTS / "random", lambda folder: make_model(folder, RESULTS / "data"))
 
 
 def train() -> None:
@@ -110,10 +115,8 @@ def choose_start() -> None:
     index = bisect.bisect_left(checkpoints, ROOM, key=solved)
     chosen = checkpoints[min(index, len(checkpoints) - 1)]
     print(f"The model that all trainings start from: {chosen.name}, which solves {solved(chosen):.1%}", flush=True)
-    unfinished = RESULTS / ".start.unfinished"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    shutil.copytree(chosen, unfinished, ignore=shutil.ignore_patterns("optimizer.pt", "scheduler.pt", "rng_state*"))
-    unfinished.replace(RESULTS / "start")
+    unneeded = shutil.ignore_patterns("optimizer.pt", "scheduler.pt", "rng_state*")
+    make_whole(RESULTS / "start", lambda folder: shutil.copytree(chosen, folder, ignore=unneeded))
 
 
 def solved(checkpoint: Path) -> float:

@@ -26,7 +26,7 @@ from llamafactory_ext.whole_files import write_whole
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "reproduce")]
 
-from reproduce import own_log, run  # noqa: E402
+from reproduce import make_whole, own_log, run  # noqa: E402
 from toy import make_data, make_model  # noqa: E402
 
 RESULTS = Path("outputs/self_pairs")
@@ -98,12 +98,8 @@ def parse_arguments() -> argparse.Namespace:
 def toy() -> Setting:
     """A model of 2.5 million parameters, trained on the spot, and sums of three numbers."""
     folder = RESULTS / "toy"
-    for name, make in (("data", make_data), ("random", lambda made: make_model(made, folder / "data"))):
-        whole, unfinished = folder / name, folder / f".{name}.unfinished"
-        if not whole.is_dir():
-            shutil.rmtree(unfinished, ignore_errors=True)
-            make(unfinished)
-            unfinished.replace(whole)
+    make_whole(folder / "data", make_data)
+    make_whole(folder / "random", lambda made: make_model(made, folder / "data"))
     train(HERE / "toy_sft.yaml", folder / "start", folder / "start.log")
     return Setting(
         folder,

@@ -20,7 +20,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
 from . import flash
-from .trie import Branch, in_row, paths
+from .trie import Branch, as_tensor, from_tensor, paths
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,7 +60,7 @@ def tree_mask(trees: Sequence[Sequence[Branch]]) -> Tensor:
 
     Shape `(1, 1, sequences, 3)`, int64. transformers passes a mask of four dimensions to its layers unchanged.
     """
-    return torch.tensor(in_row(trees), dtype=torch.int64)[None, None]
+    return as_tensor(trees)[None, None]
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class _Trees:
 def _trees(mask: Tensor) -> _Trees:
     """Cached on the tensor for one forward pass: if DDP moved it to a GPU, only the first layer waits for it."""
     if not hasattr(mask, "trees"):
-        row = [Branch(*each) for each in mask[0, 0].tolist()]
+        row = from_tensor(mask[0, 0])
         mask.trees = _Trees(row, paths(row))  # type: ignore[attr-defined]
     trees: _Trees = mask.trees  # type: ignore[attr-defined]
     return trees

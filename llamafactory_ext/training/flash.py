@@ -17,7 +17,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_flash_attention_utils import _flash_attention_forward, flash_attn_supports_top_left_mask
 
-from .trie import Branch, paths, places
+from .trie import Branch, from_tensor, paths, places
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -135,8 +135,7 @@ class _Sequences:
 def _sequences(mask: Tensor, device: torch.device) -> _Sequences:
     """Made once per forward pass and kept on the tensor, for all layers."""
     if not hasattr(mask, "sequences"):
-        row = [Branch(*each) for each in mask[0, 0].tolist()]
-        mask.sequences = _as_sequences(row, device)  # type: ignore[attr-defined]
+        mask.sequences = _as_sequences(from_tensor(mask[0, 0]), device)  # type: ignore[attr-defined]
     sequences: _Sequences = mask.sequences  # type: ignore[attr-defined]
     return sequences
 

@@ -96,6 +96,16 @@ def in_row(trees: Sequence[Sequence[Branch]]) -> list[Branch]:
     ]
 
 
+def as_tensor(trees: Sequence[Sequence[Branch]]) -> Tensor:
+    """The sequences of a row, int64, shape `(sequences, 3)`; `from_tensor` reads them."""
+    return torch.tensor(in_row(trees), dtype=torch.int64)
+
+
+def from_tensor(row: Tensor) -> list[Branch]:
+    """The sequences of a row, from `as_tensor`; waits for a GPU if they are there."""
+    return [Branch(*each) for each in row.tolist()]
+
+
 def pair_tree(shared: int, chosen: int, rejected: int) -> list[Branch]:
     """The tree of a pair: the tokens of the shared prefix and of both tails."""
     return [Branch(0, 0, shared + chosen), Branch(0, shared, rejected)]

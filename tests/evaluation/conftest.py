@@ -10,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import tiny
 from engine_cases import QUESTIONS, settings
+from json_server import InJson
 
 from llamafactory_ext.evaluation.engines import Job
 from llamafactory_ext.evaluation.transformers_engine import TransformersEngine
@@ -61,15 +62,7 @@ def server(model32, adapters, monkeypatch):
     engine = TransformersEngine(settings(model32, adapters=adapters))
     lock = threading.Lock()
 
-    class Handler(BaseHTTPRequestHandler):
-        def reply(self, status: int, body: dict) -> None:
-            content = json.dumps(body).encode()
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
-
+    class Handler(InJson, BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             if http.key_status:
                 return self.reply(http.key_status, {"error": {"message": "no such key"}})
@@ -77,7 +70,7 @@ def server(model32, adapters, monkeypatch):
             self.reply(200, {"object": "list", "data": served})
 
         def do_POST(self) -> None:
-            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            request = self.request_body()
             with lock:
                 http.requests.append(request)
                 if len(http.requests) == 1 or len(http.requests) > http.broken_after:
@@ -96,9 +89,6 @@ def server(model32, adapters, monkeypatch):
                 "token_ids": generation.token_ids,
             }
             self.reply(200, {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]})
-
-        def log_message(self, *args: object) -> None:
-            pass
 
     http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     http.requests, http.broken_after, http.key_status, http.refuse = [], math.inf, None, lambda question: None

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+from json_server import InJson
 from typer.testing import CliRunner
 
 from llamafactory_ext.errors import UserError
@@ -49,9 +50,9 @@ def server():
     `server.rejects` are fields of a request that it does not take.
     """
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(InJson, BaseHTTPRequestHandler):
         def do_POST(self) -> None:
-            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            request = self.request_body()
             http.requests.append(request)
             try:
                 for name in http.rejects & set(request):
@@ -62,15 +63,7 @@ def server():
             choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
             about = {"id": "1", "object": "chat.completion", "created": 0, "model": "m"}
             body = {**about, "choices": [choice]} if status == 200 else {"error": {"message": text}}
-            content = json.dumps(body).encode()
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
-
-        def log_message(self, *args: object) -> None:
-            pass
+            self.reply(status, body)
 
     http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     http.requests, http.judge, http.rejects = [], prefer_longer, set()
