@@ -14,13 +14,14 @@ from pathlib import Path
 import pytest
 import yaml
 
+from llamafactory_ext.report.claims import findings
+from llamafactory_ext.report.claims.study import Study
 from llamafactory_ext.report.variants import SIZE, Variant
 from llamafactory_ext.sweep.spec import Sweep
 
 STUDY = Path(__file__).parents[1] / "examples" / "reproduce"
 sys.path.insert(0, str(STUDY))
 
-import claims  # noqa: E402
 import reproduce  # noqa: E402
 import start  # noqa: E402
 from rates import choose_rates  # noqa: E402
@@ -211,11 +212,11 @@ def study(**changes):
         for name, change in changes.items():
             if group.variant.name.replace("-", "_").startswith(name):
                 change(group)
-    return claims.Study(groups, untrained=0.6)
+    return Study(groups, untrained=0.6)
 
 
 def verdicts(study):
-    return {finding.claim: finding.verdict for finding in claims.findings(study)}
+    return {finding.claim: finding.verdict for finding in findings(study)}
 
 
 def test_every_claim_can_hold():
@@ -254,7 +255,7 @@ def test_every_claim_can_fail(changes, claim, verdict):
 
 def test_a_missing_setting_is_no_verdict_on_all():
     whole = study()
-    part = claims.Study([g for g in whole.groups if (g.variant.name, g.beta) != ("MinorDPO", 0.1)], 0.6)
+    part = Study([g for g in whole.groups if (g.variant.name, g.beta) != ("MinorDPO", 0.1)], 0.6)
     found = verdicts(part)
     for claim, verdict in found.items():
         if claim.startswith(("MinorDPO keeps", "A higher beta")):
@@ -264,6 +265,6 @@ def test_a_missing_setting_is_no_verdict_on_all():
 
 
 def test_what_is_missing_is_no_verdict():
-    first, *others = verdicts(claims.Study([Group(Variant("sigmoid"), 1e-5, 0.1, 0.5, chosen=-1)], 0.6)).values()
+    first, *others = verdicts(Study([Group(Variant("sigmoid"), 1e-5, 0.1, 0.5, chosen=-1)], 0.6)).values()
     assert first == "holds"
     assert set(others) == {"cannot tell"}

@@ -24,6 +24,8 @@ from typing import IO, Any
 
 import yaml
 
+from llamafactory_ext.report.claims import as_markdown, findings
+from llamafactory_ext.report.claims.study import Study
 from llamafactory_ext.report.page import write_report
 from llamafactory_ext.report.table import groups, learning_rate_of
 from llamafactory_ext.sweep.results import SweepResults, read_results
@@ -33,13 +35,11 @@ from llamafactory_ext.whole_files import write_whole
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-from claims import Finding, Study, findings  # noqa: E402
 from rates import choose_rates  # noqa: E402
 from start import make_data, make_model  # noqa: E402
 
 RESULTS = Path("outputs/reproduce")  # what the recipes name
 ROOM = 0.6  # of the problems solved by the model that trainings start from
-SIGNS = {"holds": "holds", "does not hold": "**does not hold**", "cannot tell": "*cannot tell*"}
 
 
 def main() -> None:
@@ -53,7 +53,7 @@ def main() -> None:
     grid = sweep(fill_in(HERE / "grid.yaml", {"LOW": low, "HIGH": high}), RESULTS / "grid")
     for name in ("pilot", "grid"):
         print(write_report(RESULTS / name, RESULTS / name / "report"))
-    write_whole(RESULTS / "claims.md", as_table(findings(study_of(grid))))
+    write_whole(RESULTS / "claims.md", as_markdown(findings(study_of(grid))))
     print(RESULTS / "claims.md")
     if args.gsm8k:
         reproduce_gsm8k(args.gsm8k)
@@ -199,7 +199,7 @@ def reproduce_gsm8k(gsm8k: Path) -> None:
     low, high = rates_of(sweep(folder / "gsm8k_pilot.yaml", folder / "pilot"))
     grid = sweep(fill_in(folder / "gsm8k_grid.yaml", {"LOW": low, "HIGH": high}), folder / "grid")
     print(write_report(folder / "grid", folder / "grid" / "report"))
-    write_whole(folder / "claims.md", as_table(findings(study_of(grid))))
+    write_whole(folder / "claims.md", as_markdown(findings(study_of(grid))))
 
 
 # --- claims ----------------------------------------------------------------------------------------------------------
@@ -207,14 +207,6 @@ def reproduce_gsm8k(gsm8k: Path) -> None:
 
 def study_of(grid: SweepResults) -> Study:
     return Study(groups([cell for cell in grid.cells if cell.is_trained]), untrained_accuracy(grid))
-
-
-def as_table(found: list[Finding]) -> str:
-    lines = ["| paper | claim | verdict | measured | criterion |", "|---|---|---|---|---|"]
-    for finding in found:
-        cells = (finding.paper, finding.claim, SIGNS[finding.verdict], finding.numbers, finding.criterion)
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
 
 
 # --- commands --------------------------------------------------------------------------------------------------------
