@@ -53,7 +53,7 @@ def main() -> None:
     write_data(folder / "data", pairs, held_out)
     sweep["recipe"] = {**recipe, "dataset_dir": str(folder / "data")}
     sweep["output"] = str(folder / "sweep")
-    sweep["evaluation"]["data"] = str(folder / "data" / "held_out.jsonl")
+    sweep["evaluators"][0]["gsm8k"]["data"] = str(folder / "data" / "held_out.jsonl")
     write_whole(folder / "sweep.yaml", yaml.safe_dump(sweep, sort_keys=False))
     run("sweep", str(folder / "sweep.yaml"))
     run("report", str(folder / "sweep"))

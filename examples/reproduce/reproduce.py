@@ -194,7 +194,7 @@ def reproduce_gsm8k(gsm8k: Path) -> None:
         )
     for name in ("pilot", "grid"):
         settings = yaml.safe_load((HERE / f"gsm8k_{name}.yaml").read_text(encoding="utf-8"))
-        settings["evaluation"]["data"] = str(gsm8k / "test.jsonl")
+        settings["evaluators"][0]["gsm8k"]["data"] = str(gsm8k / "test.jsonl")
         write_whole(folder / f"gsm8k_{name}.yaml", yaml.safe_dump(settings, sort_keys=False))
     low, high = rates_of(sweep(folder / "gsm8k_pilot.yaml", folder / "pilot"))
     grid = sweep(fill_in(folder / "gsm8k_grid.yaml", {"LOW": low, "HIGH": high}), folder / "grid")

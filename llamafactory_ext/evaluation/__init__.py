@@ -6,5 +6,7 @@ LLaMA-Factory and this package; see `__main__`.
 
 from pathlib import Path
 
-# argv after the interpreter's name that scores a model, in whichever environment the interpreter is.
-GSM8K = (str(Path(__file__).with_name("__main__.py")), "gsm8k")
+
+def command(name: str) -> tuple[str, ...]:
+    """What follows the interpreter's name in a command of the evaluation's, in whichever environment that is."""
+    return (str(Path(__file__).with_name("__main__.py")), name)

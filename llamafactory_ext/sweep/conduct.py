@@ -86,6 +86,7 @@ def _run_here(agenda: Agenda, cells: Sequence[Cell], rerun_failed: bool, part: P
         display.run(runner, chains[part])
         if part in (Part.all, Part.shared):
             display.run(runner, [[task] for task in agenda.adapter_tasks(agenda.trained(cells))])
+            display.run(runner, [[task] for task in agenda.judge_tasks(cells)])
 
 
 def wait_for_earlier(tasks: Sequence[Task]) -> None:

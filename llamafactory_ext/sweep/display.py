@@ -14,7 +14,7 @@ from rich.table import Table
 
 from ..commandline import LINE_SECONDS
 from .progress import Progress, Watcher
-from .records import Record
+from .records import Record, Step
 from .results import read_results
 from .spec import Cell
 from .tasks import Agenda
@@ -137,20 +137,23 @@ def _line(task: Task, now: Progress) -> str:
 
 
 def show_results(agenda: Agenda, cells: Sequence[Cell]) -> bool:
-    """A table of all cells with their strict accuracy; whether nothing has failed or been interrupted."""
+    """A table of all cells with the state of each command and the strict accuracy; whether nothing has failed or been
+    interrupted."""
     found = read_results(agenda.sweep.output)
     results = {result.name: result for result in [*found.bases, *found.cells]}
-    table = Table("cell", "trained", "scored", "strict", title_justify="left")
+    steps: list[Step] = ["train", *agenda.sweep.evaluators.steps]
+    table = Table("cell", *steps, "strict", title_justify="left")
     failures: list[str] = []
     interrupted: list[str] = []
-    for chain in [*agenda.chains(cells), *([task] for task in agenda.adapter_tasks(agenda.trained(cells)))]:
+    shared = [*agenda.adapter_tasks(agenda.trained(cells)), *agenda.judge_tasks(cells)]
+    for chain in _by_name([*(task for tasks in agenda.chains(cells) for task in tasks), *shared]):
         records = {task.step: task.record() for task in chain}
         for task in chain:
             if records[task.step].state == "failed":
                 failures.append(f"{task.step} {task.name}: {records[task.step].error} (see {task.log})")
         interrupted += [f"{task.step} {task.name}" for task in chain if records[task.step].state == "interrupted"]
         result = results[chain[0].name]
-        states = [_state(records[step]) if step in records else "" for step in ("train", "score")]
+        states = [_state(records[step]) if step in records else "" for step in steps]
         table.add_row(chain[0].name, *states, f"{result.summary['strict']['accuracy']:.1%}" if result.summary else "")
     console.print(table)
     for failure in failures:
@@ -160,3 +163,11 @@ def show_results(agenda: Agenda, cells: Sequence[Cell]) -> bool:
     if interrupted:
         console.print(f"Interrupted; run the same command to resume: {', '.join(interrupted)}")
     return not failures and not interrupted
+
+
+def _by_name(tasks: Sequence[Task]) -> list[list[Task]]:
+    """The commands of each cell or model, in their order."""
+    found: dict[str, list[Task]] = {}
+    for task in tasks:
+        found.setdefault(task.name, []).append(task)
+    return list(found.values())

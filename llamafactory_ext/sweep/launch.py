@@ -26,7 +26,7 @@ from .work import Task
 
 PROGRAM = (sys.executable, "-m", "llamafactory_ext.cli")
 POLL = 5.0  # seconds
-TOGETHER = "scores"  # the name of the last job, which scores untrained models, and adapters together
+TOGETHER = "scores"  # the name of the last job: untrained models, adapters together, and the judge
 
 
 class Cluster(Protocol):
@@ -172,7 +172,7 @@ def run_on_cluster(
             part = "--train-only" if train_only else "--apart"
             jobs.submit(cell.name, [*command, *again, part, "--only", cell.name])
     jobs.wait(watch)
-    shared = [*agenda.base_tasks(cells), *agenda.adapter_tasks(agenda.trained(cells))]
+    shared = [*agenda.base_tasks(cells), *agenda.adapter_tasks(agenda.trained(cells)), *agenda.judge_tasks(cells)]
     if not train_only and any(is_left([task]) for task in shared):
         chosen = [word for cell in cells for word in ("--only", cell.name)]
         jobs.submit(TOGETHER, [*command, *again, "--shared", *chosen])

@@ -8,7 +8,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .tasks import SCORES
 from .work import Task
 
 
@@ -42,8 +41,8 @@ class Watcher:
                     log = json.loads(line)
                     loss = f"loss {log['loss']:.3f}" if "loss" in log else self.now.status
                     self.now = Progress(int(log["current_steps"]), int(log["total_steps"]), loss)
-        if self.task.step == "score":
-            files = (self.task.folder / SCORES).glob("*/generations.jsonl")
+        elif self.task.step != "pairs":
+            files = [file for folder in self.task.resumes for file in folder.rglob("generations.jsonl")]
             self.now.done += sum(len(self._new_lines(file)) for file in files)
         return self.now
 

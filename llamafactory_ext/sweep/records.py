@@ -21,7 +21,7 @@ from ..errors import UserError
 from ..whole_files import write_whole
 from .shapes import check, damaged
 
-Step = Literal["train", "score", "pairs"]
+Step = Literal["train", "score", "pairs", "lm_eval", "answers", "judge"]
 STEPS: tuple[Step, ...] = get_args(Step)
 State = Literal["to do", "running", "done", "failed", "interrupted"]
 

@@ -11,10 +11,11 @@ from ..errors import UserError
 from ..recipe.keys import split
 from ..scoring.file import read_scores
 from ..scoring.summary import Summary, summarize
+from .evaluators import Asking, Problems
 from .records import Record, Step, read_object, read_record
-from .shapes import About, Scores, State, Trained, check_logs, damaged
+from .shapes import About, Judgments, Scores, State, Trained, check_logs, damaged
 from .spec import ADAPTERS
-from .tasks import MODEL_ITSELF, PAIRS, SCORES, SWEEP_FILE, read_yaml
+from .tasks import JUDGE, MODEL_ITSELF, PAIRS, SWEEP_FILE, read_yaml
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class Result:
         correct: whether each problem was solved (strict), by its index; empty where it was not scored.
         pairs: what `llamafactory-ext score` found on held-out pairs, or None.
         margins: the margin of each held-out pair in nats, by its index; empty where there are none.
+        benchmarks: what lm-evaluation-harness measured, or None.
+        judged: how often its answers were better than those of its baseline, by the summary of `eval judge`, or None.
     """
 
     name: str
@@ -42,6 +45,7 @@ class Result:
     correct: dict[int, bool]
     pairs: Summary | None
     margins: dict[int, float]
+    judged: dict[str, Any] | None = None
 
     @property
     def loss(self) -> str:
@@ -108,16 +112,27 @@ def _result(own: Path, about: dict[str, Any], groups: dict[str, dict[str, str]])
     """What a folder holds, as far as it belongs to the sweep as it is now, going by its records' fingerprints."""
     current = {step: read_record(own, step) for step, fingerprint in about["fingerprints"].items()}
     current = {step: record for step, record in current.items() if record.fingerprint == about["fingerprints"][step]}
-    scores = _scores(own / SCORES / MODEL_ITSELF) if "score" in current else {}
-    for group, fingerprints in groups.items():  # adapters are scored together, beside the cells' folder
-        folder = own.parents[1] / group
-        if not scores and read_record(folder, "score").fingerprint == fingerprints["score"]:
-            scores = _scores(folder / SCORES / about["name"])
+
+    def run_of(evaluator: type[Asking]) -> Path | None:
+        """The folder with what a command of the evaluator's has found."""
+        if evaluator.step in current:
+            return own / evaluator.folder / MODEL_ITSELF
+        for group, fingerprints in groups.items():  # adapters are asked together, beside the cells' folder
+            folder = own.parents[1] / group
+            run = folder / evaluator.folder / str(about["name"])
+            known = fingerprints.get(evaluator.step)
+            if known and read_record(folder, evaluator.step).fingerprint == known and run.is_dir():
+                return run
+        return None
+
+    scored = run_of(Problems)
+    scores = _scores(scored) if scored else {}
     file = own / "recipe.yaml"
     recipe = read_yaml(file) if file.is_file() else {}
     _check_numbers(recipe, file)
     has_pairs = "pairs" in current and (own / PAIRS).is_file()
     pairs = read_scores(own / PAIRS) if has_pairs else []
+    judged = read_object(own / JUDGE / "results.json", Judgments) if "judge" in current else {}
     return Result(
         name=about["name"],
         place=about.get("place", {}),
@@ -128,6 +143,7 @@ def _result(own: Path, about: dict[str, Any], groups: dict[str, dict[str, str]])
         correct={row["index"]: row["strict"]["correct"] for row in scores.get("rows", [])},
         pairs=summarize(pairs) if has_pairs else None,
         margins={row["index"]: row["margin"] for row in pairs if not row["skipped"]},
+        judged=judged.get("summary"),
     )
 
 

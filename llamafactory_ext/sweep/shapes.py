@@ -26,6 +26,7 @@ class Base(BaseModel):
 
 class Asked(BaseModel):
     axes: list[dict[str, Any]] | dict[str, Any]
+    evaluators: dict[str, Any]
 
 
 class About(BaseModel):
@@ -70,6 +71,28 @@ class Scores(BaseModel):
     extractor: str = "1"
     summary: Scored
     rows: list[Answer]
+
+
+class Rate(BaseModel):
+    count: int
+    rate: FiniteFloat
+    wilson_95: Annotated[list[FiniteFloat], Field(min_length=2, max_length=2)]
+
+
+class Judged(BaseModel):
+    b: str
+    judge: str
+    judged: int
+    win: Rate
+    tie: Rate
+    lose: Rate
+    sign_test_p: FiniteFloat
+
+
+class Judgments(BaseModel):
+    """results.json of `eval judge`."""
+
+    summary: Judged
 
 
 class Trained(BaseModel):

@@ -4,71 +4,33 @@ from __future__ import annotations
 
 import itertools
 import re
-import shutil
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import Field, ValidationError
 
 from ..errors import UserError
 from ..losses.lookup import get_loss
 from ..recipe.keys import OBJECTIVE_KEYS, keys_not_taken, split
 from ..recipe.reading import Settings, read_recipe
+from .evaluators import Evaluators, Strict
 
 SHORT = {"pref_loss": "", "learning_rate": "lr", "pref_beta": "beta", "num_train_epochs": "epochs"}
 SWEEP_OWN = ("output_dir",)  # keys of a recipe that the sweep writes itself
-MAPPING = "chat-template-kwargs"  # the one option of gsm8k.py that is a mapping
-EVALUATION_OWN = ("model", "data", "engine", "adapter", "output", "skip-base", "score-only")  # likewise of gsm8k.py
+MOVED = {"evaluation": "gsm8k", "held_out": "pairs"}  # keys of earlier releases
 BASE, ADAPTERS = "base", "adapters"  # folders of untrained models, and of adapters that are scored together
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
-
-
-class Evaluation(_Strict):
-    """How trained models are scored: what `llamafactory-ext eval gsm8k` is called with.
-
-    Args:
-        data: a GSM8K file, or a hub's name of it.
-        engine: what generates.
-        python: the interpreter of the engine's environment; None: this one (`hf` only).
-        script: a gsm8k.py of the user's own, in place of `llamafactory-ext eval gsm8k`.
-        options: more options of its command line, by name without the dashes; `true` is a flag, `false` is left out,
-            a mapping (`chat_template_kwargs`) becomes JSON.
-        base: whether the untrained model is scored as well.
-    """
-
-    data: str
-    engine: Literal["vllm", "openai", "hf"] = "vllm"
-    python: str | None = None
-    script: Path | None = None
-    options: dict[str, JsonValue] = {}
-    base: bool = True
-
-
-class HeldOut(_Strict):
-    """Pairs that each trained model is scored on by `llamafactory-ext score`.
-
-    Args:
-        dataset: of the recipe's `dataset_dir`.
-        max_samples: only so many of its pairs.
-    """
-
-    dataset: str
-    max_samples: int | None = Field(default=None, ge=1)
-
-
-class Sweep(_Strict):
+class Sweep(Strict):
     """A sweep as its file describes it.
 
     Args:
         recipe: the path of the base recipe, or its keys.
         axes: a list of values per key; or several such grids, whose cells are joined.
         output: the folder of the sweep.
-        evaluation, held_out: how trained models are scored; None: they are not.
+        evaluators: what is done with each trained model.
         gpus_per_cell: the GPUs of one training; 0: none, even if there are some.
         at_once: cells at a time on a machine without GPUs.
         launcher: parameters of submitit's `AutoExecutor`, or of Ray's client.
@@ -77,11 +39,10 @@ class Sweep(_Strict):
     recipe: str | dict[str, Any]
     axes: dict[str, Any] | list[dict[str, Any]]
     output: Path
-    evaluation: Evaluation | None = None
-    held_out: HeldOut | None = None
+    evaluators: Evaluators = Field(default_factory=Evaluators)
     gpus_per_cell: int = Field(default=1, ge=0)
     at_once: int = Field(default=1, ge=1)
-    launcher: dict[str, Any] = {}
+    launcher: dict[str, Any] = Field(default_factory=dict)
 
     @property
     def references(self) -> Path:
@@ -185,9 +146,10 @@ def notes(sweep: Sweep, cells: Sequence[Cell]) -> list[str]:
     """What is worth knowing about a sweep and its results, though nothing is wrong."""
     found = []
     trained = {name for cell in cells for _, name in cell.datasets}
-    if sweep.held_out is not None and sweep.held_out.dataset in trained:
+    held_out = sweep.evaluators.pairs
+    if held_out is not None and held_out.dataset in trained:
         found.append(
-            f"Cells train on the held-out pairs {sweep.held_out.dataset!r}: their scores say nothing about new pairs."
+            f"Cells train on the held-out pairs {held_out.dataset!r}: their scores say nothing about new pairs."
         )
     base = sweep.base_recipe()
     for key in OBJECTIVE_KEYS:
@@ -203,40 +165,20 @@ def read_sweep(path: Path) -> Sweep:
         UserError: if there is no such file, or a key or value of it is wrong; one sentence says what to write instead.
     """
     settings = read_recipe([str(path)])
+    for key, kind in MOVED.items():
+        if key in settings:
+            raise UserError(
+                f"{path}: `{key}` is an evaluator now: write its keys as `evaluators: [{{{kind}: {{…}}}}]`."
+            )
     try:
         sweep = Sweep(**settings)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("dict", "list", "str")))
         raise UserError(f"{path}: `{place}`: {first['msg'].lower()}; see `llamafactory-ext sweep --help`.") from error
-    evaluation = sweep.evaluation
-    if evaluation is not None:
-        _check_evaluation(evaluation)
+    for evaluator in sweep.evaluators.asking:
+        evaluator.check()
     return sweep
-
-
-def _check_evaluation(evaluation: Evaluation) -> None:
-    if evaluation.script is not None and not evaluation.script.is_file():
-        raise UserError(f"there is no {evaluation.script}: leave `script` under `evaluation` out, or name a file.")
-    for key, value in evaluation.options.items():
-        if key.replace("_", "-") in EVALUATION_OWN:
-            raise UserError(f"The sweep sets `{key}` itself: remove it from `options` under `evaluation`.")
-        if key.replace("_", "-") == MAPPING:
-            if not isinstance(value, dict):
-                raise UserError(
-                    f"`{key}` under `evaluation` is not a mapping: write one, such as {{enable_thinking: false}}."
-                )
-        elif value is None or isinstance(value, dict | list):
-            raise UserError(f"`{key}` under `evaluation` is {value}: write a number, a string, true or false.")
-    if evaluation.data.endswith((".jsonl", ".parquet")) and not Path(evaluation.data).is_file():
-        raise UserError(f"there is no {evaluation.data}: write the file of problems as `data` under `evaluation`.")
-    if evaluation.python is not None and shutil.which(evaluation.python) is None:
-        raise UserError(f"there is no {evaluation.python}: write an interpreter as `python` under `evaluation`.")
-    if evaluation.engine == "vllm" and evaluation.python is None:
-        raise UserError(
-            "vLLM needs an environment of its own: write its interpreter as `python` under `evaluation` "
-            "(`make eval-env` makes .venv-eval/bin/python), or write `engine: hf`."
-        )
 
 
 def _combinations(grid: Mapping[str, Any]) -> Iterator[Settings]:

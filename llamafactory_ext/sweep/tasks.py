@@ -17,9 +17,10 @@ from ..data.files import file_of, registered
 from ..distributions import version
 from ..environment import PACKAGES
 from ..errors import UserError
-from ..evaluation import GSM8K
+from ..evaluation import command
 from ..scoring.file import unfinished_path
 from ..whole_files import write_whole
+from .evaluators import Asking, HeldOut, Judged, option_words
 from .records import read_object, read_record
 from .shapes import About
 from .spec import ADAPTERS, BASE, Cell, Sweep, notes
@@ -27,8 +28,8 @@ from .work import LLAMAFACTORY, OURS, Task
 
 SWEEP_FILE = "sweep.json"
 PAIRS = "pairs.jsonl"
-SCORES = "scores"  # the folder that gsm8k.py writes to
-MODEL_ITSELF = "base"  # what gsm8k.py calls the model that it was given, beside adapters
+ANSWERS, JUDGE = Judged.folder, "judge"  # folders of a cell
+MODEL_ITSELF = "base"  # what the evaluation's commands call the model that they were given, beside adapters
 WHERE = ("output_dir", "ref_log_probs_cache_dir")  # keys of a recipe that do not change what is trained
 
 
@@ -45,30 +46,40 @@ class Agenda:
         alone = dict.fromkeys(cell.base_model for cell in cells if cell.base_model not in adapted)
         self.groups = _names(list(adapted), ADAPTERS)
         self.bases = _names(list(alone), BASE)
+        self._contents: dict[Path, str] = {}  # hashes, each computed once
 
     def chains(self, cells: Sequence[Cell]) -> list[list[Task]]:
         """Commands that need each other stand in one chain, in their order: the untrained models', then the cells'."""
         return [*([task] for task in self.base_tasks(cells)), *(self.cell_tasks(cell) for cell in cells)]
 
     def base_tasks(self, cells: Sequence[Cell]) -> list[Task]:
-        """Scoring each model that cells start from, but for those that are scored with adapters of theirs."""
-        if self.sweep.evaluation is None or not self.sweep.evaluation.base:
-            return []
+        """Asking each model that cells start from, but for those that are asked with adapters of theirs."""
         models = dict.fromkeys(cell.base_model for cell in cells if cell.base_model in self.bases)
-        return [self._score(self.bases[model], self.sweep.output / self.bases[model], model) for model in models]
+        return [
+            self._ask(evaluator, self.bases[model], self.sweep.output / self.bases[model], model)
+            for model in models
+            for evaluator in self.sweep.evaluators.asking
+            if evaluator.base
+        ]
 
     def cell_tasks(self, cell: Cell) -> list[Task]:
-        """Training a cell and scoring it; adapters are scored together, later."""
+        """Training a cell and what is done with it alone; adapters are asked together, later."""
         tasks = [self.train_task(cell)]
-        if self.sweep.evaluation is not None and not cell.is_adapter:
-            tasks.append(self._score(cell.name, cell.folder, str(cell.model)))
-        if self.sweep.held_out is not None and cell.has_reference:
-            tasks.append(self._pairs_task(cell))
+        if not cell.is_adapter:
+            asking = self.sweep.evaluators.asking
+            tasks += [self._ask(evaluator, cell.name, cell.folder, str(cell.model)) for evaluator in asking]
+        if self.sweep.evaluators.pairs is not None and cell.has_reference:
+            tasks.append(self._pairs_task(self.sweep.evaluators.pairs, cell))
         return tasks
 
     def train_task(self, cell: Cell) -> Task:
-        made = [cell.folder / SCORES, cell.folder / PAIRS, unfinished_path(cell.folder / PAIRS)]
-        made += [self.sweep.output / group / SCORES / cell.name for group in self.groups.values()]
+        made = [cell.folder / PAIRS, unfinished_path(cell.folder / PAIRS)]
+        for evaluator in self.sweep.evaluators.asking:
+            made.append(cell.folder / evaluator.folder)
+            made += [self.sweep.output / group / evaluator.folder / cell.name for group in self.groups.values()]
+        for other in self.cells:
+            baseline = self._baseline_of(other)
+            made += [other.folder / JUDGE] if baseline is not None and cell.name in (other.name, baseline) else []
         return Task(
             cell.name,
             "train",
@@ -84,63 +95,107 @@ class Agenda:
         return [cell for cell in cells if self.train_task(cell).record().state == "done"]
 
     def adapter_tasks(self, trained: Sequence[Cell]) -> list[Task]:
-        """Scoring all trained adapters of a model in one load of the engine."""
-        if self.sweep.evaluation is None:
-            return []
+        """Asking all trained adapters of a model in one load of the engine."""
         tasks = []
         for model, group in self.groups.items():
             adapters = {c.name: c for c in trained if c.is_adapter and c.base_model == model}
-            if adapters:
-                runs = [*adapters, *([MODEL_ITSELF] if self.sweep.evaluation.base else [])]
-                asked = self._unscored(group, model, runs) or runs
+            for evaluator in self.sweep.evaluators.asking if adapters else ():
+                runs = [*adapters, *([MODEL_ITSELF] if evaluator.base else [])]
+                asked = self._unasked(evaluator, group, model, runs) or runs
                 words = [
                     word for run in asked if run in adapters for word in ("--adapter", f"{run}={adapters[run].model}")
                 ]
                 words += [] if MODEL_ITSELF in asked else ["--skip-base"]
-                tasks.append(self._score(group, self.sweep.output / group, model, *words, runs=runs))
+                tasks.append(self._ask(evaluator, group, self.sweep.output / group, model, *words, runs=runs))
         return tasks
 
-    def _unscored(self, group: str, model: str, runs: Sequence[str]) -> list[str]:
+    def _unasked(self, evaluator: Asking, group: str, model: str, runs: Sequence[str]) -> list[str]:
         """The runs of a group without results: the others are not asked again when adapters have been added."""
         folder = self.sweep.output / group
-        if read_record(folder, "score").fingerprint != self.score_fingerprint(model):
+        if read_record(folder, evaluator.step).fingerprint != self.fingerprint(evaluator, model):
             return list(runs)
-        return [run for run in runs if not (folder / SCORES / run / "results.json").is_file()]
+        return [run for run in runs if not (folder / evaluator.folder / run / evaluator.result).is_file()]
 
-    def _score(self, name: str, folder: Path, model: str, *more: str, runs: Sequence[str] = (MODEL_ITSELF,)) -> Task:
-        evaluation = self.sweep.evaluation
-        assert evaluation is not None
-        script = GSM8K if evaluation.script is None else (str(evaluation.script),)
-        words = [evaluation.python or sys.executable, *script, "--engine", evaluation.engine]
-        words += ["--model", model, "--data", evaluation.data, "--output", str(folder / SCORES)]
-        words += option_words(evaluation.options)
+    def _ask(
+        self,
+        evaluator: Asking,
+        name: str,
+        folder: Path,
+        model: str,
+        *more: str,
+        runs: Sequence[str] = (MODEL_ITSELF,),
+    ) -> Task:
+        output = folder / evaluator.folder
+        words = [evaluator.python or sys.executable, *evaluator.command(), "--engine", evaluator.engine]
+        words += ["--model", model, *evaluator.words(), "--output", str(output), *option_words(evaluator.options)]
         return Task(
             name,
-            "score",
+            evaluator.step,
             folder,
             (*words, *more),
-            fingerprint=self.score_fingerprint(model),
-            resumes=(folder / SCORES,),
-            results=tuple(folder / SCORES / run / "results.json" for run in runs),
+            fingerprint=self.fingerprint(evaluator, model),
+            resumes=(output,),
+            results=tuple(output / run / evaluator.result for run in runs),
         )
 
-    def score_fingerprint(self, model: str) -> str:
-        """A hash of what the scores of a model depend on."""
-        evaluation = self.sweep.evaluation
-        asked = evaluation and evaluation.model_dump(mode="json", exclude={"python", "script", "base"})
-        return hashes.of_value([model, asked, self.asked_files])
+    def fingerprint(self, evaluator: Asking, model: str) -> str:
+        """A hash of what the results of a model depend on, the content of local files included."""
+        paths = [Path(each) for each in evaluator.named() if isinstance(each, str) and each]  # empty: this folder
+        return hashes.of_value([model, evaluator.asked(), [self._content(path) for path in paths if path.exists()]])
 
-    @cached_property
-    def asked_files(self) -> list[str]:
-        """Hashes of the problems and of the files that options name, as a prompt's, where they are local."""
-        evaluation = self.sweep.evaluation
-        named = [evaluation.data, *evaluation.options.values()] if evaluation else []
-        paths = [Path(each) for each in named if isinstance(each, str) and each]  # an empty path is this folder
-        return [hashes.of_data(path) for path in paths if path.exists()]
+    def _content(self, path: Path) -> str:
+        if path not in self._contents:
+            self._contents[path] = hashes.of_data(path)
+        return self._contents[path]
 
-    def _pairs_task(self, cell: Cell) -> Task:
-        held_out = self.sweep.held_out
-        assert held_out is not None
+    # --- judging -----------------------------------------------------------------------------------------------------
+
+    def judge_tasks(self, cells: Sequence[Cell]) -> list[Task]:
+        """Comparing the answers of cells with those of their baselines, wherever both are there."""
+        tasks = [self._judge_task(cell) for cell in cells if self._baseline_of(cell) is not None]
+        return [task for task in tasks if all(Path(folder, "answers.jsonl").is_file() for folder in task.reads)]
+
+    def _baseline_of(self, cell: Cell) -> str | None:
+        judged = self.sweep.evaluators.judge
+        return None if judged is None else judged.baseline_of(cell.name)
+
+    def _judge_task(self, cell: Cell) -> Task:
+        judged, baseline = self.sweep.evaluators.judge, self._baseline_of(cell)
+        assert judged is not None
+        assert baseline is not None
+        ours, theirs = self._answers(cell), self._answers_of_baseline(cell, baseline)
+        words = [judged.python or sys.executable, *command("judge"), "--a", str(ours), "--b", str(theirs)]
+        words += ["--names", f"{cell.name},{baseline}", *judged.judging(), "--output", str(cell.folder / JUDGE)]
+        return Task(
+            cell.name,
+            "judge",
+            cell.folder,
+            tuple(words),
+            fingerprint=hashes.of_value([judged.judging(), self.fingerprint(judged, f"{cell.name} {baseline}")]),
+            reads=(ours, theirs),
+            resumes=(cell.folder / JUDGE,),
+            results=(cell.folder / JUDGE / "results.json",),
+        )
+
+    def fingerprints(self, cell: Cell) -> dict[str, str]:
+        """Of the commands of a cell's own, by step."""
+        tasks = self.cell_tasks(cell)
+        tasks += [self._judge_task(cell)] if self._baseline_of(cell) is not None else []
+        return {task.step: task.fingerprint for task in tasks}
+
+    def _answers(self, cell: Cell) -> Path:
+        """Where the answers of a cell are."""
+        if cell.is_adapter:
+            return self.sweep.output / self.groups[cell.base_model] / ANSWERS / cell.name
+        return cell.folder / ANSWERS / MODEL_ITSELF
+
+    def _answers_of_baseline(self, cell: Cell, name: str) -> Path:
+        if name == BASE:  # the untrained model that the cell starts from
+            group = self.groups.get(cell.base_model) or self.bases[cell.base_model]
+            return self.sweep.output / group / ANSWERS / MODEL_ITSELF
+        return self._answers(next(other for other in self.cells if other.name == name))
+
+    def _pairs_task(self, held_out: HeldOut, cell: Cell) -> Task:
         output = cell.folder / PAIRS
         most = "null" if held_out.max_samples is None else held_out.max_samples  # the recipe's is for training
         words = [OURS, "score", str(cell.recipe_file), f"dataset={held_out.dataset}", f"max_samples={most}"]
@@ -163,20 +218,9 @@ class Agenda:
     @cached_property
     def held_out_pairs(self) -> dict[str, str | None]:
         """A hash of the held-out pairs by the data folder that they are in; None if they are those of a hub."""
-        held_out = self.sweep.held_out
+        held_out = self.sweep.evaluators.pairs
         folders = dict.fromkeys(cell.data_folder for cell in self.cells) if held_out else ()
         return {folder: _hash_of_data(folder, held_out.dataset) for folder in folders if held_out}
-
-
-def option_words(options: Mapping[str, Any]) -> list[str]:
-    """Options as words of a command line, `--batch-size=8`, mappings as JSON; true is the name alone, false nothing."""
-    words = []
-    for key, value in options.items():
-        name = f"--{key.replace('_', '-')}"
-        if value is not False:
-            given = json.dumps(value) if isinstance(value, dict) else value
-            words.append(name if value is True else f"{name}={given}")
-    return words
 
 
 def _names(models: Sequence[str], stem: str) -> dict[str, str]:
@@ -215,18 +259,15 @@ def write_sweep(agenda: Agenda, file: Path) -> None:
     named = hashes.of_named(cell.settings for cell in cells)
     _check_unchanged(agenda, "data", data)
     _check_unchanged(agenda, "named", named)
-    shared = [(model, name) for model, name in {**agenda.bases, **agenda.groups}.items()]
+    asking = sweep.evaluators.asking
     about = {
         "file": str(file),
         "command": f"{OURS} sweep {file}",
         "sweep": sweep.model_dump(mode="json"),
-        "cells": [
-            {"name": c.name, "place": c.place, "fingerprints": {t.step: t.fingerprint for t in agenda.cell_tasks(c)}}
-            for c in cells
-        ],
+        "cells": [{"name": c.name, "place": c.place, "fingerprints": agenda.fingerprints(c)} for c in cells],
         "bases": [
-            {"name": name, "model": model, "fingerprints": {"score": agenda.score_fingerprint(model)}}
-            for model, name in shared
+            {"name": name, "model": model, "fingerprints": {e.step: agenda.fingerprint(e, model) for e in asking}}
+            for model, name in {**agenda.bases, **agenda.groups}.items()
         ],
         "data": data,
         "named": named,

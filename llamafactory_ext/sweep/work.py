@@ -42,12 +42,13 @@ class Task:
 
     Args:
         name: of the cell that it belongs to.
-        step: `train`, `score` (problems) or `pairs` (held-out pairs).
+        step: which of a cell's commands it is.
         folder: holds log and record.
         argv: the command line.
         fingerprint: a hash of everything that the results depend on; an attempt with another one does not count.
         outputs: what it writes; removed before an attempt, except checkpoints to resume from.
         resumes: outputs that it resumes from by itself; removed only if the fingerprint has changed.
+        reads: folders that must be there before it can run.
         invalidates: what was made from its earlier results; removed before an attempt.
         results: files that must exist for it to be done.
     """
@@ -59,6 +60,7 @@ class Task:
     fingerprint: str = ""
     outputs: tuple[Path, ...] = ()
     resumes: tuple[Path, ...] = ()
+    reads: tuple[Path, ...] = ()
     invalidates: tuple[Path, ...] = ()
     results: tuple[Path, ...] = ()
 

@@ -23,7 +23,7 @@ def make_place(folder):
     return folder
 
 
-def write_sweep(folder, name, axes, launcher=None, **changes):
+def write_sweep(folder, name, axes, launcher=None, evaluators=(), **changes):
     """`name`.yaml: a sweep of the place's model and pairs, with scores, into the folder `name`."""
     recipe = tiny.recipe(folder / "model", folder / "data", folder / "unused", **changes)
     recipe = {
@@ -36,8 +36,11 @@ def write_sweep(folder, name, axes, launcher=None, **changes):
         "output": name,
         "gpus_per_cell": 0,
         "at_once": 2,
-        "evaluation": {"data": "test.jsonl", "engine": "hf", "options": {"max-tokens": 12}},
-        "held_out": {"dataset": "pairs_eval"},
+        "evaluators": [
+            {"gsm8k": {"data": "test.jsonl", "engine": "hf", "options": {"max-tokens": 12}}},
+            {"pairs": {"dataset": "pairs_eval"}},
+            *evaluators,
+        ],
         "launcher": launcher or {},
     }
     (folder / f"{name}.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))

@@ -22,9 +22,9 @@ def margin_with_a_floor(pairs, *, beta, tau=1.0, floor=0.0):
 """
 
 
-def make_sweep(folder, axes, recipe=RECIPE, **changes):
-    evaluation = {"data": "openai/gsm8k", "engine": "hf", "script": folder / "gsm8k.py"}
-    sweep = Sweep(recipe=recipe, axes=axes, output=folder / "out", **{"evaluation": evaluation, **changes})
+def make_sweep(folder, axes, recipe=RECIPE, **evaluators):
+    gsm8k = {"data": "openai/gsm8k", "engine": "hf", "script": folder / "gsm8k.py"}
+    sweep = Sweep(recipe=recipe, axes=axes, output=folder / "out", evaluators={"gsm8k": gsm8k, **evaluators})
     agenda = Agenda(sweep, sweep.cells())
     write_recipes(agenda, agenda.cells)
     write_sweep(agenda, Path("sweep.yaml"))
@@ -113,7 +113,7 @@ def make_large_sweep(folder):
         {"pref_loss": "sr_dpo", "sr_lambda": [0.1, 0.3], "learning_rate": 1e-5, "pref_beta": 0.1, "seed": [1, 2]},
         {"pref_loss": "margin_with_a_floor", **own, **PLACES},
     ]
-    sweep = make_sweep(folder, axes, held_out={"dataset": "held_out_pairs"})
+    sweep = make_sweep(folder, axes, pairs={"dataset": "held_out_pairs"})
     tasks, chance = tasks_of(sweep), random.Random(0)
     score(sweep, "base", 45, problems=100, tasks=tasks)
     first, *others = sweep.cells()

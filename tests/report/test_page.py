@@ -151,7 +151,7 @@ def test_methods_on_one_beta_have_figures_of_their_own(tmp_path):
 
 
 def test_without_a_reference_and_without_scores(tmp_path):
-    sweep = make_sweep(tmp_path, {"pref_loss": ["orpo"]}, evaluation=None)
+    sweep = make_sweep(tmp_path, {"pref_loss": ["orpo"]}, gsm8k=None)
     (cell,) = sweep.cells()
     train(sweep, cell, metrics=())
     page, rows = report(sweep)
@@ -178,7 +178,7 @@ def test_scores_of_an_earlier_evaluation_are_not_shown(tmp_path):
     train(sweep, cell)
     score(sweep, cell.name, 4)
     evaluation = {"data": "openai/gsm8k", "engine": "hf", "script": tmp_path / "gsm8k.py", "options": {"limit": 5}}
-    changed = make_sweep(tmp_path, {"seed": [1]}, evaluation=evaluation)
+    changed = make_sweep(tmp_path, {"seed": [1]}, gsm8k=evaluation)
     _, rows = report(changed)
     assert rows[cell.name]["strict"] == ""
     assert rows[cell.name]["train"] == "done"
@@ -249,7 +249,7 @@ def test_held_out_rows_have_their_number_of_pairs_and_intervals(tmp_path):
     Student's t with 3 degrees of freedom: 1 -+ 3.182446 * sqrt(14 / 3) / 2 = -2.4374 and 4.4374.
     Accuracy: 3 of 4 pairs in both seeds. Wilson: (3 + 1.9207 -+ 1.96 sqrt(0.75 + 0.9604)) / 7.8415 = 0.3006, 0.9544.
     """
-    sweep = make_sweep(tmp_path, {"pref_loss": ["sigmoid"], "seed": [1, 2]}, held_out={"dataset": "others"})
+    sweep = make_sweep(tmp_path, {"pref_loss": ["sigmoid"], "seed": [1, 2]}, pairs={"dataset": "others"})
     for cell, margins in zip(sweep.cells(), ((0, 2, 4, -2), (2, 2, 2, -2)), strict=True):
         train(sweep, cell)
         score_pairs(sweep, cell, [margin or 0.001 for margin in margins])
@@ -347,6 +347,6 @@ def test_a_record_with_odd_values_counts_as_none(value, sweep):
 
 @pytest.mark.parametrize(("dataset", "told"), [("pairs", 1), ("others", 0)])
 def test_a_sweep_that_trains_on_its_held_out_pairs_says_so(dataset, told, tmp_path):
-    page, _ = report(make_sweep(tmp_path, {"pref_loss": ["sigmoid"]}, held_out={"dataset": dataset}))
+    page, _ = report(make_sweep(tmp_path, {"pref_loss": ["sigmoid"]}, pairs={"dataset": dataset}))
     note = "Cells train on the held-out pairs &#39;pairs&#39;: their scores say nothing about new pairs."
     assert page.count(note) == told

@@ -78,7 +78,7 @@ def latex(tmp_path_factory):
         {"pref_loss": ODD, "pref_loss_file": str(loss_file), "pref_loss_args": arguments},
         {"pref_loss": "sr_dpo", "sr_lambda": 0.3, "sr_prompt": ["100 % {sure}: ", "$5 & \\more #1_2\n\nLast "]},
     ]
-    sweep = make_sweep(folder, axes, held_out={"dataset": "others"})
+    sweep = make_sweep(folder, axes, pairs={"dataset": "others"})
     tasks = tasks_of(sweep)
     for cell in sweep.cells():
         train(sweep, cell, tasks=tasks)

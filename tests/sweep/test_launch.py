@@ -135,7 +135,7 @@ def test_adapters_are_trained_by_a_job_each_and_scored_by_one(tmp_path, monkeypa
         recipe={"stage": "dpo", "finetuning_type": "lora"},
         axes={"seed": [1, 2]},
         output=tmp_path / "out",
-        evaluation={"data": "openai/gsm8k", "engine": "hf", "script": script},
+        evaluators={"gsm8k": {"data": "openai/gsm8k", "engine": "hf", "script": script}},
     )
 
     agenda = Agenda(sweep, sweep.cells())

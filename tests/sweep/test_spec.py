@@ -104,7 +104,11 @@ def test_a_recipe_of_another_stage_is_left_as_it_is():
 
 
 def options(**values):
-    return {"evaluation": {"data": "x", "engine": "hf", "options": values}}
+    return gsm8k(data="x", engine="hf", options=values)
+
+
+def gsm8k(**keys):
+    return {"evaluators": [{"gsm8k": keys}]}
 
 
 @pytest.mark.parametrize(
@@ -116,14 +120,14 @@ def options(**values):
         ({"axes": {"pref_loss": ["minor_dp"]}}, "Did you mean 'minor_dpo'"),
         ({"gpus_per_cell": -1}, "`gpus_per_cell`: input should be greater than or equal to 0"),
         ({"axis": {}}, "`axis`: extra inputs are not permitted"),
-        ({"evaluation": {"data": "missing.jsonl", "engine": "hf"}}, "there is no missing.jsonl"),
+        (gsm8k(data="missing.jsonl", engine="hf"), "there is no missing.jsonl"),
         (options(score_only=True), "The sweep sets `score_only` itself: remove it"),
-        (options(chat_template_kwargs="enable_thinking"), "`chat_template_kwargs` under `evaluation` is not a mapping"),
-        (options(limit=[1, 2]), "`limit` under `evaluation` is [1, 2]: write a number"),
-        (options(limit={"first": 1}), "`limit` under `evaluation` is {'first': 1}: write a number"),
-        (options(limit=None), "`limit` under `evaluation` is None: write a number"),
-        ({"evaluation": {"data": "openai/gsm8k"}}, "vLLM needs an environment of its own"),
-        ({"evaluation": {"data": "x", "engine": "hf", "script": "nowhere.py"}}, "there is no nowhere.py"),
+        (options(chat_template_kwargs="enable_thinking"), "`chat_template_kwargs` under `gsm8k` is not a mapping"),
+        (options(limit=[1, 2]), "`limit` under `gsm8k` is [1, 2]: write a number"),
+        (options(limit={"first": 1}), "`limit` under `gsm8k` is {'first': 1}: write a number"),
+        (options(limit=None), "`limit` under `gsm8k` is None: write a number"),
+        (gsm8k(data="openai/gsm8k"), "vLLM needs an environment of its own"),
+        (gsm8k(data="x", engine="hf", script="nowhere.py"), "there is no nowhere.py"),
     ],
 )
 def test_a_wrong_file_is_refused_in_a_sentence(changes, words, tmp_path):

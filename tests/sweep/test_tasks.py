@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 import yaml
@@ -20,16 +21,18 @@ RECIPE = {"stage": "dpo", "model_name_or_path": "one", "dataset": "pairs", "fine
 
 @pytest.fixture
 def make(tmp_path):
-    def agenda(axes, evaluation=True, options=None, data="openai/gsm8k", **changes):
+    def agenda(axes, options=None, data="openai/gsm8k", evaluators=MappingProxyType({}), **changes):
         recipe = RECIPE | {"dataset_dir": str(tmp_path)} | changes
-        scored = {"data": data, "engine": "hf", "script": tmp_path / "gsm8k.py"} if evaluation else None
-        scored = scored and scored | {"options": options or {}}
-        sweep = Sweep(
-            recipe=recipe, axes=axes, output=tmp_path / "out", evaluation=scored, held_out={"dataset": "test"}
-        )
+        scored = {"data": data, "engine": "hf", "script": tmp_path / "gsm8k.py", "options": options or {}}
+        evaluators = {"gsm8k": scored, "pairs": {"dataset": "test"}, **evaluators}
+        sweep = Sweep(recipe=recipe, axes=axes, output=tmp_path / "out", evaluators=evaluators)
         return Agenda(sweep, sweep.cells())
 
     return agenda
+
+
+def score_fingerprint(agenda):
+    return agenda.fingerprint(agenda.sweep.evaluators.gsm8k, "model")
 
 
 def done(task):
@@ -115,7 +118,7 @@ def test_an_empty_option_names_no_files(make, tmp_path, monkeypatch):
     found = []
     for content in ("one", "two"):
         (tmp_path / "log.txt").write_text(content)
-        found.append(make({"seed": [1]}, options={"system": ""}).score_fingerprint("model"))
+        found.append(score_fingerprint(make({"seed": [1]}, options={"system": ""})))
     assert found[0] == found[1]
 
 
@@ -167,7 +170,7 @@ def test_arguments_of_the_chat_template_reach_the_evaluation_as_json(make):
     (word,) = [word for word in words if word.startswith("--chat-template-kwargs=")]
     assert parse_chat_template_kwargs(word.partition("=")[2]) == options["chat_template_kwargs"]
     other = make({"seed": [1]}, options={"chat_template_kwargs": {"enable_thinking": True}})
-    assert other.score_fingerprint("model") != agenda.score_fingerprint("model")
+    assert score_fingerprint(other) != score_fingerprint(agenda)
 
 
 def test_training_a_cell_anew_spoils_what_was_made_of_it(make):
