@@ -53,6 +53,7 @@ OTHER_OWN_KEYS = (
 )
 # Keys that only say which loss is trained, and how it is shaped; beta is every loss's.
 LOSS_KEYS = ("pref_loss", "pref_loss_file", "pref_loss_args", "sr_prompt", *OBJECTIVE_KEYS, *OWN_KEYS, *STOCK_KEYS)
+REFERENCE_KEYS = ("ref_model", "ref_log_probs_cache_dir", "precompute_ref_log_probs")  # not with orpo and simpo
 
 Allowed = tuple[str, Callable[[float], bool]]
 _NOT_NEGATIVE: Allowed = ("a number of at least 0", lambda value: value >= 0)

@@ -11,13 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import UserError
-from ..recipe.keys import LOSS_KEYS, PREF_BETA
+from ..recipe.keys import LOSS_KEYS, PREF_BETA, REFERENCE_KEYS
 from ..scoring.summary import Summary
 from ..sweep.results import Result
 from ..training.monitors import DEGENERATING
 from .variants import SEEDS, Variant, as_written, short_key, variant_of
 
-REFERENCE_KEYS = ("ref_model", "ref_log_probs_cache_dir", "precompute_ref_log_probs")  # not with orpo and simpo
 DEFAULTS = {"pref_beta": PREF_BETA, "learning_rate": 5e-5}  # LLaMA-Factory's and transformers'
 BASELINE = "sigmoid"  # DPO
 LAST = 0.1  # of a run's logs are averaged for its final numbers

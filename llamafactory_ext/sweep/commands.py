@@ -8,6 +8,9 @@ from typing import Annotated
 
 import typer
 
+from ..errors import UserError
+from ..planning.cost import PEAK, UTILIZATION, Gpu
+
 Opt = typer.Option
 
 
@@ -22,7 +25,14 @@ def sweep(
     only: Annotated[
         list[str] | None, Opt(help="Only cells whose name matches this pattern, such as 'minor_dpo-*'.")
     ] = None,
-    dry_run: Annotated[bool, Opt("--dry-run", help="Show the cells, steps and time; run nothing.")] = False,
+    dry_run: Annotated[bool, Opt("--dry-run", help="Show the cells, steps and GPU hours; run nothing.")] = False,
+    gpu: Annotated[str, Opt(help=f"With --dry-run, the GPU to price for: {', '.join(PEAK)}.")] = "h100",
+    utilization: Annotated[
+        float, Opt(min=0.01, max=1, help="With --dry-run, the share of the GPU's peak.")
+    ] = UTILIZATION,
+    tokens: Annotated[
+        int | None, Opt(min=1, help="With --dry-run, tokens of a sequence (default: cutoff_len).")
+    ] = None,
     rerun_failed: Annotated[bool, Opt("--rerun-failed", help="Try failed cells again.")] = False,
     train_only: Annotated[
         bool, Opt("--train-only", help="Train only; run the command again without it to score.")
@@ -45,10 +55,13 @@ def sweep(
     recipe: examples/demo/smollm2-135m_full_minor_dpo.yaml  # or its keys
     output: outputs/sweep                # a folder per cell: recipe, logs, model, scores
     axes:                                # or a list of such grids
-      pref_loss: [sigmoid, minor_dpo]
-      pref_beta: [0.1, 0.5]
-    evaluation: {data: test.jsonl, engine: hf, base: true, options: {limit: 200}}  # of `eval gsm8k`; or python:
-    held_out: {dataset: test_pairs, max_samples: 500}  # pairs to score
+      pref_loss: [sigmoid, sr_dpo]
+      sr_lambda: {best_of: lambda.yaml, by: margin}  # or [0.1, 0.3]; chosen by an earlier sweep
+    evaluators:                          # of each trained model, those that you want
+    - gsm8k: {data: test.jsonl, engine: hf, base: true, options: {limit: 200}}  # of `eval gsm8k`; or python:
+    - pairs: {dataset: test_pairs, max_samples: 500}  # of `score`
+    - lm_eval: {tasks: open_llm_leaderboard, python: .venv-eval/bin/python}  # of `eval harness`
+    - judge: {data: questions.jsonl, judge: gpt-4, baseline: sigmoid, engine: hf}  # of `eval answers` and `judge`
     gpus_per_cell: 1                     # without GPUs, at_once: cells at a time
     launcher: {timeout_min: 720}         # of submitit's AutoExecutor, or of Ray's client
     ```
@@ -58,8 +71,12 @@ def sweep(
     Exit status: 0 if everything is done, 1 if a command failed or is not done, 2 if the file is wrong.
     """
     from .conduct import Part, conduct
+    from .price import Pricing
 
+    if gpu not in PEAK:
+        raise UserError(f"--gpu {gpu} is unknown: write one of {', '.join(PEAK)}.")
+    pricing = Pricing(Gpu(gpu, utilization), tokens)
     flags = {Part.train: train_only, Part.apart: apart, Part.shared: shared}
     part = next((part for part, given in flags.items() if given), Part.all)
-    if not conduct(file, only or [], launcher, part, dry_run=dry_run, rerun_failed=rerun_failed):
+    if not conduct(file, only or [], launcher, part, dry_run=pricing if dry_run else None, rerun_failed=rerun_failed):
         raise typer.Exit(1)

@@ -7,12 +7,15 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
 
 from ..errors import UserError
 from .check import check
-from .display import Display, console, show_plan, show_results
+from .choice import choose
+from .display import Display, console, show_choices, show_plan, show_price, show_results
+from .price import Pricing, price
 from .records import check_locks
 from .spec import Cell, notes, read_sweep
 from .tasks import Agenda, write_recipes, write_sweep
@@ -29,7 +32,13 @@ class Part(Enum):
 
 
 def conduct(
-    file: Path, only: Sequence[str], launcher: str, part: Part, *, dry_run: bool = False, rerun_failed: bool = False
+    file: Path,
+    only: Sequence[str],
+    launcher: str,
+    part: Part,
+    *,
+    dry_run: Pricing | None = None,
+    rerun_failed: bool = False,
 ) -> bool:
     """Run the commands of a sweep that are not done; returns whether all are, and True with `dry_run`.
 
@@ -38,24 +47,34 @@ def conduct(
         only: patterns of cells' names; none for all cells.
         launcher: local, slurm or ray.
         part: which commands run here; a cluster's jobs get it on their command line.
+        dry_run: what is priced where the plan is only shown; None: the sweep runs.
+        rerun_failed: whether failed commands are tried again.
 
     Raises:
         UserError: if the file or a recipe is wrong.
     """
-    if not dry_run:
+    asked, choices = choose(read_sweep(file), preliminary=dry_run is not None)
+    if dry_run is None:
         check_locks()
-    asked = read_sweep(file)
+        for evaluator in asked.evaluators.asking:
+            evaluator.check_files()
     agenda = Agenda(asked, asked.cells())
     cells = _chosen(agenda.cells, only)
     with console.status("reading the recipes"):
-        steps = check(asked, cells)
-    show_plan(agenda, cells, steps)
+        schedules = check(asked, cells)
+    steps = {name: schedule.steps for name, schedule in schedules.items()}
+    left = [cell for cell in cells if agenda.train_task(cell).record().state != "done"]
+    priced = price(left, schedules, dry_run) if dry_run else None
+    show_plan(agenda, cells, steps, priced)
+    if priced is not None and dry_run is not None:
+        show_price(priced, dry_run)
+    show_choices(choices)
     for note in notes(asked, cells):
         console.print(f"[yellow]Note: {note}", soft_wrap=True)
     if dry_run:
         return True
     write_recipes(agenda, cells)
-    write_sweep(agenda, file)
+    write_sweep(agenda, file, [asdict(choice) for choice in choices])
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that running commands are ended
     if launcher == "local":
         _run_here(agenda, cells, rerun_failed, part)

@@ -13,6 +13,8 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 
 from ..commandline import LINE_SECONDS
+from .choice import Choice
+from .price import Price, Pricing
 from .progress import Progress, Watcher
 from .records import Record, Step
 from .results import read_results
@@ -24,17 +26,20 @@ console = Console()
 COLOURS = {"done": "green", "failed": "red", "interrupted": "yellow", "running": "cyan"}
 
 
-def show_plan(agenda: Agenda, cells: Sequence[Cell], steps: Mapping[str, int | None]) -> None:
+def show_plan(
+    agenda: Agenda, cells: Sequence[Cell], steps: Mapping[str, int | None], priced: Price | None = None
+) -> None:
+    """A table of the cells: steps, time, state, and GPU hours where they are priced."""
     records = {cell.name: agenda.train_task(cell).record() for cell in cells}
     pace = _seconds_per_step(records, steps)
-    table = Table(
-        "cell", "steps", "time", "state", title=f"{len(cells)} cells in {agenda.sweep.output}", title_justify="left"
-    )
+    heads = ["cell", "steps", "time", *(["GPU hours"] if priced else []), "state"]
+    table = Table(*heads, title=f"{len(cells)} cells in {agenda.sweep.output}", title_justify="left")
     for cell in cells:
         count, record = steps[cell.name], records[cell.name]
         guess = None if pace is None or count is None else pace * count
         time_ = _time(record) if record.seconds else f"~{_duration(guess)}" if guess else ""
-        table.add_row(cell.name, "?" if count is None else f"{count:,}", time_, _state(record))
+        hours = [_hours(priced.cells.get(cell.name))] if priced else []
+        table.add_row(cell.name, "?" if count is None else f"{count:,}", time_, *hours, _state(record))
     console.print(table)
     left = [steps[name] for name, record in records.items() if record.state != "done"]
     if not left:
@@ -45,6 +50,38 @@ def show_plan(agenda: Agenda, cells: Sequence[Cell], steps: Mapping[str, int | N
         f", about {_duration(pace * known)} one after another" if pace else "; the time is known after the first cell"
     )
     console.print(text + about)
+
+
+def show_price(priced: Price, pricing: Pricing) -> None:
+    gpu = pricing.gpu
+    if not priced.cells:
+        return
+    known = [hours for hours in priced.cells.values() if hours is not None]
+    if known:
+        length = f"{pricing.tokens} tokens" if pricing.tokens else "`cutoff_len` tokens"
+        console.print(
+            f"Trainings: about {_hours(priced.total)} GPU hours ({_hours(priced.reference)} for the reference), on "
+            f"{gpu.name.upper()} at {gpu.utilization:.0%} of their peak, with sequences of {length} (--gpu, "
+            "--utilization, --tokens). What evaluators take is not counted.",
+            soft_wrap=True,
+            highlight=False,
+        )
+    if priced.unknown:
+        missing = len(priced.cells) - len(known)
+        console.print(
+            f"GPU hours of {missing} cells are unknown: {escape(priced.unknown)}", soft_wrap=True, highlight=False
+        )
+
+
+def _hours(hours: float | None) -> str:
+    if hours is None:
+        return ""
+    return "<0.01" if hours < 0.01 else f"{hours:,.0f}" if hours >= 10 else f"{hours:.2g}"
+
+
+def show_choices(choices: Sequence[Choice]) -> None:
+    for choice in choices:
+        console.print(choice.told, soft_wrap=True, highlight=False, markup=False)
 
 
 def _seconds_per_step(records: Mapping[str, Record], steps: Mapping[str, int | None]) -> float | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -68,13 +67,19 @@ class Asking(Strict):
             UserError: if a value is wrong; one sentence says what to write instead.
         """
         check_options(self.options, OWN, self.kind)
-        if self.python is not None and shutil.which(self.python) is None:
-            raise UserError(f"there is no {self.python}: write an interpreter as `python` under `{self.kind}`.")
         if self.engine == "vllm" and self.python is None:
             raise UserError(
                 f"vLLM needs an environment of its own: write its interpreter as `python` under `{self.kind}` "
                 "(`make eval-env` makes .venv-eval/bin/python), or write `engine: hf`."
             )
+
+    def check_files(self) -> None:
+        """
+        Raises:
+            UserError: if what it needs on this machine is not there; a dry run does not need it yet.
+        """
+        if self.python is not None and shutil.which(self.python) is None:
+            raise UserError(f"there is no {self.python}: write an interpreter as `python` under `{self.kind}`.")
 
 
 class Problems(Asking):
@@ -104,8 +109,8 @@ class Problems(Asking):
     def named(self) -> list[JsonValue]:
         return [self.data, *super().named()]
 
-    def check(self) -> None:
-        super().check()
+    def check_files(self) -> None:
+        super().check_files()
         if self.script is not None and not self.script.is_file():
             raise UserError(f"there is no {self.script}: leave `script` under `gsm8k` out, or name a file.")
         if self.data.endswith((".jsonl", ".parquet")) and not Path(self.data).is_file():
@@ -142,6 +147,9 @@ class Benchmarks(Asking):
         super().check()
         if not self.tasks:
             raise UserError("`tasks` under `lm_eval` is empty: write `open_llm_leaderboard`, or names of tasks.")
+
+    def check_files(self) -> None:
+        super().check_files()
         if self.include_path is not None and not self.include_path.is_dir():
             raise UserError(f"there is no folder {self.include_path}: correct `include_path` under `lm_eval`.")
 
@@ -154,8 +162,8 @@ class Judged(Asking):
         data: the questions, in MT-Bench's layout or with one question a row.
         judge: the judge's name on its server.
         base_url: the server's address.
-        baseline: the cell to compare with, or `base` for the untrained model; or one per pattern of cells' names. Cells
-            that no pattern fits are not judged.
+        baseline: the name of the cell to compare with, or `base` for the untrained model; or a loss per loss: a cell is
+            compared with the other loss's cell of the same settings, and those of other losses are not judged.
         judge_options: more options of `eval judge`.
     """
 
@@ -183,14 +191,6 @@ class Judged(Asking):
     def named(self) -> list[JsonValue]:
         return [str(self.data), *super().named()]
 
-    def baseline_of(self, cell: str) -> str | None:
-        """The name that a cell is compared with; None if it is not judged."""
-        if isinstance(self.baseline, str):
-            found = self.baseline
-        else:
-            found = next((name for pattern, name in self.baseline.items() if fnmatchcase(cell, pattern)), cell)
-        return None if found == cell else found
-
     def judging(self) -> list[str]:
         """The judge and its options, as words of `eval judge`."""
         return ["--judge", self.judge, "--base-url", self.base_url, *option_words(self.judge_options)]
@@ -198,6 +198,9 @@ class Judged(Asking):
     def check(self) -> None:
         super().check()
         check_options(self.judge_options, JUDGE_OWN, "judge")
+
+    def check_files(self) -> None:
+        super().check_files()
         if not self.data.is_file():
             raise UserError(f"there is no {self.data}: write the file of questions as `data` under `judge`.")
 

@@ -29,6 +29,15 @@ class Asked(BaseModel):
     evaluators: dict[str, Any]
 
 
+class Chosen(BaseModel):
+    key: str
+    of: str
+    by: str
+    place: dict[str, Any]
+    value: Any
+    measured: dict[str, FiniteFloat]
+
+
 class About(BaseModel):
     """sweep.json."""
 
@@ -37,6 +46,7 @@ class About(BaseModel):
     bases: list[Base]
     data: dict[str, str] = {}
     named: dict[str, Any] = {}
+    chosen: list[Chosen] = []
     notes: list[str] = []
 
 

@@ -61,7 +61,7 @@ class Sweep(Strict):
         """
         base = self.base_recipe()
         cells: dict[str, Cell] = {}
-        for grid in self.axes if isinstance(self.axes, list) else [self.axes]:
+        for grid in as_list(self.axes):
             for place in _combinations(grid):
                 place, settings = self._recipe(base, place)
                 if all(settings != cell.settings for cell in cells.values()):
@@ -173,12 +173,22 @@ def read_sweep(path: Path) -> Sweep:
     try:
         sweep = Sweep(**settings)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("dict", "list", "str")))
-        raise UserError(f"{path}: `{place}`: {first['msg'].lower()}; see `llamafactory-ext sweep --help`.") from error
+        raise UserError(f"{path}: {first_error(error)}; see `llamafactory-ext sweep --help`.") from error
     for evaluator in sweep.evaluators.asking:
         evaluator.check()
     return sweep
+
+
+def first_error(error: ValidationError) -> str:
+    """The first of pydantic's errors, with its place."""
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("dict", "list", "str")))
+    return f"`{place}`: {first['msg'].removeprefix('Value error, ').lower()}"
+
+
+def as_list(axes: Settings | list[Settings]) -> list[Settings]:
+    """The grids of `axes`."""
+    return axes if isinstance(axes, list) else [axes]
 
 
 def _combinations(grid: Mapping[str, Any]) -> Iterator[Settings]:

@@ -21,6 +21,7 @@ from ..evaluation import command
 from ..scoring.file import unfinished_path
 from ..whole_files import write_whole
 from .evaluators import Asking, HeldOut, Judged, option_words
+from .judging import baseline_of
 from .records import read_object, read_record
 from .shapes import About
 from .spec import ADAPTERS, BASE, Cell, Sweep, notes
@@ -157,7 +158,7 @@ class Agenda:
 
     def _baseline_of(self, cell: Cell) -> str | None:
         judged = self.sweep.evaluators.judge
-        return None if judged is None else judged.baseline_of(cell.name)
+        return None if judged is None else baseline_of(judged, cell, self.cells)
 
     def _judge_task(self, cell: Cell) -> Task:
         judged, baseline = self.sweep.evaluators.judge, self._baseline_of(cell)
@@ -248,17 +249,23 @@ def write_recipes(agenda: Agenda, cells: Sequence[Cell]) -> None:
         _write_if_new(cell.recipe_file, yaml.safe_dump(cell.recipe, sort_keys=False, allow_unicode=True))
 
 
-def write_sweep(agenda: Agenda, file: Path) -> None:
+def write_sweep(agenda: Agenda, file: Path, chosen: Sequence[Mapping[str, Any]] = ()) -> None:
     """Write what the sweep is into its folder, for whoever finds it there, and for the report.
 
+    Args:
+        agenda: of all its cells.
+        file: the sweep's file.
+        chosen: values of axes that earlier sweeps have chosen, and how.
+
     Raises:
-        UserError: if the data, or a file or model that recipes name, has changed since a cell was trained.
+        UserError: if the data, a file or model that recipes name, or a choice has changed since a cell was trained.
     """
     sweep, cells = agenda.sweep, agenda.cells
     data = _data_hashes(cells)
     named = hashes.of_named(cell.settings for cell in cells)
     _check_unchanged(agenda, "data", data)
     _check_unchanged(agenda, "named", named)
+    _check_choices(agenda, chosen)
     asking = sweep.evaluators.asking
     about = {
         "file": str(file),
@@ -271,6 +278,7 @@ def write_sweep(agenda: Agenda, file: Path) -> None:
         ],
         "data": data,
         "named": named,
+        "chosen": list(chosen),
         "notes": notes(sweep, cells),
         "versions": {name: number for name in ("llamafactory-ext", *PACKAGES) if (number := version(name))},
         "python": platform.python_version(),
@@ -288,6 +296,21 @@ def _check_unchanged(agenda: Agenda, kind: str, hashes_now: Mapping[str, Any]) -
             f"{called}{changed[0]!r} has changed since cells in {agenda.sweep.output} were trained with it: write "
             "another `output`, or remove this folder."
         )
+
+
+def _check_choices(agenda: Agenda, chosen: Sequence[Mapping[str, Any]]) -> None:
+    """Cells with another value would stand beside those of the value that was best when they were trained."""
+    folders = (file.parent for file in agenda.sweep.output.glob("cells/*/train.json"))
+    if not any(read_record(folder, "train").state == "done" for folder in folders):
+        return
+    now = {(each["key"], repr(each["place"])): each for each in chosen}
+    for before in read_object(agenda.sweep.output / SWEEP_FILE, About).get("chosen", []):
+        each = now.get((before["key"], repr(before["place"])))
+        if each is not None and each["value"] != before["value"]:
+            raise UserError(
+                f"{each['of']} now chooses {each['key']} {each['value']}, where it chose {before['value']} before: "
+                f"write another `output`, or {before['value']} in place of the choice."
+            )
 
 
 def _write_if_new(path: Path, text: str) -> None:

@@ -111,6 +111,13 @@ def gsm8k(**keys):
     return {"evaluators": [{"gsm8k": keys}]}
 
 
+def read_and_check(file):
+    sweep = read_sweep(file)
+    sweep.cells()
+    for evaluator in sweep.evaluators.asking:
+        evaluator.check_files()
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -134,5 +141,5 @@ def test_a_wrong_file_is_refused_in_a_sentence(changes, words, tmp_path):
     file = tmp_path / "sweep.yaml"
     file.write_text(yaml.safe_dump({"recipe": BASE, "axes": {"seed": [1]}, "output": "out"} | changes))
     with pytest.raises(UserError, match=r".") as error:
-        read_sweep(file).cells()
+        read_and_check(file)
     assert words in str(error.value)
