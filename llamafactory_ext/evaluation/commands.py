@@ -5,17 +5,18 @@ from __future__ import annotations
 import typer
 
 from ..commandline import Group
-from . import answers, compare, gsm8k, judge, sampling
+from . import answers, compare, gsm8k, harness, judge, sampling
 
 app = typer.Typer(
     cls=Group,
-    help="Score models on GSM8K, compare runs, sample answers, and let a judge compare answers to open questions.",
+    help="Score models on GSM8K and other benchmarks, compare runs, sample answers, and let a judge compare answers.",
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
 for name, module in {
     "gsm8k": gsm8k,
+    "harness": harness,
     "compare": compare,
     "sample": sampling,
     "answers": answers,

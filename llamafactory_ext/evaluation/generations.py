@@ -58,11 +58,7 @@ class Run:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         take(self.lock, self.folder)
-        file = self.folder / MANIFEST
-        if file.is_file():
-            self._refuse_another(self.manifest(), manifest)
-        else:
-            write_whole(file, json.dumps(manifest, indent=2))
+        claim(self.folder, manifest)
         self._drop_torn_line()
         done = self.read()
         self.file = self.path.open("a", encoding="utf-8")
@@ -75,15 +71,7 @@ class Run:
         Raises:
             UserError: if it cannot be read.
         """
-        file = self.folder / MANIFEST
-        try:
-            return dict(json.loads(file.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError, RecursionError) as error:
-            raise UserError(f"{file} cannot be read ({error}): choose another --output.") from error
-
-    def _refuse_another(self, recorded: dict[str, Any], manifest: dict[str, Any]) -> None:
-        if (difference := first_difference(recorded, manifest)) is not None:
-            raise UserError(f"{self.folder} belongs to another run: {difference}. Choose another --output.")
+        return _read_manifest(self.folder / MANIFEST)
 
     def _drop_torn_line(self) -> None:
         """Remove an incomplete last line, left by a killed process; its problem is asked again."""
@@ -164,6 +152,26 @@ def _generation(fields: dict[str, Any]) -> Generation:
     if ids is not None and not (isinstance(ids, list) and all(type(each) is int for each in ids)):
         raise ValueError("its token_ids are not whole numbers")
     return generation
+
+
+def claim(folder: Path, manifest: dict[str, Any]) -> None:
+    """Start a run in a folder, or go on with the one that is there.
+
+    Raises:
+        UserError: if the folder belongs to a run with another manifest.
+    """
+    file = folder / MANIFEST
+    if not file.is_file():
+        write_whole(file, json.dumps(manifest, indent=2))
+    elif (difference := first_difference(_read_manifest(file), manifest)) is not None:
+        raise UserError(f"{folder} belongs to another run: {difference}. Choose another --output.")
+
+
+def _read_manifest(file: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{file} cannot be read ({error}): choose another --output.") from error
 
 
 def run_folder(folder: Path, file: str) -> Path:

@@ -81,6 +81,23 @@ def load_tokenizer(model: str) -> Any:
     Raises:
         UserError: if it cannot be loaded, or has no default chat template.
     """
+    tokenizer = load_plain_tokenizer(model)
+    template = tokenizer.chat_template
+    if template and isinstance(template, dict) and "default" not in template:
+        raise UserError(
+            f"{model} has chat templates {', '.join(sorted(template))}, but no `default`: rename one to `default`."
+        )
+    if not template:
+        raise UserError(f"{model} has no chat template: add a chat_template.jinja to its folder.")
+    return tokenizer
+
+
+def load_plain_tokenizer(model: str) -> Any:
+    """The model's tokenizer, with or without a chat template.
+
+    Raises:
+        UserError: if it cannot be loaded.
+    """
     from transformers import AutoTokenizer
 
     try:
@@ -91,13 +108,6 @@ def load_tokenizer(model: str) -> Any:
         ) from error
     if not tokenizer("a", add_special_tokens=False)["input_ids"]:  # what transformers makes of a folder without files
         raise UserError(f"{model} holds no tokenizer: add its files, such as tokenizer.json, there.")
-    template = tokenizer.chat_template
-    if template and isinstance(template, dict) and "default" not in template:
-        raise UserError(
-            f"{model} has chat templates {', '.join(sorted(template))}, but no `default`: rename one to `default`."
-        )
-    if not template:
-        raise UserError(f"{model} has no chat template: add a chat_template.jinja to its folder.")
     return tokenizer
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import Any
 
@@ -57,31 +57,16 @@ class TransformersEngine:
 
     def generate(self, jobs: list[Job]) -> Generator[tuple[Job, Generation]]:
         import torch
-        from transformers import AutoModelForCausalLM, GenerationConfig
+        from transformers import GenerationConfig
 
-        dtype = self.settings.dtype if self.settings.dtype == "auto" else getattr(torch, self.settings.dtype)
         # Replaces the model's own, from which `generate` would take all fields that are not set.
         fields = self._greedy()
-        config = GenerationConfig(**fields)
-        try:
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                self.settings.model, dtype=dtype, generation_config=config
-            )
-            if self.settings.adapters:
-                model = _with_adapters(model, self.settings.adapters)
-        except Exception as error:
-            said = in_a_line(error)
-            raise UserError(f"The model cannot be loaded ({said}): correct --model, --adapter or --dtype.") from error
-        model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-
+        model = load_model(self.settings, GenerationConfig(**fields))
         for run in dict.fromkeys(job.run for job in jobs):
-            if run in self.settings.adapters:
-                model.set_adapter(_module_name(self.settings.adapters, run))
-            base_only = bool(self.settings.adapters) and run not in self.settings.adapters
             for limit, batch in self._batches([job for job in jobs if job.run == run]):
                 config = GenerationConfig(**{**fields, "max_new_tokens": limit})
                 # No yield inside: the caller would run in these modes, too.
-                with torch.inference_mode(), model.disable_adapter() if base_only else nullcontext():
+                with torch.inference_mode(), answering_as(model, self.settings.adapters, run):
                     try:
                         answers = self._answer(model, config, batch)
                     except Exception as error:
@@ -159,6 +144,40 @@ class _Draw:
             row.exponential_(generator=generator)
         # log(0) would make a token certain, or not a number where top-p has removed it.
         return scores - noise.clamp_min(torch.finfo(noise.dtype).tiny).log()
+
+
+def load_model(settings: Settings, generation_config: Any) -> Any:
+    """A causal language model with all adapters, for inference, on the GPU if there is one.
+
+    Args:
+        settings: which model.
+        generation_config: transformers' `GenerationConfig`, in place of the model's own.
+
+    Raises:
+        UserError: if it cannot be loaded.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    dtype = settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            settings.model, dtype=dtype, generation_config=generation_config
+        )
+        if settings.adapters:
+            model = _with_adapters(model, settings.adapters)
+    except Exception as error:
+        said = in_a_line(error)
+        raise UserError(f"The model cannot be loaded ({said}): correct --model, --adapter or --dtype.") from error
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def answering_as(model: Any, adapters: dict[str, str], run: str) -> AbstractContextManager[Any]:
+    """Within it, the model of `load_model` answers as a run: with its adapter, or without any."""
+    if run in adapters:
+        model.set_adapter(_module_name(adapters, run))
+        return nullcontext()
+    return model.disable_adapter() if adapters else nullcontext()
 
 
 def _with_adapters(model: Any, adapters: dict[str, str]) -> Any:

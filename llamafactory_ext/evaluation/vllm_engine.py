@@ -26,11 +26,11 @@ class VllmEngine:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        _set_vllm_defaults()
+        set_vllm_defaults()
 
     def check(self, chats: list[Chat]) -> None:
         check_chats(chats, self.settings, self.tokenizer)
-        _lora_settings(self.settings.adapters)
+        lora_settings(self.settings.adapters)
         _check_generation_config(self.settings.model)
 
     @cached_property
@@ -38,13 +38,7 @@ class VllmEngine:
         return load_tokenizer(self.settings.model)
 
     def versions(self) -> dict[str, str]:
-        try:
-            import vllm
-        except ImportError as error:
-            raise UserError(
-                f"vLLM cannot be imported ({error}): run `make eval-env`, or choose --engine hf."
-            ) from error
-        return {"vllm": vllm.__version__, **package_versions("torch", "transformers")}
+        return {**vllm_version(), **package_versions("torch", "transformers")}
 
     def parameters(self) -> dict[str, Any]:
         return vllm_parameters(self.settings, self.tokenizer)
@@ -63,7 +57,20 @@ class VllmEngine:
             ) from error
 
 
-def _set_vllm_defaults() -> None:
+def vllm_version() -> dict[str, str]:
+    """The version of vLLM, whose distribution has another name without a GPU.
+
+    Raises:
+        UserError: if it cannot be imported.
+    """
+    try:
+        import vllm
+    except ImportError as error:
+        raise UserError(f"vLLM cannot be imported ({error}): run `make eval-env`, or choose --engine hf.") from error
+    return {"vllm": vllm.__version__}
+
+
+def set_vllm_defaults() -> None:
     """Without a GPU, use one process and all cores: vLLM would reserve a core and take a minute to start."""
     import torch
 
@@ -95,7 +102,7 @@ def load_vllm(settings: Settings) -> Any:
         max_model_len=settings.max_model_len,
         enable_prefix_caching=True,
         generation_config="vllm",
-        **_lora_settings(settings.adapters),
+        **lora_settings(settings.adapters),
     )
 
 
@@ -150,7 +157,7 @@ def ask_vllm(llm: Any, settings: Settings, jobs: list[Job]) -> Iterator[tuple[Jo
                 yield job, Generation(job.index, answer.text, list(answer.token_ids), answer.finish_reason)
 
 
-def _lora_settings(adapters: dict[str, str]) -> dict[str, Any]:
+def lora_settings(adapters: dict[str, str]) -> dict[str, Any]:
     if not adapters:
         return {}
     rank = max(_lora_rank(folder) for folder in adapters.values())

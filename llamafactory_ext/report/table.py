@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import UserError
+from ..evaluation.paired import sign_flip_p
 from ..recipe.keys import LOSS_KEYS, PREF_BETA, REFERENCE_KEYS
 from ..scoring.summary import Summary
 from ..sweep.results import Result
@@ -20,7 +21,6 @@ from .variants import SEEDS, Variant, as_written, short_key, variant_of
 DEFAULTS = {"pref_beta": PREF_BETA, "learning_rate": 5e-5}  # LLaMA-Factory's and transformers'
 BASELINE = "sigmoid"  # DPO
 LAST = 0.1  # of a run's logs are averaged for its final numbers
-RESAMPLES = 20_000
 
 Log = Mapping[str, Any]
 
@@ -289,27 +289,6 @@ def shares_solved(group: Group, other: Group) -> tuple[NDArray[np.float64], NDAr
 
 def _seed(cell: Result) -> tuple[Any, ...]:
     return tuple(cell.recipe.get(key) for key in SEEDS)
-
-
-def sign_flip_p(values: NDArray[np.float64]) -> float:
-    """Two-sided p-value of mean 0 under random signs: exact where values differ in their signs only or are few, else by
-    `RESAMPLES` draws."""
-    from scipy.stats import binomtest, permutation_test
-
-    values = values[values != 0]
-    if len(values) == 0:
-        return 1.0
-    if len(set(np.abs(values))) == 1:  # McNemar's
-        return float(binomtest(int((values > 0).sum()), len(values)).pvalue)
-    result = permutation_test(
-        (values,),
-        lambda sample, axis: sample.mean(axis=axis),
-        permutation_type="samples",
-        n_resamples=RESAMPLES,
-        vectorized=True,
-        rng=np.random.default_rng(0),
-    )
-    return float(result.pvalue)
 
 
 def _mean(values: Sequence[float]) -> float | None:

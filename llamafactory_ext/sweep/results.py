@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..evaluation.harness_results import HarnessResults, read_harness
 from ..recipe.keys import split
 from ..scoring.file import read_scores
 from ..scoring.summary import Summary, summarize
-from .evaluators import Asking, Problems
+from .evaluators import Asking, Benchmarks, Problems
 from .records import Record, Step, read_object, read_record
 from .shapes import About, Judgments, Scores, State, Trained, check_logs, damaged
 from .spec import ADAPTERS
@@ -45,6 +46,7 @@ class Result:
     correct: dict[int, bool]
     pairs: Summary | None
     margins: dict[int, float]
+    benchmarks: HarnessResults | None = None
     judged: dict[str, Any] | None = None
 
     @property
@@ -125,13 +127,14 @@ def _result(own: Path, about: dict[str, Any], groups: dict[str, dict[str, str]])
                 return run
         return None
 
-    scored = run_of(Problems)
+    scored, measured = run_of(Problems), run_of(Benchmarks)
     scores = _scores(scored) if scored else {}
     file = own / "recipe.yaml"
     recipe = read_yaml(file) if file.is_file() else {}
     _check_numbers(recipe, file)
     has_pairs = "pairs" in current and (own / PAIRS).is_file()
     pairs = read_scores(own / PAIRS) if has_pairs else []
+    is_measured = measured is not None and (measured / Benchmarks.result).is_file()
     judged = read_object(own / JUDGE / "results.json", Judgments) if "judge" in current else {}
     return Result(
         name=about["name"],
@@ -143,6 +146,7 @@ def _result(own: Path, about: dict[str, Any], groups: dict[str, dict[str, str]])
         correct={row["index"]: row["strict"]["correct"] for row in scores.get("rows", [])},
         pairs=summarize(pairs) if has_pairs else None,
         margins={row["index"]: row["margin"] for row in pairs if not row["skipped"]},
+        benchmarks=read_harness(measured) if measured and is_measured else None,
         judged=judged.get("summary"),
     )
 

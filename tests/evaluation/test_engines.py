@@ -24,7 +24,7 @@ from llamafactory_ext.evaluation.asking import make_engine
 from llamafactory_ext.evaluation.chat_templates import prompt_ids
 from llamafactory_ext.evaluation.engines import Sampling
 from llamafactory_ext.evaluation.transformers_engine import TransformersEngine
-from llamafactory_ext.evaluation.vllm_engine import _set_vllm_defaults
+from llamafactory_ext.evaluation.vllm_engine import set_vllm_defaults
 
 # --- transformers ----------------------------------------------------------------------------------------------------
 
@@ -273,7 +273,7 @@ def serve(model: Path) -> Iterator[str]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     words = ["--model", str(model), "--served-model-name", "tiny", "--dtype", "float32", "--port", str(port)]
-    _set_vllm_defaults()
+    set_vllm_defaults()
     process = subprocess.Popen([sys.executable, "-m", "vllm.entrypoints.openai.api_server", *words])
     try:
         while True:

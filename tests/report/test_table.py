@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from statsmodels.stats.contingency_tables import mcnemar
 
-from llamafactory_ext.report.table import compare_with_dpo, degenerated, final, groups, sign_flip_p
+from llamafactory_ext.evaluation.paired import sign_flip_p
+from llamafactory_ext.report.table import compare_with_dpo, degenerated, final, groups
 from llamafactory_ext.report.variants import Variant
 from llamafactory_ext.sweep.records import Record
 from llamafactory_ext.sweep.results import Result

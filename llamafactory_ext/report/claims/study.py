@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from ..table import Group, shares_solved, sign_flip_p
+from ...evaluation.paired import sign_flip_p
+from ..table import Group, shares_solved
 from ..variants import SIZE, Variant
 
 Verdict = Literal["holds", "does not hold", "cannot tell"]
