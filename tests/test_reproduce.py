@@ -129,6 +129,14 @@ def test_the_pilots_rates_go_into_the_grid(tmp_path, monkeypatch):
     assert len(filled.axes[0]["learning_rate"]) == 2
 
 
+def test_dpo_in_the_grid_is_not_refined():
+    """`sigmoid` takes `sr_lambda`, too: on its axes, DPO would be Sr-DPO under another name."""
+    cells = Sweep(**yaml.safe_load((STUDY / "grid.yaml").read_text())).cells()
+    plain = [cell for cell in cells if cell.place["pref_loss"] in ("sigmoid", "dpop", "minor_dpo", "ipo")]
+    assert len(plain) == 2 * (3 * 2 * 5 + 1 + 3)
+    assert not [cell.name for cell in plain if cell.settings.get("sr_lambda")]
+
+
 def _listed(value):
     return value if isinstance(value, list) else [value]
 

@@ -108,7 +108,15 @@ def options(**values):
 
 
 def gsm8k(**keys):
-    return {"evaluators": [{"gsm8k": keys}]}
+    return evaluators({"gsm8k": keys})
+
+
+def judge(**keys):
+    return evaluators({"judge": {"data": __file__, "judge": "gpt", "baseline": "base", "engine": "hf", **keys}})
+
+
+def evaluators(*entries):
+    return {"evaluators": list(entries)}
 
 
 def read_and_check(file):
@@ -135,6 +143,21 @@ def read_and_check(file):
         (options(limit=None), "`limit` under `gsm8k` is None: write a number"),
         (gsm8k(data="openai/gsm8k"), "vLLM needs an environment of its own"),
         (gsm8k(data="x", engine="hf", script="nowhere.py"), "there is no nowhere.py"),
+        (evaluators({"gsm8k": {"data": "x"}}, {"gsm8k": {"data": "y"}}), "`gsm8k` is there twice"),
+        (evaluators("gsm8k"), "write each evaluator as its kind and its keys"),
+        (evaluators({"gsm8k": {}, "pairs": {}}), "write each evaluator as its kind and its keys"),
+        (evaluators({"glue": {}}), "`evaluators.glue`: extra inputs are not permitted"),
+        (evaluators({"lm_eval": {"tasks": [], "engine": "hf"}}), "`tasks` under `lm_eval` is empty"),
+        (evaluators({"lm_eval": {"tasks": "x", "engine": "openai"}}), "input should be 'vllm' or 'hf'"),
+        (evaluators({"lm_eval": {"tasks": "x", "engine": "hf", "include_path": "no"}}), "there is no folder no"),
+        (evaluators({"lm_eval": {"tasks": "x", "python": "nowhere/python"}}), "there is no nowhere/python"),
+        (judge(data="no.jsonl"), "there is no no.jsonl: write the file of questions"),
+        (
+            judge(judge_options={"output": "x"}),
+            "The sweep sets `output` itself: remove it from the options under `judge`",
+        ),
+        ({"evaluation": {"data": "x"}}, "`evaluation` is an evaluator now: write its keys as `evaluators: [{gsm8k: {…}}]`"),
+        ({"held_out": {"dataset": "x"}}, "`held_out` is an evaluator now: write its keys as `evaluators: [{pairs: {…}}]`"),
     ],
 )
 def test_a_wrong_file_is_refused_in_a_sentence(changes, words, tmp_path):

@@ -11,6 +11,7 @@ import yaml
 
 from llamafactory_ext.errors import UserError
 from llamafactory_ext.evaluation.chat_templates import parse_chat_template_kwargs
+from llamafactory_ext.sweep.judging import check_baselines
 from llamafactory_ext.sweep.progress import Watcher
 from llamafactory_ext.sweep.records import Record
 from llamafactory_ext.sweep.spec import Sweep
@@ -230,3 +231,132 @@ def test_progress_of_a_training_that_begins_its_log_anew(make):
     assert watcher.look().done == 1
     log.write_text("x" * 200 + "\n")
     assert watcher.look().done == 1
+
+
+# --- several evaluators ----------------------------------------------------------------------------------------------
+
+
+def everything(tmp_path, baseline, **judge):
+    """All evaluators, with a file of questions."""
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text("{}")
+    judged = {"data": questions, "judge": "gpt", "baseline": baseline, "engine": "hf", **judge}
+    return {"lm_eval": {"tasks": ["arc_easy:5", "own"], "engine": "hf"}, "judge": judged}
+
+
+def test_every_evaluator_is_a_command_with_a_folder_of_its_own(make, tmp_path):
+    agenda = make({"pref_loss": ["sigmoid", "minor_dpo"]}, evaluators=everything(tmp_path, "sigmoid"))
+    tasks = {task.step: task for task in agenda.cell_tasks(agenda.cells[1])}
+    assert list(tasks) == ["train", "score", "lm_eval", "answers", "pairs"]
+    words = tasks["lm_eval"].argv
+    assert words[words.index("--tasks") + 1] == "arc_easy:5,own"
+    assert [
+        task.results[0].relative_to(agenda.cells[1].folder).as_posix() for task in tasks.values() if task.results
+    ] == [
+        "scores/base/results.json",
+        "lm_eval/base/results.json",
+        "answers/base/answers.jsonl",
+        "pairs.jsonl",
+    ]
+    assert [(task.name, task.step) for task in agenda.base_tasks(agenda.cells)] == [
+        ("base", "score"),
+        ("base", "lm_eval"),
+    ]
+
+
+def answer(agenda, *names):
+    for cell in agenda.cells:
+        if cell.name in names:
+            done(next(task for task in agenda.cell_tasks(cell) if task.step == "answers"))
+
+
+def test_a_cell_is_judged_when_its_baseline_has_answered_too(make, tmp_path):
+    agenda = make({"pref_loss": ["sigmoid", "minor_dpo", "dpop"]}, evaluators=everything(tmp_path, "sigmoid"))
+    answer(agenda, "minor_dpo", "dpop")
+    assert agenda.judge_tasks(agenda.cells) == []
+    answer(agenda, "sigmoid")
+    tasks = agenda.judge_tasks(agenda.cells)
+    assert [task.name for task in tasks] == ["minor_dpo", "dpop"]
+    words = tasks[0].argv
+    ours, theirs = (words[words.index(name) + 1] for name in ("--a", "--b"))
+    assert (ours, theirs) == tuple(
+        str(tmp_path / "out/cells" / name / "answers/base") for name in ("minor_dpo", "sigmoid")
+    )
+    assert words[words.index("--names") + 1] == "minor_dpo,sigmoid"
+    done(tasks[0])
+    again = make({"pref_loss": ["sigmoid", "minor_dpo"]}, evaluators=everything(tmp_path, "sigmoid", judge="other"))
+    assert agenda.judge_tasks(agenda.cells)[0].record().state == "done"
+    assert again.judge_tasks(again.cells)[0].record().state == "to do"
+
+
+def test_training_a_baseline_anew_spoils_the_verdicts_against_it(make, tmp_path):
+    agenda = make({"pref_loss": ["sigmoid", "minor_dpo", "dpop"]}, evaluators=everything(tmp_path, "sigmoid"))
+    spoils = {cell.name: set(agenda.train_task(cell).invalidates) for cell in agenda.cells}
+    judged = {name: tmp_path / "out/cells" / name / "judge" for name in ("sigmoid", "minor_dpo", "dpop")}
+    assert spoils["sigmoid"] >= {judged["minor_dpo"], judged["dpop"]}
+    assert judged["minor_dpo"] in spoils["minor_dpo"]
+    assert judged["dpop"] not in spoils["minor_dpo"]
+    assert judged["sigmoid"] not in spoils["sigmoid"]
+
+
+def test_a_baseline_by_loss_has_the_same_seed_and_size(make, tmp_path):
+    axes = [
+        {"pref_loss": "sigmoid", "seed": [1, 2]},
+        {"pref_loss": "ipo", "ipo_length_normalize": False, "seed": [1, 2]},
+        {"pref_loss": ["sr_dpo", "sr_ipo"], "sr_lambda": 0.3, "seed": [1, 2, 3]},
+        {"pref_loss": "sigmoid", "max_samples": 10, "seed": 1},
+        {"pref_loss": "sr_dpo", "sr_lambda": 0.3, "max_samples": 10, "seed": 1},
+    ]
+    agenda = make(axes, evaluators=everything(tmp_path, {"sr_dpo": "sigmoid", "sr_ipo": "ipo"}))
+    answer(agenda, *(cell.name for cell in agenda.cells))
+    found = {
+        task.name: task.argv[task.argv.index("--names") + 1].split(",")[1] for task in agenda.judge_tasks(agenda.cells)
+    }
+    assert found == {
+        "sr_dpo-sr_lambda0.3-seed1": "sigmoid-seed1",
+        "sr_dpo-sr_lambda0.3-seed2": "sigmoid-seed2",
+        "sr_ipo-sr_lambda0.3-seed1": "ipo-ipo_length_normalizeFalse-seed1",
+        "sr_ipo-sr_lambda0.3-seed2": "ipo-ipo_length_normalizeFalse-seed2",
+        "sr_dpo-sr_lambda0.3-max_samples10-seed1": "sigmoid-max_samples10-seed1",
+    }
+
+
+def test_adapters_are_asked_together_and_judged_one_by_one(make, tmp_path):
+    evaluators = everything(tmp_path, "base", base=True)
+    agenda = make({"pref_loss": ["sigmoid", "minor_dpo"]}, evaluators=evaluators, finetuning_type="lora")
+    assert [task.step for task in agenda.cell_tasks(agenda.cells[0])] == ["train", "pairs"]
+    tasks = agenda.adapter_tasks(agenda.cells)
+    assert [(task.name, task.step) for task in tasks] == [
+        ("adapters", step) for step in ("score", "lm_eval", "answers")
+    ]
+    done(tasks[2])
+    judged = agenda.judge_tasks(agenda.cells)
+    places = [[word for word in task.argv if "/adapters/answers/" in word] for task in judged]
+    folder = tmp_path / "out" / "adapters" / "answers"
+    assert places == [
+        [str(folder / "sigmoid"), str(folder / "base")],
+        [str(folder / "minor_dpo"), str(folder / "base")],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("baseline", "words"),
+    [
+        ("dpo", "the judge's baseline 'dpo' is no cell: write `base`, one of sigmoid, minor_dpo"),
+        ("base", "add `base: true` under `judge`"),
+        ({"minor_dpo": "ipo"}, "'ipo' is not another loss of the sweep: sigmoid, minor_dpo"),
+        ({"sigmoid": "sigmoid"}, "'sigmoid' is not another loss"),
+    ],
+)
+def test_a_baseline_that_is_not_there_is_refused(baseline, words, make, tmp_path):
+    agenda = make({"pref_loss": ["sigmoid", "minor_dpo"]}, evaluators=everything(tmp_path, baseline))
+    with pytest.raises(UserError, match=r".") as error:
+        check_baselines(agenda.sweep.evaluators.judge, agenda.cells)
+    assert words in str(error.value)
+
+
+def test_no_cell_of_the_same_settings_to_compare_with_is_refused(make, tmp_path):
+    axes = [{"pref_loss": "sigmoid", "seed": 1}, {"pref_loss": "minor_dpo", "seed": 2}]
+    agenda = make(axes, evaluators=everything(tmp_path, {"minor_dpo": "sigmoid"}))
+    with pytest.raises(UserError, match="no cell of minor_dpo has one of sigmoid with the same settings and seed"):
+        check_baselines(agenda.sweep.evaluators.judge, agenda.cells)
