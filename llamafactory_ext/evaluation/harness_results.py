@@ -129,7 +129,7 @@ def read_harness(folder: Path) -> HarnessResults:
         ) from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is damaged ({error}): remove it, then run the same command again.") from error
-    if not is_harness(content):
+    if not _is_harness(content):
         raise UserError(f"{file} is not of `eval harness`: name the folder of one of its runs.")
     try:
         summary, rows = content["summary"], content["rows"]
@@ -143,8 +143,15 @@ def read_harness(folder: Path) -> HarnessResults:
     return HarnessResults(file, tasks, float(summary["average"]))
 
 
-def is_harness(content: Any) -> bool:
-    """Whether the content of a results.json is that of `eval harness`."""
+def is_of_harness(folder: Path) -> bool:
+    """Whether a folder has results of a run of `eval harness`."""
+    try:
+        return _is_harness(json.loads((folder / RESULTS).read_bytes()))
+    except (OSError, ValueError, RecursionError):
+        return False
+
+
+def _is_harness(content: Any) -> bool:
     return isinstance(content, dict) and isinstance(content.get("summary"), dict) and "tasks" in content["summary"]
 
 
