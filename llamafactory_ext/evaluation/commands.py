@@ -5,11 +5,11 @@ from __future__ import annotations
 import typer
 
 from ..commandline import Group
-from . import answers, compare, gsm8k, judge, sampling
+from . import answers, compare, grading, gsm8k, judge, sampling
 
 app = typer.Typer(
     cls=Group,
-    help="Score models on GSM8K, compare runs, sample answers, and let a judge compare answers to open questions.",
+    help="Score models on GSM8K, compare runs, sample answers, and let a judge compare or rate open answers.",
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
@@ -20,5 +20,6 @@ for name, module in {
     "sample": sampling,
     "answers": answers,
     "judge": judge,
+    "grade": grading,
 }.items():
     app.command(name, help=module.__doc__, no_args_is_help=True)(module.main)

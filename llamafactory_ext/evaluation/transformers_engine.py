@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import UserError, in_a_line
 from .chat_templates import Chat, apply_chat_template, check_question_is_read, prompt_ids
-from .engines import RESUME, Job, Settings, check_chats, context_of, package_versions
+from .engines import RESUME, Job, Settings, check_chats, context_of, package_versions, refusal_of
 from .generations import Generation
 from .models import end_tokens, load_tokenizer
 
@@ -23,6 +23,9 @@ class TransformersEngine:
     def check(self, chats: list[Chat]) -> None:
         check_chats(chats, self.settings, self.tokenizer)
         check_question_is_read(self.tokenizer, chats[0], self.settings.chat_template_kwargs)
+
+    def refusal(self, chat: Chat, number: int) -> str | None:
+        return refusal_of(chat, self.settings, self.tokenizer, number)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -55,14 +58,15 @@ class TransformersEngine:
             "pad_token_id": self.tokenizer.pad_token_id,
         }
 
-    def generate(self, jobs: list[Job]) -> Generator[tuple[Job, Generation]]:
+    @cached_property
+    def model(self) -> Any:
+        """The model with its adapters, loaded once for all that is asked."""
         import torch
         from transformers import AutoModelForCausalLM, GenerationConfig
 
         dtype = self.settings.dtype if self.settings.dtype == "auto" else getattr(torch, self.settings.dtype)
         # Replaces the model's own, from which `generate` would take all fields that are not set.
-        fields = self._greedy()
-        config = GenerationConfig(**fields)
+        config = GenerationConfig(**self._greedy())
         try:
             model: Any = AutoModelForCausalLM.from_pretrained(
                 self.settings.model, dtype=dtype, generation_config=config
@@ -72,8 +76,13 @@ class TransformersEngine:
         except Exception as error:
             said = in_a_line(error)
             raise UserError(f"The model cannot be loaded ({said}): correct --model, --adapter or --dtype.") from error
-        model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
+    def generate(self, jobs: list[Job]) -> Generator[tuple[Job, Generation]]:
+        import torch
+        from transformers import GenerationConfig
+
+        model, fields = self.model, self._greedy()
         for run in dict.fromkeys(job.run for job in jobs):
             if run in self.settings.adapters:
                 model.set_adapter(_module_name(self.settings.adapters, run))

@@ -21,9 +21,11 @@ from typer.testing import CliRunner
 
 from llamafactory_ext.errors import UserError
 from llamafactory_ext.evaluation import answers, judge
-from llamafactory_ext.evaluation.answers import Pair, Query, load_pairs, load_queries
+from llamafactory_ext.evaluation.answered import Exchange, exchanges, load_answered
 from llamafactory_ext.evaluation.generations import GENERATIONS, Generation, Run
-from llamafactory_ext.evaluation.judge import JUDGE_PROMPT, both_orders, judge_rows, outcome, parse_verdict, summarize
+from llamafactory_ext.evaluation.judge import JUDGE_PROMPT, both_orders
+from llamafactory_ext.evaluation.open_questions import Query, load_queries
+from llamafactory_ext.evaluation.verdicts import judge_rows, outcome, parse_verdict, summarize
 
 PLACES = re.compile(
     r"<request>\n(.*)\n</request>\n\n<answer_a>\n(.*)\n</answer_a>\n\n<answer_b>\n(.*)\n</answer_b>", re.DOTALL
@@ -89,6 +91,14 @@ def files(tmp_path):
     return a, write(tmp_path / "b.jsonl", rows("b", "b", "b", "bb", "bb"))
 
 
+def pair(id: str, question: str, a: str, b: str) -> Exchange:
+    return Exchange(id, (question,), ((a,), (b,)), label=id)
+
+
+def load_pairs(a: Path, b: Path) -> tuple[list[Exchange], list[str]]:
+    return exchanges(load_answered([a, b]), [a, b])
+
+
 def invoke(app, *words: object):
     return CliRunner().invoke(app, [str(word) for word in words])
 
@@ -152,7 +162,7 @@ def test_both_orders_must_agree(a_first, b_first, result):
 def test_summary_by_hand():
     # A and B by question: 6 wins, 1 loss, contradictions for the first (1) and the second place (1), a tie, a half tie.
     orders = ["AB"] * 6 + ["BA", "AA", "BB", "CC", "AC", "A?"]
-    pairs = [Pair(str(number), "Q?", "a", "b") for number in range(12)]
+    pairs = [pair(str(number), "Q?", "a", "b") for number in range(12)]
     replies = {index: Generation(index, f"[[{letter}]]", None, "stop") for index, letter in enumerate("".join(orders))}
     summary = summarize(judge_rows(pairs, replies))
     assert (summary["questions"], summary["judged"]) == (12, 11)
@@ -171,8 +181,8 @@ def test_summary_by_hand():
 
 
 def test_braces_in_the_texts_are_never_filled_in():
-    pair = Pair("1", "Is {first} a set?", "{second} \\1 {0}", "{question} {{}}")
-    (there,), (back,) = both_orders("{question}|{first}|{second}|{other} {}", pair)
+    braces = pair("1", "Is {first} a set?", "{second} \\1 {0}", "{question} {{}}")
+    (there,), (back,) = both_orders("{question}|{first}|{second}|{other} {}", braces)
     assert there["content"] == "Is {first} a set?|{second} \\1 {0}|{question} {{}}|{other} {}"
     assert back["content"] == "Is {first} a set?|{question} {{}}|{second} \\1 {0}|{other} {}"
 
@@ -203,7 +213,7 @@ def test_a_judge_of_length(files, server, tmp_path):
     assert summary["sign_test_p"] == pytest.approx(2 * (1 + 4) / 2**4)
     assert [row["outcome"] for row in found["rows"]] == ["win", "win", "win", "lose", "tie"]
     assert found["rows"][3] == {
-        **{"id": "4", "question": "Question 4?", "a": "a", "b": "bb", "outcome": "lose"},
+        **{"id": "4", "turn": 1, "question": "Question 4?", "a": "a", "b": "bb", "outcome": "lose"},
         "a_first": {"verdict": "second", "reply": "I compared them.\n\n[[B]]"},
         "b_first": {"verdict": "first", "reply": "I compared them.\n\n[[A]]"},
     }
@@ -452,9 +462,9 @@ def test_rows_match_by_id_or_else_by_question(tmp_path):
     a = [{"id": n, "question": "Same?", "answer": f"a{n}"} for n in (2, 1)]
     b = [{"question_id": str(n), "question": "Same?", "answer": f"b{n}"} for n in (1, 2)]
     pairs = load_pairs(write(tmp_path / "a.jsonl", a), write(tmp_path / "b.jsonl", b))
-    assert pairs == ([Pair("2", "Same?", "a2", "b2"), Pair("1", "Same?", "a1", "b1")], [])
+    assert pairs == ([pair("2", "Same?", "a2", "b2"), pair("1", "Same?", "a1", "b1")], [])
     mixed = write(tmp_path / "b.jsonl", [{"question": "Same?", "answer": "b"}])
-    assert load_pairs(write(tmp_path / "a.jsonl", a[:1]), mixed) == ([Pair("1", "Same?", "a2", "b")], [])
+    assert load_pairs(write(tmp_path / "a.jsonl", a[:1]), mixed) == ([pair("1", "Same?", "a2", "b")], [])
 
 
 def test_what_a_server_has_refused_is_left_out(tmp_path):
@@ -471,7 +481,7 @@ def test_the_folder_of_the_only_run_is_found(tmp_path):
     one = [{"id": 1, "question": "Q?", "answer": "a"}]
     (tmp_path / "dpo" / "base").mkdir(parents=True)
     path = write(tmp_path / "dpo" / "base" / "answers.jsonl", one)
-    assert load_pairs(tmp_path / "dpo", path)[0] == [Pair("1", "Q?", "a", "a")]
+    assert load_pairs(tmp_path / "dpo", path)[0] == [pair("1", "Q?", "a", "a")]
     (tmp_path / "dpo" / "lora").mkdir()
     write(tmp_path / "dpo" / "lora" / "answers.jsonl", one)
     with pytest.raises(UserError, match=r"contains several runs: name one, such as .*base"):
