@@ -224,7 +224,11 @@ def _of_several(where: str, row: Fields) -> tuple[list[str], list[str], list[str
     for name, texts in (("turns", turns), ("answers", answers)):
         if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
             raise UserError(f"{where} has no list of texts in `{name}`: name a file with `turns` and `answers`.")
-    refused = row.get("refused") or [None] * len(turns)
-    if not isinstance(refused, list) or not len(turns) == len(answers) == len(refused):
+    if len(answers) != len(turns):
         raise UserError(f"{where} has {len(turns)} turns, but {len(answers)} answers: write one per turn.")
+    refused = row.get("refused") or [None] * len(turns)
+    if not isinstance(refused, list) or len(refused) != len(turns):
+        raise UserError(
+            f"{where}: `refused` must be a list with one entry per turn, null for an answer, or be left out."
+        )
     return turns, answers, refused

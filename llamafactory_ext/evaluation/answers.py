@@ -6,10 +6,10 @@ llamafactory-ext eval answers --model /base --adapter dpo=/lora/dpo --adapter sr
 
 llamafactory-ext eval answers --engine openai --base-url http://127.0.0.1:8000/v1 --model NAME --data ...
 
-The question of a row is `question`, `instruction` (with `input`), `prompt` or `turns`, after its `system` and `history`.
-Of several `turns`, each is asked on top of the model's own answers to the earlier ones: all first turns are asked, then
-all second ones, and so on. A turn is recorded as refused if an earlier answer of its question was refused or is empty,
-or if it does not fit the context after them. `category` and `reference` are passed on.
+The question of a row is `question`, `instruction` (with `input`), `prompt` or `turns`, after its `system` and
+`history`. Of several `turns`, each is asked on top of the model's own answers to the earlier ones: all first turns are
+asked, then all second ones, and so on. A turn is recorded as refused if an earlier answer of its question was refused
+or is empty, or if it does not fit the context after them. `category` and `reference` are passed on.
 
 The answers of a run are in OUTPUT/base/answers.jsonl or OUTPUT/ADAPTER/answers.jsonl.
 

@@ -11,12 +11,11 @@ import sys
 import threading
 import time
 from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import tiny
-from json_server import InJson
+from chat_server import RefusalError, chat_server
 from typer.testing import CliRunner
 
 from llamafactory_ext.errors import UserError
@@ -41,38 +40,13 @@ def prefer_first(question: str, first: str, second: str) -> str:
     return "[[A]]"
 
 
-class RefusalError(Exception):
-    """A status and a message."""
-
-
 @pytest.fixture
 def server():
-    """A judge: `server.judge(question, first, second)` is what it replies; an exception is what it refuses.
-
-    `server.rejects` are fields of a request that it does not take.
-    """
-
-    class Handler(InJson, BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            request = self.request_body()
-            http.requests.append(request)
-            try:
-                for name in http.rejects & set(request):
-                    raise RefusalError(400, f"Unsupported parameter: '{name}' is not supported with this model.")
-                text, status = http.judge(*PLACES.search(request["messages"][0]["content"]).groups()), 200
-            except RefusalError as refusal:
-                status, text = refusal.args
-            choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
-            about = {"id": "1", "object": "chat.completion", "created": 0, "model": "m"}
-            body = {**about, "choices": [choice]} if status == 200 else {"error": {"message": text}}
-            self.reply(status, body)
-
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    http.requests, http.judge, http.rejects = [], prefer_longer, set()
-    threading.Thread(target=http.serve_forever, args=(0.02,), daemon=True).start()
-    http.url = f"http://127.0.0.1:{http.server_port}/v1"
-    yield http
-    http.shutdown()
+    """A judge: `server.judge(question, first, second)` is what it replies; a RefusalError is what it refuses."""
+    with chat_server() as http:
+        http.judge = prefer_longer
+        http.answer = lambda request: http.judge(*PLACES.search(request["messages"][0]["content"]).groups())
+        yield http
 
 
 def write(path: Path, rows: list) -> Path:
@@ -576,9 +550,7 @@ def test_bad_questions_are_refused(tmp_path, data, message):
 def test_from_questions_to_win_rates(server, tmp_path):
     model = tiny.make_model(tmp_path / "model", initializer_range=0.3)
     adapter = tiny.make_adapter(tmp_path / "lora", model)
-    data = write(
-        tmp_path / "q.jsonl", [{"prompt": "Hi?"}, {"turns": ["A longer question?", "More?"]}, {"prompt": "Why?"}]
-    )
+    data = write(tmp_path / "q.jsonl", [{"prompt": "Hi?"}, {"turns": ["A longer question?"]}, {"prompt": "Why?"}])
     output = tmp_path / "runs"
     words = ["--engine", "hf", "--model", model, "--adapter", f"sr={adapter}", "--data", data, "--output", output]
     made = invoke(answers.app, *words, "--max-tokens", 6)
