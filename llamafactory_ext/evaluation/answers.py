@@ -1,4 +1,4 @@
-"""Let models answer open questions, such as MT-Bench's, for `eval judge` to compare.
+"""Let models answer open questions, such as MT-Bench's, for `eval judge` and `eval grade`.
 
 llamafactory-ext eval answers --model /path/to/model --data questions.jsonl --output runs/dpo
 
@@ -6,35 +6,34 @@ llamafactory-ext eval answers --model /base --adapter dpo=/lora/dpo --adapter sr
 
 llamafactory-ext eval answers --engine openai --base-url http://127.0.0.1:8000/v1 --model NAME --data ...
 
-The question of a row is `question`, `instruction` (with `input`), `prompt` or the first of `turns`, after its `system`
-and `history`. The answers of a run are in OUTPUT/base/answers.jsonl or OUTPUT/ADAPTER/answers.jsonl.
+The question of a row is `question`, `instruction` (with `input`), `prompt` or `turns`, after its `system` and
+`history`. Of several `turns`, each is asked on top of the model's own answers to the earlier ones: all first turns are
+asked, then all second ones, and so on. A turn is recorded as refused if an earlier answer of its question was refused
+or is empty, or if it does not fit the context after them. `category` and `reference` are passed on.
+
+The answers of a run are in OUTPUT/base/answers.jsonl or OUTPUT/ADAPTER/answers.jsonl.
 
 Each answer is saved as it arrives. If it is interrupted, even by kill -9, rerun the same command to resume.
 """
 
 from __future__ import annotations
 
-import hashlib
-import itertools
 import json
-from dataclasses import astuple, dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from ..commandline import Command
-from ..errors import UserError
-from ..rows import Fields
 from ..whole_files import write_whole
-from .asking import ask_models, print_left_out, print_refused
+from .answered import ANSWERS, turn_label
+from .asking import Rounds, ask_rounds, is_answered, plan_runs, print_left_out, print_refused
 from .chat_templates import Chat
-from .generations import Generation, run_folder
+from .engines import Engine
+from .generations import Generation
+from .open_questions import Query, content_hash, load_queries
 from .options import Options, with_options, written_to
-from .questions import located_rows
-
-ANSWERS = "answers.jsonl"
-QUESTION_FIELDS = ("question", "instruction", "prompt", "turns")
 
 Opt = typer.Option
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
@@ -43,196 +42,106 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 @app.command(cls=Command, help=__doc__, no_args_is_help=True)
 @with_options
 def main(
-    data: Annotated[Path, Opt(help="A jsonl or parquet file with question, instruction, prompt or turns (the first).")],
+    data: Annotated[Path, Opt(help="A jsonl or parquet file with question, instruction, prompt or turns.")],
     output: Annotated[Path, written_to("Folder for the answers; one sub-folder per model or adapter.")],
     *,
     options: Options,
 ) -> None:
     queries = load_queries(data, options.limit)
-    about = {"data": {"source": str(data), "sha256": content_hash(queries), "questions": len(queries)}}
-    answers = ask_models(options, [query.chat(options.system) for query in queries], about, output)
-    for name, generations in answers.items():
-        write_answers(output / name, queries, generations)
-        answered = [generation for generation in generations.values() if generation.refused is None]
-        cut_off = sum(generation.finish_reason == "length" for generation in answered)
-        print(f"{output / name / ANSWERS}: {len(answered)} answers, {cut_off} cut off at {options.max_tokens} tokens")
-        print_refused(output / name, generations.values(), [query.id for query in queries])
-        print_left_out(output / name, generations.values())
+    contents = [[query.id, query.messages, *([query.later] if query.later else [])] for query in queries]
+    about = {"data": {"source": str(data), "sha256": content_hash(contents), "questions": len(queries)}}
+    # Whole conversations, with the shortest of answers: what cannot be asked then is a fault of the data.
+    chats = [query.chat(options.system, ["."] * len(query.later)) for query in queries]
+    engine, runs = plan_runs(options, chats, about, output)
+    turns = Turns(engine, queries, options.system)
+    for name, replies in ask_rounds(engine, turns.rounds(), runs).items():
+        write_answers(output / name, turns, replies)
+        _print_run(output / name, turns, replies, options.max_tokens)
 
 
-# --- questions -------------------------------------------------------------------------------------------------------
+class Turns:
+    """The turns of all questions: the first of each, then the second of each that has one, and so on.
 
-
-@dataclass(frozen=True)
-class Query:
-    """An open question.
-
-    Args:
-        id: the row's `id` or `question_id`, else its number, counted from 1.
-        messages: the row's system turn and history, if any, and the question as the last user turn.
+    A reply has the index of its turn in this order.
     """
 
-    id: str
-    messages: Chat
+    def __init__(self, engine: Engine, queries: list[Query], system: str | None) -> None:
+        self.engine, self.queries, self.system = engine, queries, system
+        most = max(len(query.turns) for query in queries)
+        self.by_turn = [[n for n, query in enumerate(queries) if turn < len(query.turns)] for turn in range(most)]
+        self.places = [(number, turn) for turn, numbers in enumerate(self.by_turn) for number in numbers]
+        self.index = {place: index for index, place in enumerate(self.places)}
 
-    @property
-    def text(self) -> str:
-        """What a judge reads: the question, or the dialogue that ends with it."""
-        if len(self.messages) == 1:
-            return self.messages[0]["content"]
-        return "\n\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in self.messages)
+    def rounds(self) -> Rounds:
+        """A round per turn."""
+        rounds = [[self.index[number, turn] for number in numbers] for turn, numbers in enumerate(self.by_turn)]
+        follows = {index: self.index[number, turn - 1] for index, (number, turn) in enumerate(self.places) if turn}
+        return Rounds(rounds, self.chat, follows)
 
-    def chat(self, system: str | None) -> Chat:
-        """What a model is asked. A row without a system turn gets `system`, even an empty one, unless it is None."""
-        if system is None or self.messages[0]["role"] == "system":
-            return self.messages
-        return [{"role": "system", "content": system}, *self.messages]
+    def chat(self, index: int, replies: Mapping[int, Generation]) -> Chat | str:
+        """What to ask on top of a run's own answers to the earlier turns, or why it cannot be asked."""
+        number, turn = self.places[index]
+        answers = []
+        for earlier in range(turn):
+            reply = replies[self.index[number, earlier]]
+            if reply.refused is not None:
+                return f"turn {earlier + 1} of the question was refused: {reply.refused}"
+            if not reply.text.strip():
+                return f"the answer to turn {earlier + 1} of the question is empty"
+            answers.append(reply.text)
+        chat = self.queries[number].chat(self.system, answers)
+        return (self.engine.refusal(chat, number + 1) or chat) if turn else chat
+
+    def label(self, index: int) -> str:
+        """The question's id, with the turn if it has several."""
+        number, turn = self.places[index]
+        query = self.queries[number]
+        return turn_label(query.id, turn + 1, len(query.turns))
+
+    def of(self, number: int, replies: Mapping[int, Generation]) -> list[Generation]:
+        """The replies to each turn of the question with this number, from 0."""
+        return [replies[self.index[number, turn]] for turn in range(len(self.queries[number].turns))]
 
 
-def load_queries(path: Path, limit: int | None = None) -> list[Query]:
-    """The questions of a jsonl or parquet file: `question`, `instruction` (and `input`), `prompt`, or first of `turns`.
+def write_answers(folder: Path, turns: Turns, replies: Mapping[int, Generation]) -> None:
+    """Write `answers.jsonl` into a run's folder: one row per question.
 
-    They include LLaMA-Factory's `system` and `history` (pairs of a user and an assistant turn).
-
-    Raises:
-        UserError: if the file does not exist, a row has no question, or an id occurs twice.
+    A question of one turn has `id`, `question`, `answer` and `finish_reason`, one of several has `id` and the lists
+    `turns`, `answers` and `finish_reasons`. Both have `category` and `reference` (a list), where the data has them.
+    What was refused has an empty answer, and `refused` says why; it is a list, too, in a question of several turns.
     """
-    queries = [_query(number, *located) for number, located in enumerate(_read(path), start=1)][:limit]
-    _by_key(path, [query.id for query in queries], queries)
-    return queries
-
-
-def _query(number: int, where: str, row: Fields) -> Query:
-    found = next((row[field] for field in QUESTION_FIELDS if row.get(field)), None)
-    text = found[0] if isinstance(found, list) else found
-    if not isinstance(text, str):
-        raise UserError(f"{where} has no question: write it as `question`, `instruction`, `prompt` or `turns`.")
-    system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-    history = []
-    for turns in row.get("history") or []:
-        if not (isinstance(turns, list) and len(turns) == 2):
-            raise UserError(f"{where}: `history` must be a list of pairs, each of a user and an assistant turn.")
-        user, assistant = turns
-        history += [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
-    question = "\n".join(filter(None, [text, row.get("input")]))
-    return Query(_id(row) or str(number), [*system, *history, {"role": "user", "content": question}])
-
-
-def write_answers(folder: Path, queries: list[Query], generations: dict[int, Generation]) -> None:
-    """Write `answers.jsonl` into a run's folder: one row per question, with id, question, answer and finish_reason.
-
-    A question that the server refused has an empty answer, and `refused` says why.
-    """
-    answers = [generations[index] for index in range(len(queries))]
-    rows = [
-        {
-            "id": query.id,
-            "question": query.text,
-            "answer": answer.text,
-            "finish_reason": answer.finish_reason,
-            **({} if answer.refused is None else {"refused": answer.refused}),
-        }
-        for query, answer in zip(queries, answers, strict=True)
-    ]
+    rows = [_row(query, turns.of(number, replies)) for number, query in enumerate(turns.queries)]
     write_whole(folder / ANSWERS, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-# --- pairs -----------------------------------------------------------------------------------------------------------
+def _row(query: Query, answers: list[Generation]) -> dict[str, Any]:
+    refused = [answer.refused for answer in answers]
+    more = {
+        **({"category": query.category} if query.category else {}),
+        **({"reference": query.references} if query.references else {}),
+    }
+    if not query.later:
+        (answer,) = answers
+        columns = {"question": query.text, "answer": answer.text, "finish_reason": answer.finish_reason}
+        return {"id": query.id, **columns, **more, **({} if refused == [None] else {"refused": answer.refused})}
+    lists = {
+        "turns": query.turns,
+        "answers": [answer.text for answer in answers],
+        "finish_reasons": [answer.finish_reason for answer in answers],
+    }
+    return {
+        "id": query.id,
+        **lists,
+        **more,
+        **({"refused": refused} if any(each is not None for each in refused) else {}),
+    }
 
 
-@dataclass(frozen=True)
-class Pair:
-    """A question with the answers of models A and B; without ids in the data, `id` is its number, from 1."""
-
-    id: str
-    question: str
-    a: str
-    b: str
-
-
-def load_pairs(a: Path, b: Path, limit: int | None = None) -> tuple[list[Pair], list[str]]:
-    """Two models' answers to the same questions, in the order of the first file, and the ids of questions left out,
-    because a server refused them for either model.
-
-    Rows are matched by `id` (or `question_id`) if every row has one, else by the text of the question.
-
-    Args:
-        a: a jsonl or parquet file with `question` and `answer`, the folder of a run of `eval answers`, or a folder that
-            contains a single run.
-        b: likewise.
-        limit: number of pairs to read, None for all.
-
-    Raises:
-        UserError: if a row lacks a field, a question occurs twice, the files do not answer the same questions, or every
-            question was refused.
-    """
-    rows_a, rows_b = _answers(a), _answers(b)
-    by_id = all(_id(row) for row in [*rows_a, *rows_b])
-    keyed_a, keyed_b = (
-        _by_key(path, [_id(row) if by_id else row["question"] for row in rows], rows)
-        for path, rows in ((a, rows_a), (b, rows_b))
-    )
-    single = keyed_a.keys() ^ keyed_b.keys()
-    if single:
-        raise UserError(
-            f"{a} and {b} do not answer the same questions: {len(single)} are in only one of them, such as "
-            f"{min(single)[:80]!r}. Let both models answer the same file."
-        )
-    for key, row in keyed_a.items():
-        if row["question"] != keyed_b[key]["question"]:
-            raise UserError(
-                f"{a} and {b} have different questions with the id {key}: let both models answer the same file."
-            )
-    pairs, refused = [], []
-    for number, (key, row) in itertools.islice(enumerate(keyed_a.items(), start=1), limit):
-        called = key if by_id else str(number)
-        if any(each.get("refused") is not None for each in (row, keyed_b[key])):
-            refused.append(called)
-        else:
-            pairs.append(Pair(called, row["question"], row["answer"], keyed_b[key]["answer"]))
-    if not pairs:
-        raise UserError(f"Every question was refused for {a} or {b}: run `eval answers` again.")
-    return pairs, refused
-
-
-def _answers(path: Path) -> list[Fields]:
-    if path.is_dir():
-        folder = path if (path / ANSWERS).is_file() else run_folder(path, ANSWERS)
-        if not (folder / ANSWERS).is_file():
-            raise UserError(
-                f"{path} holds no answers to compare: make them with `llamafactory-ext eval answers --output {path}`."
-            )
-        path = folder / ANSWERS
-    located = _read(path)
-    for where, row in located:
-        if not all(isinstance(row.get(field), str) for field in ("question", "answer")):
-            raise UserError(f"{where} has no text in `question` or `answer`: name a file with both.")
-    return [row for _, row in located]
-
-
-# --- rows ------------------------------------------------------------------------------------------------------------
-
-
-def _read(path: Path) -> list[tuple[str, Fields]]:
-    located = located_rows(str(path))
-    if not located:
-        raise UserError(f"{path} is empty: write one JSON object per line.")
-    return located
-
-
-def _id(row: Fields) -> str | None:
-    found = next((row[field] for field in ("id", "question_id") if row.get(field) is not None), None)
-    return None if found is None else str(found)
-
-
-def _by_key(path: Path, keys: list[Any], values: list[Any]) -> Fields:
-    found = dict(zip(keys, values, strict=True))
-    if len(found) < len(keys):
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise UserError(f"{path} has {twice[:80]!r} more than once: give each row an `id` of its own.")
-    return found
-
-
-def content_hash(rows: list[Query] | list[Pair]) -> str:
-    """Fingerprint (SHA-256, hex) of the rows in their order."""
-    return hashlib.sha256(json.dumps([astuple(row) for row in rows]).encode()).hexdigest()
+def _print_run(folder: Path, turns: Turns, replies: Mapping[int, Generation], max_tokens: int) -> None:
+    answered = [reply for reply in replies.values() if is_answered(reply)]
+    cut_off = sum(reply.finish_reason == "length" for reply in answered)
+    print(f"{folder / ANSWERS}: {len(answered)} answers, {cut_off} cut off at {max_tokens} tokens")
+    several = len(turns.places) > len(turns.queries)
+    ids = [turns.label(index) for index in range(len(turns.places))]
+    print_refused(folder, replies.values(), ids, "turns" if several else "problems")
+    print_left_out(folder, replies.values())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,43 @@ from .models import folder_hashes
 from .options import Options
 
 Runs = dict[str, tuple[Path, dict[str, Any]]]  # run -> its folder and manifest
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """What is asked, round by round: a later round may ask on top of earlier replies.
+
+    Args:
+        rounds: of each round, the indices of its replies.
+        chat: of an index and the replies of its run so far: what to ask, or a text that says why it is not asked.
+        follows: index -> that of the earlier reply that it is asked on top of.
+    """
+
+    rounds: Sequence[Sequence[int]]
+    chat: Callable[[int, Mapping[int, Generation]], Chat | str]
+    follows: Mapping[int, int] = field(default_factory=dict)
+
+    @property
+    def count(self) -> int:
+        """The number of replies in all rounds."""
+        return sum(map(len, self.rounds))
+
+    def kept(self, replies: Mapping[int, Generation], is_usable: Callable[[Generation], bool]) -> set[int]:
+        """The saved replies that need not be asked again: usable, and saved after the one that they follow, so that
+        they were asked on top of what is there now.
+
+        Args:
+            replies: of a run, in the order in which they were saved.
+            is_usable: see `ask_missing`.
+        """
+        order = {index: place for place, index in enumerate(replies)}
+        kept: set[int] = set()
+        for index in (index for indices in self.rounds for index in indices):
+            if index in replies and is_usable(replies[index]):
+                first = self.follows.get(index)
+                fresh = first is None or (first in kept and order[first] < order[index])
+                kept |= {index} if fresh else set()
+        return kept
 
 
 def is_answered(reply: Generation) -> bool:
@@ -124,33 +163,56 @@ def ask_missing(
         UserError: if a folder belongs to another run, the engine fails, or it refuses everything; replies so far are
             saved.
     """
+    rounds = Rounds([range(len(chats))], lambda index, replies: chats[index])
+    return ask_rounds(engine, rounds, runs, is_usable, watch, seeds, columns)
+
+
+def ask_rounds(
+    engine: Engine,
+    rounds: Rounds,
+    runs: Runs,
+    is_usable: Callable[[Generation], bool] = is_answered,
+    watch: Callable[[str, Generation], str] = lambda run, reply: "",
+    seeds: Sequence[int] | None = None,
+    columns: Callable[[str, Generation], Mapping[str, Any]] = lambda run, reply: {},
+) -> dict[str, dict[int, Generation]]:
+    """Ask, in each run and round after round, what has no usable reply yet; save each reply as it arrives.
+
+    What cannot be asked, as `rounds` says, is saved as refused. The rest is as in `ask_missing`.
+    """
     with ExitStack() as stack:
         opened = {name: stack.enter_context(Run(folder)) for name, (folder, _) in runs.items()}
-        jobs: list[Job] = []
-        found: list[tuple[str, Generation]] = []
-        answered = set()
+        replies: dict[str, dict[int, Generation]] = {}
         for name, run in opened.items():
-            done = run.open(runs[name][1])
-            run.refuse_others(done, len(chats))
-            usable = {index for index, reply in done.items() if is_usable(reply)}
-            found += [(name, done[index]) for index in sorted(usable)]
-            missing = [index for index in range(len(chats)) if index not in usable]
-            jobs += [Job(name, index, chats[index], seeds[index] if seeds else None) for index in missing]
-            if any(map(is_answered, done.values())):
-                answered.add(name)
-        with tqdm(total=len(chats) * len(runs), desc="replies", unit="", dynamic_ncols=True) as bar:
+            replies[name] = run.open(runs[name][1])
+            run.refuse_others(replies[name], rounds.count)
+        kept = {name: rounds.kept(found, is_usable) for name, found in replies.items()}
+        bar = stack.enter_context(tqdm(total=rounds.count * len(runs), desc="replies", unit="", dynamic_ncols=True))
 
-            def count(run: str, reply: Generation) -> None:
-                bar.set_postfix_str(watch(run, reply), refresh=False)
-                bar.update()
+        def count(run: str, reply: Generation) -> None:
+            bar.set_postfix_str(watch(run, reply), refresh=False)
+            bar.update()
 
-            for name, reply in found:
-                count(name, reply)
+        def save(run: str, reply: Generation) -> None:
+            opened[run].append(reply, **columns(run, reply))
+            replies[run][reply.index] = reply
+            count(run, reply)
+
+        for indices in rounds.rounds:
+            jobs: list[Job] = []
+            for name, index in itertools.product(runs, indices):
+                found = replies[name]
+                if index in kept[name]:
+                    count(name, found[index])
+                elif not isinstance(chat := rounds.chat(index, found), str):
+                    jobs.append(Job(name, index, chat, seeds[index] if seeds else None))
+                elif found.get(index) != (refusal := Generation(index, "", None, None, refused=chat)):
+                    save(name, refusal)
+            answered = {name for name, found in replies.items() if any(map(is_answered, found.values()))}
             try:
-                replies = stack.enter_context(closing(engine.generate(jobs))) if jobs else ()
-                for job, reply in believable(replies, answered):
-                    opened[job.run].append(reply, **columns(job.run, reply))
-                    count(job.run, reply)
+                asked = stack.enter_context(closing(engine.generate(jobs))) if jobs else ()
+                for job, reply in believable(asked, answered):
+                    save(job.run, reply)
             except UserError:
                 # Without a single reply, as after a wrong model name, another manifest may replace this one.
                 for run in opened.values():
@@ -199,7 +261,7 @@ def print_refused(
     if refused:
         called = [str(reply.index + 1) if ids is None else ids[reply.index] for reply in refused]
         print(
-            f"{folder}: the server refused {len(refused)} {what}: {first_of(called)} ({refused[0].refused}). "
+            f"{folder}: {len(refused)} {what} were refused: {first_of(called)} ({refused[0].refused}). "
             "Run the same command to ask them again."
         )
 

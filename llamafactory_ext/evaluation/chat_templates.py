@@ -80,7 +80,10 @@ def _sentence(tokenizer: Any, chat: Chat, arguments: dict[str, Any], problem: in
     if arguments and _takes(tokenizer, chat, {}):
         return f"{refusal} {json.dumps(arguments)} ({said}): correct or remove --chat-template-kwargs."
     if len(chat) > 1 and _takes(tokenizer, chat[-1:], arguments):
-        return f"{refusal} the turns before the question of problem {problem} ({said}): remove `history` from the data."
+        return (
+            f"{refusal} the turns before the last question of problem {problem} ({said}): remove `history` or the "
+            "later `turns` from the data."
+        )
     return (
         f"The chat template of {tokenizer.name_or_path} fails on problem {problem} ({said}): {CORRECT}, or pass "
         "what it needs with --chat-template-kwargs."

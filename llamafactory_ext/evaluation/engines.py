@@ -76,6 +76,9 @@ class Engine(Protocol):
     def check(self, chats: list[Chat]) -> None:
         """Raise a UserError for what cannot be answered, before anything is loaded or written."""
 
+    def refusal(self, chat: Chat, number: int) -> str | None:
+        """Why a chat that contains answers, that of the problem with this number, cannot be asked; None if it can."""
+
     def versions(self) -> dict[str, str]:
         """The packages that the answers depend on, for the manifest."""
 
@@ -90,13 +93,17 @@ class Engine(Protocol):
         """
 
 
-def check_texts(chats: list[Chat]) -> None:
+def check_texts(chats: list[Chat], start: int = 1) -> None:
     """Refuse turns that are not text.
+
+    Args:
+        chats: of the problems.
+        start: the number of the first problem for messages.
 
     Raises:
         UserError: if a turn is not a string, or contains a lone surrogate.
     """
-    for number, chat in enumerate(chats, start=1):
+    for number, chat in enumerate(chats, start=start):
         for turn in chat:
             try:
                 turn["content"].encode()
@@ -119,16 +126,28 @@ def check_chats(chats: list[Chat], settings: Settings, tokenizer: Any) -> None:
         UserError: says what to change.
     """
     check_texts(chats)
-    model_context, context = context_length(settings.model), context_of(settings)
+    context = context_of(settings)
+    remedy = "" if context == context_length(settings.model) else "raise --max-model-len, "
     for number, chat in enumerate(chats, start=1):
-        ids = prompt_ids(tokenizer, chat, settings.chat_template_kwargs, number)
-        if context and len(ids) >= context:
-            remedy = "" if context == model_context else "raise --max-model-len, "
-            raise UserError(
-                f"The prompt of problem {number} has {len(ids)} tokens, but the context length is {context}: {remedy}"
-                "shorten the prompt, or remove the problem from the data."
-            )
+        if reason := _too_long(chat, context, settings, tokenizer, number):
+            raise UserError(f"{reason}: {remedy}shorten the prompt, or remove the problem from the data.")
     print_unused(tokenizer, chats[0], settings.chat_template_kwargs)
+
+
+def refusal_of(chat: Chat, settings: Settings, tokenizer: Any, number: int) -> str | None:
+    """Why a chat that contains answers cannot be asked, by `Engine.refusal`."""
+    try:
+        check_texts([chat], number)
+        return _too_long(chat, context_of(settings), settings, tokenizer, number)
+    except UserError as error:
+        return str(error)
+
+
+def _too_long(chat: Chat, context: int | None, settings: Settings, tokenizer: Any, number: int) -> str | None:
+    length = len(prompt_ids(tokenizer, chat, settings.chat_template_kwargs, number))
+    if context is None or length < context:
+        return None
+    return f"The prompt of problem {number} has {length} tokens, but the context length is {context}"
 
 
 def package_versions(*packages: str) -> dict[str, str]:

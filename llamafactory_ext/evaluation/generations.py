@@ -105,14 +105,14 @@ class Run:
             )
 
     def read(self) -> dict[int, Generation]:
-        """The saved answers by problem, without an incomplete last line.
+        """The saved answers by problem, in the order in which they were saved, without an incomplete last line.
 
         Raises:
             UserError: if a complete line is damaged.
         """
         if not self.path.is_file():
             return {}
-        found = {}
+        found: dict[int, Generation] = {}
         # Not `splitlines`: an answer may contain other characters that str counts as line ends.
         *lines, _ = self.path.read_bytes().split(b"\n")
         for number, line in enumerate(lines, start=1):
@@ -122,6 +122,7 @@ class Run:
                 raise UserError(
                     f"{self.path}, line {number} is damaged ({error}): remove it, then run the same command to resume."
                 ) from error
+            found.pop(generation.index, None)  # asked again: its place is that of its last answer
             found[generation.index] = generation
         return found
 

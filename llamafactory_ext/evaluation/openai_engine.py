@@ -32,6 +32,13 @@ class OpenAIEngine:
         """Check the texts; the server itself checks the context length and the chat template."""
         check_texts(chats)
 
+    def refusal(self, chat: Chat, number: int) -> str | None:
+        try:
+            check_texts([chat], number)
+        except UserError as error:
+            return str(error)
+        return None
+
     def versions(self) -> dict[str, str]:
         from openai import OpenAIError
 

@@ -10,6 +10,7 @@ from typing import Any
 from .degeneration import inspect_output
 from .extraction import TIERS, VERSION, read_answer
 from .generations import Generation
+from .intervals import effective_number, wilson_95
 from .questions import Question, problems_hash
 
 SIGNS = ("degenerate", "loop", "cut_off", "empty")
@@ -52,17 +53,14 @@ def score_run(questions: list[Question], generations: Mapping[int, Generation]) 
 
 def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The summary of rows; rates from 0 to 1, those of degeneration over the answered problems."""
-    from statsmodels.stats.proportion import proportion_confint
-
     count = len(rows)
     tiers: dict[str, Any] = {}
     for tier in TIERS:
         correct = sum(row[tier]["correct"] for row in rows)
-        low, high = proportion_confint(correct, count, method="wilson")
         tiers[tier] = {
             "correct": correct,
             "accuracy": correct / count,
-            "wilson_95": [float(low), float(high)],
+            "wilson_95": wilson_95(correct / count, count),
             "answered": sum(row[tier]["answer"] is not None for row in rows),
             "conflicts": sum(row[tier]["conflict"] for row in rows),
         }
@@ -97,20 +95,17 @@ def pass_rates(samples: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     Args:
         samples: rows with `problem`, `correct`, `answer`, `degenerate` and `finish_reason`, in any order; at least one.
     """
-    from statsmodels.stats.proportion import proportion_confint
-
     rows = list(samples)
     by_problem: dict[str, list[bool]] = {}
     for row in rows:
         by_problem.setdefault(row["problem"], []).append(row["correct"])
     rates = [fmean(right) for right in by_problem.values()]
-    rate, effective = fmean(rates), _effective_number(rates, len(rows))
-    low, high = proportion_confint(rate * effective, effective, method="wilson")
+    rate, of_mean = fmean(rates), variance(rates) / len(rates) if len(rates) > 1 else 0.0
     return {
         "problems": len(rates),
         "samples": len(rows),
         "pass@1": rate,
-        "wilson_95": [float(low), float(high)],
+        "wilson_95": wilson_95(rate, effective_number(rate, of_mean, len(rates), len(rows))),
         "solved": fmean(each > 0 for each in rates),
         "all_right": fmean(each == 1 for each in rates),
         "all_wrong": fmean(each == 0 for each in rates),
@@ -118,13 +113,3 @@ def pass_rates(samples: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         "degenerate": fmean(row["degenerate"] for row in rows),
         "cut_off": fmean(row["finish_reason"] == "length" for row in rows),
     }
-
-
-def _effective_number(rates: list[float], samples: int) -> float:
-    """So many independent samples would give the mean of the rates the same variance; `len(rates)` if nothing varies at
-    0 or 1, where the variance is unknown."""
-    rate = fmean(rates)
-    if len(rates) == 1 or not 0 < rate < 1:
-        return len(rates)
-    of_mean = variance(rates) / len(rates)
-    return samples if of_mean == 0 else min(max(rate * (1 - rate) / of_mean, len(rates)), samples)

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import UserError, in_a_line
 from .chat_templates import Chat, apply_chat_template, check_question_is_read, prompt_ids
-from .engines import RESUME, Job, Settings, check_chats, context_of, package_versions
+from .engines import RESUME, Job, Settings, check_chats, context_of, package_versions, refusal_of
 from .generations import Generation
 from .models import end_tokens, load_tokenizer
 
@@ -23,6 +23,9 @@ class TransformersEngine:
     def check(self, chats: list[Chat]) -> None:
         check_chats(chats, self.settings, self.tokenizer)
         check_question_is_read(self.tokenizer, chats[0], self.settings.chat_template_kwargs)
+
+    def refusal(self, chat: Chat, number: int) -> str | None:
+        return refusal_of(chat, self.settings, self.tokenizer, number)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -55,13 +58,19 @@ class TransformersEngine:
             "pad_token_id": self.tokenizer.pad_token_id,
         }
 
+    @cached_property
+    def model(self) -> Any:
+        """The model with its adapters, loaded once for all that is asked."""
+        from transformers import GenerationConfig
+
+        # Replaces the model's own, from which `generate` would take all fields that are not set.
+        return load_model(self.settings, GenerationConfig(**self._greedy()))
+
     def generate(self, jobs: list[Job]) -> Generator[tuple[Job, Generation]]:
         import torch
         from transformers import GenerationConfig
 
-        # Replaces the model's own, from which `generate` would take all fields that are not set.
-        fields = self._greedy()
-        model = load_model(self.settings, GenerationConfig(**fields))
+        model, fields = self.model, self._greedy()
         for run in dict.fromkeys(job.run for job in jobs):
             for limit, batch in self._batches([job for job in jobs if job.run == run]):
                 config = GenerationConfig(**{**fields, "max_new_tokens": limit})

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..errors import UserError, in_a_line
 from .chat_templates import Chat
-from .engines import RESUME, Job, Settings, check_chats, package_versions
+from .engines import RESUME, Job, Settings, check_chats, package_versions, refusal_of
 from .generations import Generation
 from .models import end_tokens, load_tokenizer
 
@@ -33,9 +33,17 @@ class VllmEngine:
         lora_settings(self.settings.adapters)
         _check_generation_config(self.settings.model)
 
+    def refusal(self, chat: Chat, number: int) -> str | None:
+        return refusal_of(chat, self.settings, self.tokenizer, number)
+
     @cached_property
     def tokenizer(self) -> Any:
         return load_tokenizer(self.settings.model)
+
+    @cached_property
+    def llm(self) -> Any:
+        """vLLM in this process, loaded once for all that is asked."""
+        return load_vllm(self.settings)
 
     def versions(self) -> dict[str, str]:
         return {**vllm_version(), **package_versions("torch", "transformers")}
@@ -48,7 +56,7 @@ class VllmEngine:
             yield from _generate_on_replicas(self.settings, jobs)
             return
         try:
-            yield from _generate_with_vllm(self.settings, jobs)
+            yield from ask_vllm(self.llm, self.settings, jobs)
         except UserError:
             raise
         except Exception as error:
@@ -84,10 +92,6 @@ def set_vllm_defaults() -> None:
     }
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
-
-
-def _generate_with_vllm(settings: Settings, jobs: list[Job]) -> Iterator[tuple[Job, Generation]]:
-    yield from ask_vllm(load_vllm(settings), settings, jobs)
 
 
 def load_vllm(settings: Settings) -> Any:
@@ -216,7 +220,7 @@ def _generate_on_replicas(settings: Settings, jobs: list[Job]) -> Iterator[tuple
 def _replica(settings: Settings, rank: int, jobs: list[Job], results: Any) -> None:
     _take_share_of_devices(rank, settings.data_parallel, settings.tensor_parallel)
     try:
-        for item in _generate_with_vllm(settings, jobs) if jobs else ():
+        for item in ask_vllm(load_vllm(settings), settings, jobs) if jobs else ():
             results.put(item)
         results.put(FINISHED)
     except Exception as error:  # the parent reports it

@@ -148,7 +148,7 @@ def test_a_history_that_a_template_refuses(templated, tmp_path):
     data, output = tmp_path / "rows.jsonl", tmp_path / "out"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     said = refusal(ask(templated(ONE_TURN + tiny.CHATML), data, output, script=answers), output)
-    assert "does not accept the turns before the question of problem 2 (One turn only.)" in said
+    assert "does not accept the turns before the last question of problem 2 (One turn only.)" in said
 
 
 def test_a_system_turn_that_a_template_leaves_out_is_told(templated, data, tmp_path):

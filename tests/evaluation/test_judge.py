@@ -11,19 +11,20 @@ import sys
 import threading
 import time
 from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import tiny
-from json_server import InJson
+from chat_server import RefusalError, chat_server
 from typer.testing import CliRunner
 
 from llamafactory_ext.errors import UserError
 from llamafactory_ext.evaluation import answers, judge
-from llamafactory_ext.evaluation.answers import Pair, Query, load_pairs, load_queries
+from llamafactory_ext.evaluation.answered import Exchange, exchanges, load_answered
 from llamafactory_ext.evaluation.generations import GENERATIONS, Generation, Run
-from llamafactory_ext.evaluation.judge import JUDGE_PROMPT, both_orders, judge_rows, outcome, parse_verdict, summarize
+from llamafactory_ext.evaluation.judge import JUDGE_PROMPT, both_orders
+from llamafactory_ext.evaluation.open_questions import Query, load_queries
+from llamafactory_ext.evaluation.verdicts import judge_rows, outcome, parse_verdict, summarize
 
 PLACES = re.compile(
     r"<request>\n(.*)\n</request>\n\n<answer_a>\n(.*)\n</answer_a>\n\n<answer_b>\n(.*)\n</answer_b>", re.DOTALL
@@ -39,38 +40,13 @@ def prefer_first(question: str, first: str, second: str) -> str:
     return "[[A]]"
 
 
-class RefusalError(Exception):
-    """A status and a message."""
-
-
 @pytest.fixture
 def server():
-    """A judge: `server.judge(question, first, second)` is what it replies; an exception is what it refuses.
-
-    `server.rejects` are fields of a request that it does not take.
-    """
-
-    class Handler(InJson, BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            request = self.request_body()
-            http.requests.append(request)
-            try:
-                for name in http.rejects & set(request):
-                    raise RefusalError(400, f"Unsupported parameter: '{name}' is not supported with this model.")
-                text, status = http.judge(*PLACES.search(request["messages"][0]["content"]).groups()), 200
-            except RefusalError as refusal:
-                status, text = refusal.args
-            choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
-            about = {"id": "1", "object": "chat.completion", "created": 0, "model": "m"}
-            body = {**about, "choices": [choice]} if status == 200 else {"error": {"message": text}}
-            self.reply(status, body)
-
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    http.requests, http.judge, http.rejects = [], prefer_longer, set()
-    threading.Thread(target=http.serve_forever, args=(0.02,), daemon=True).start()
-    http.url = f"http://127.0.0.1:{http.server_port}/v1"
-    yield http
-    http.shutdown()
+    """A judge: `server.judge(question, first, second)` is what it replies; a RefusalError is what it refuses."""
+    with chat_server() as http:
+        http.judge = prefer_longer
+        http.answer = lambda request: http.judge(*PLACES.search(request["messages"][0]["content"]).groups())
+        yield http
 
 
 def write(path: Path, rows: list) -> Path:
@@ -87,6 +63,14 @@ def files(tmp_path):
     """Longer answers of A on questions 1 to 3, of B on 4; equally long ones on 5."""
     a = write(tmp_path / "a.jsonl", rows("aaaa", "aaa", "aaa", "a", "aa"))
     return a, write(tmp_path / "b.jsonl", rows("b", "b", "b", "bb", "bb"))
+
+
+def pair(id: str, question: str, a: str, b: str) -> Exchange:
+    return Exchange(id, (question,), ((a,), (b,)), label=id)
+
+
+def load_pairs(a: Path, b: Path) -> tuple[list[Exchange], list[str]]:
+    return exchanges(load_answered([a, b]), [a, b])
 
 
 def invoke(app, *words: object):
@@ -152,7 +136,7 @@ def test_both_orders_must_agree(a_first, b_first, result):
 def test_summary_by_hand():
     # A and B by question: 6 wins, 1 loss, contradictions for the first (1) and the second place (1), a tie, a half tie.
     orders = ["AB"] * 6 + ["BA", "AA", "BB", "CC", "AC", "A?"]
-    pairs = [Pair(str(number), "Q?", "a", "b") for number in range(12)]
+    pairs = [pair(str(number), "Q?", "a", "b") for number in range(12)]
     replies = {index: Generation(index, f"[[{letter}]]", None, "stop") for index, letter in enumerate("".join(orders))}
     summary = summarize(judge_rows(pairs, replies))
     assert (summary["questions"], summary["judged"]) == (12, 11)
@@ -171,8 +155,8 @@ def test_summary_by_hand():
 
 
 def test_braces_in_the_texts_are_never_filled_in():
-    pair = Pair("1", "Is {first} a set?", "{second} \\1 {0}", "{question} {{}}")
-    (there,), (back,) = both_orders("{question}|{first}|{second}|{other} {}", pair)
+    braces = pair("1", "Is {first} a set?", "{second} \\1 {0}", "{question} {{}}")
+    (there,), (back,) = both_orders("{question}|{first}|{second}|{other} {}", braces)
     assert there["content"] == "Is {first} a set?|{second} \\1 {0}|{question} {{}}|{other} {}"
     assert back["content"] == "Is {first} a set?|{question} {{}}|{second} \\1 {0}|{other} {}"
 
@@ -203,7 +187,7 @@ def test_a_judge_of_length(files, server, tmp_path):
     assert summary["sign_test_p"] == pytest.approx(2 * (1 + 4) / 2**4)
     assert [row["outcome"] for row in found["rows"]] == ["win", "win", "win", "lose", "tie"]
     assert found["rows"][3] == {
-        **{"id": "4", "question": "Question 4?", "a": "a", "b": "bb", "outcome": "lose"},
+        **{"id": "4", "turn": 1, "question": "Question 4?", "a": "a", "b": "bb", "outcome": "lose"},
         "a_first": {"verdict": "second", "reply": "I compared them.\n\n[[B]]"},
         "b_first": {"verdict": "first", "reply": "I compared them.\n\n[[A]]"},
     }
@@ -452,9 +436,9 @@ def test_rows_match_by_id_or_else_by_question(tmp_path):
     a = [{"id": n, "question": "Same?", "answer": f"a{n}"} for n in (2, 1)]
     b = [{"question_id": str(n), "question": "Same?", "answer": f"b{n}"} for n in (1, 2)]
     pairs = load_pairs(write(tmp_path / "a.jsonl", a), write(tmp_path / "b.jsonl", b))
-    assert pairs == ([Pair("2", "Same?", "a2", "b2"), Pair("1", "Same?", "a1", "b1")], [])
+    assert pairs == ([pair("2", "Same?", "a2", "b2"), pair("1", "Same?", "a1", "b1")], [])
     mixed = write(tmp_path / "b.jsonl", [{"question": "Same?", "answer": "b"}])
-    assert load_pairs(write(tmp_path / "a.jsonl", a[:1]), mixed) == ([Pair("1", "Same?", "a2", "b")], [])
+    assert load_pairs(write(tmp_path / "a.jsonl", a[:1]), mixed) == ([pair("1", "Same?", "a2", "b")], [])
 
 
 def test_what_a_server_has_refused_is_left_out(tmp_path):
@@ -471,7 +455,7 @@ def test_the_folder_of_the_only_run_is_found(tmp_path):
     one = [{"id": 1, "question": "Q?", "answer": "a"}]
     (tmp_path / "dpo" / "base").mkdir(parents=True)
     path = write(tmp_path / "dpo" / "base" / "answers.jsonl", one)
-    assert load_pairs(tmp_path / "dpo", path)[0] == [Pair("1", "Q?", "a", "a")]
+    assert load_pairs(tmp_path / "dpo", path)[0] == [pair("1", "Q?", "a", "a")]
     (tmp_path / "dpo" / "lora").mkdir()
     write(tmp_path / "dpo" / "lora" / "answers.jsonl", one)
     with pytest.raises(UserError, match=r"contains several runs: name one, such as .*base"):
@@ -566,9 +550,7 @@ def test_bad_questions_are_refused(tmp_path, data, message):
 def test_from_questions_to_win_rates(server, tmp_path):
     model = tiny.make_model(tmp_path / "model", initializer_range=0.3)
     adapter = tiny.make_adapter(tmp_path / "lora", model)
-    data = write(
-        tmp_path / "q.jsonl", [{"prompt": "Hi?"}, {"turns": ["A longer question?", "More?"]}, {"prompt": "Why?"}]
-    )
+    data = write(tmp_path / "q.jsonl", [{"prompt": "Hi?"}, {"turns": ["A longer question?"]}, {"prompt": "Why?"}])
     output = tmp_path / "runs"
     words = ["--engine", "hf", "--model", model, "--adapter", f"sr={adapter}", "--data", data, "--output", output]
     made = invoke(answers.app, *words, "--max-tokens", 6)

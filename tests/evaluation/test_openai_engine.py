@@ -61,13 +61,13 @@ def test_a_problem_that_the_server_refuses_is_recorded_and_counts_as_unanswered(
         result = ask_server(server, data, output)
         assert result.exit_code == 0, result.output
         assert len(server.requests) == requests
-        assert "the server refused 1 problems: 2 (Error code: 400" in result.output
+        assert "1 problems were refused: 2 (Error code: 400" in result.output
         scored = json.loads((output / "base" / "results.json").read_text())
         assert (scored["summary"]["problems"], scored["summary"]["missing"]) == (3, 1)
         assert [row.get("refused") is not None for row in scored["rows"]] == [False, True, False]
     server.refuse = lambda question: None
     result = ask_server(server, data, output)
-    assert "the server refused" not in result.output
+    assert "were refused" not in result.output
     assert json.loads((output / "results.json").read_text())["base"]["missing"] == 0
     server.broken_after = 0
     assert ask_server(server, data, output).exit_code == 0  # nothing is left to ask

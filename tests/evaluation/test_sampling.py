@@ -189,7 +189,7 @@ def test_what_a_server_refuses_is_no_sample(server, data, tmp_path):
     server.refuse = lambda question: 400 if question == QUESTIONS[1] else None
     done = sample_from(server, data, tmp_path)
     assert done.exit_code == 0, done.output
-    assert "the server refused 2 samples: 2 (sample 1), 2 (sample 2) (Error code: 400" in done.output
+    assert "2 samples were refused: 2 (sample 1), 2 (sample 2) (Error code: 400" in done.output
     rates = json.loads((tmp_path / "pass_rates.json").read_text())["base"]
     assert (rates["problems"], rates["samples"]) == (2, 4)
 
