@@ -48,6 +48,15 @@ def write_sweep(folder, name, axes, launcher=None, evaluators=(), **changes):
 
 def sweep(folder, *words, **options):
     """The command line, in a folder."""
-    command = [sys.executable, "-m", "llamafactory_ext.cli", "sweep", *words]
-    environment = os.environ | {"PATH": PATH, "COLUMNS": "200"}
+    return _command(folder, "sweep", *words, **options)
+
+
+def report(folder, *words):
+    """Likewise `llamafactory-ext report`."""
+    return _command(folder, "report", *words)
+
+
+def _command(folder, *words, **options):
+    command = [sys.executable, "-m", "llamafactory_ext.cli", *words]
+    environment = os.environ | {"PATH": PATH, "COLUMNS": "200", "OPENAI_API_KEY": "none"}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, **options)

@@ -13,6 +13,7 @@ import sys
 import pytest
 import yaml
 from sweeps import PATH, make_place, sweep, write_sweep
+from sweeps import report as report_of
 
 from llamafactory_ext.sweep.results import read_results
 
@@ -176,8 +177,7 @@ def test_adapters_are_scored_in_one_load(place, full):
 
 @pytest.fixture(scope="module")
 def report(place, full):
-    command = [sys.executable, "-m", "llamafactory_ext.cli", "report", "full"]
-    run = subprocess.run(command, cwd=place, capture_output=True, text=True)
+    run = report_of(place, "full")
     assert run.returncode == 0, run.stderr
     return place / "full" / "report"
 
