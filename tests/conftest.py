@@ -50,6 +50,7 @@ LONGEST_FIRST = (
     "tests/planning/test_plan.py",
     "tests/integration/test_command_line.py",
     "tests/integration/test_sweep.py",
+    "tests/integration/test_studies.py",
     "tests/integration/test_two_ranks.py",
     "tests/test_gpu.py",
     "tests/test_demo.py",

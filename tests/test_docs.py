@@ -18,7 +18,8 @@ from llamafactory_ext.losses.lookup import get_loss, loss_names
 from llamafactory_ext.recipe.arguments import PreferenceArguments
 from llamafactory_ext.recipe.keys import STOCK_KEYS, keys_not_taken, keys_of
 from llamafactory_ext.recipe.reading import parse_recipe
-from llamafactory_ext.sweep.spec import Evaluation, HeldOut, Sweep
+from llamafactory_ext.sweep.evaluators import Asking, Benchmarks, Evaluators, HeldOut, Judged, Problems
+from llamafactory_ext.sweep.spec import Sweep
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -169,9 +170,12 @@ def test_recipes_are_understood(block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (own,) = blocks(DOCS / "losses.md", "python")
     Path("my_loss.py").write_text(own, encoding="utf-8")  # which the recipe beside it names
+    if set(block) == {"evaluators"}:
+        Evaluators.model_validate(block["evaluators"])
+        return
     if "axes" in block:
         sweep = Sweep(**block)
-        block = {key: values[0] for key, values in sweep.axes.items()}
+        block = {key: values[0] for key, values in sweep.axes.items() if isinstance(values, list)}
     parse_recipe({"model_name_or_path": "any", "stage": "dpo", **block})
 
 
@@ -248,11 +252,39 @@ def test_the_table_says_the_default(key):
         assert default_of(default, "") == fields[key]
 
 
-@pytest.mark.parametrize("model", [Sweep, Evaluation, HeldOut])
-def test_every_key_of_a_sweep_is_in_a_table(model):
+EVALUATORS = {each.kind: each for each in (Problems, Benchmarks, Judged)} | {"pairs": HeldOut}
+
+
+def test_every_key_of_a_sweep_is_in_a_table():
     tables = rows("sweeps.md", "| Key | Default | Meaning |")
-    for name, field in model.model_fields.items():
-        default = "required" if field.default is PydanticUndefined else field.default
-        assert yaml.safe_load(tables[name][0].strip("`")) == default
-    known = {name for each in (Sweep, Evaluation, HeldOut) for name in each.model_fields}
-    assert set(tables) == known
+    assert set(tables) == {*Sweep.model_fields, *Asking.model_fields}
+    for model in (Sweep, Asking):
+        for name, field in model.model_fields.items():
+            if name != "evaluators":
+                assert yaml.safe_load(tables[name][0].strip("`")) == _default(field)
+
+
+def test_every_key_of_an_evaluator_is_in_a_table():
+    text = (DOCS / "sweeps.md").read_text(encoding="utf-8")
+    table = text.partition("| Evaluator | Key | Default | Meaning |\n")[2].partition("\n\n")[0]
+    told = {}
+    for line in table.splitlines()[1:]:
+        kind, key, default, _ = (cell.strip().strip("`") for cell in line.strip("|").split("|"))
+        told[kind, key] = yaml.safe_load(default)
+    own = {
+        (kind, name): _default(field)
+        for kind, model in EVALUATORS.items()
+        for name, field in model.model_fields.items()
+        if name not in Asking.model_fields
+    }
+    assert told == own
+    assert [kind for kind in ("gsm8k", "lm_eval", "judge") if EVALUATORS[kind].model_fields["base"].default] == [
+        "gsm8k",
+        "lm_eval",
+    ]
+
+
+def _default(field):
+    if field.default_factory is not None:
+        return field.default_factory()
+    return "required" if field.default is PydanticUndefined else field.default

@@ -1,5 +1,6 @@
-"""The sweep files of the papers' studies at toy size: as they are, but for the model, the rows, and what needs a GPU or a
-hub. `python tests/integration/studies.py FOLDER` runs all three in full, from sweep file to report.
+"""The sweep files of the papers' studies at toy size: with a tiny model, a few rows, and nothing from a hub.
+
+`python tests/integration/studies.py FOLDER` runs all three, with all values of their axes, from sweep file to report.
 """
 
 from __future__ import annotations

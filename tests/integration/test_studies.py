@@ -43,11 +43,11 @@ def test_sr_on_hh_rlhf(place, judge):
         assert f"{choice['value']:g}" == max(candidates, key=candidates.get)
     judged = {cell.name: cell.judged for cell in results.cells if cell.judged}
     assert len(judged) == 2 * seeds + sizes
-    assert all(summary["b"].split("-")[0] == name.removeprefix("sr_").replace("dpo", "sigmoid").split("-")[0]
-               for name, summary in judged.items())  # fmt: skip
-    assert all(
-        sum(each[kind]["count"] for kind in ("win", "tie", "lose")) == each["judged"] for each in judged.values()
-    )
+    for name, summary in judged.items():
+        baseline = "sigmoid" if name.startswith("sr_dpo") else "ipo"
+        assert summary["b"].startswith(f"{baseline}-")
+        assert summary["b"].endswith(name[name.index("seed") :])
+        assert sum(summary[kind]["count"] for kind in ("win", "tie", "lose")) == summary["judged"]
 
 
 def test_sr_on_ultrafeedback(place, judge):
