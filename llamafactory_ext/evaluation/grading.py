@@ -207,7 +207,8 @@ def _print(results: Mapping[str, Any]) -> None:
 
     summary, repeats = results["summary"], results["repeats"]
     times = f", {repeats} times each" if repeats > 1 else ""
-    table = Table(title=f"Ratings from 1 to 10 by {escape(results['judge'])}{times}", box=box.SIMPLE)
+    print(f"\nRatings from 1 to 10 by {results['judge']}{times}")
+    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
     for column in ("", *map(escape, summary)):
         table.add_column(column, justify="right" if column else "left", overflow="fold")
     for label, cells in _lines(summary):

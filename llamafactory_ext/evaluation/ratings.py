@@ -16,7 +16,8 @@ from .verdicts import grouped, labels
 LEAST, MOST = 1, 10
 # The last line, with nothing else on it but MT-Bench's label; judges often print it in bold, and some give halves.
 RATING_LINE = re.compile(
-    r"(?:^|\n)[ \t]*(?:\*\*)?(?:Rating:[ \t]*)?(?:\*\*)?\[\[([0-9]+(?:\.[0-9]+)?)\]\](?:\*\*)?\s*\Z", re.IGNORECASE
+    r"(?:^|\n)[ \t]*(?:\*\*)?(?:Rating:(?:\*\*)?[ \t]*)?(?:\*\*)?\[\[([0-9]+(?:\.[0-9]+)?)\]\](?:\*\*)?\s*\Z",
+    re.IGNORECASE,
 )
 
 

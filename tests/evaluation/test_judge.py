@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -197,6 +198,10 @@ def test_a_judge_of_length(files, server, tmp_path):
         assert (request["model"], request["temperature"], request["max_tokens"]) == ("gpt", 0.0, 1024)
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert manifest["prompt"] == JUDGE_PROMPT
+    # As in earlier releases, whose runs are resumed.
+    texts = [("aaaa", "b"), ("aaa", "b"), ("aaa", "b"), ("a", "bb"), ("aa", "bb")]
+    contents = [[str(n), f"Question {n}?", a, b] for n, (a, b) in enumerate(texts, start=1)]
+    assert manifest["data"]["sha256"] == hashlib.sha256(json.dumps(contents).encode()).hexdigest()
 
 
 def test_a_judge_of_position_gives_ties_only(files, server, tmp_path):
@@ -569,6 +574,10 @@ def test_from_questions_to_win_rates(server, tmp_path):
     written = (output / "sr" / GENERATIONS).read_bytes()
     assert invoke(answers.app, *words, "--max-tokens", 6).exit_code == 0
     assert (output / "sr" / GENERATIONS).read_bytes() == written  # nothing is asked twice
+    texts = ("Hi?", "A longer question?", "Why?")
+    contents = [[str(n), [{"role": "user", "content": text}]] for n, text in enumerate(texts, start=1)]
+    fingerprint = json.loads((output / "sr" / "manifest.json").read_text())["data"]["sha256"]
+    assert fingerprint == hashlib.sha256(json.dumps(contents).encode()).hexdigest()  # as in earlier releases
     changed = invoke(answers.app, *words, "--max-tokens", 7)
     assert changed.exit_code == 2
     assert "belongs to another run: its sampling is" in changed.output
