@@ -204,10 +204,13 @@ def ask_rounds(
                 found = replies[name]
                 if index in kept[name]:
                     count(name, found[index])
-                elif not isinstance(chat := rounds.chat(index, found), str):
+                    continue
+                chat = rounds.chat(index, found)
+                if not isinstance(chat, str):
                     jobs.append(Job(name, index, chat, seeds[index] if seeds else None))
-                elif found.get(index) != (refusal := Generation(index, "", None, None, refused=chat)):
-                    save(name, refusal)
+                    continue
+                refusal = Generation(index, "", None, None, refused=chat)
+                (count if found.get(index) == refusal else save)(name, refusal)
             answered = {name for name, found in replies.items() if any(map(is_answered, found.values()))}
             try:
                 asked = stack.enter_context(closing(engine.generate(jobs))) if jobs else ()

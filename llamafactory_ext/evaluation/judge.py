@@ -145,7 +145,6 @@ def _show(pairs: Sequence[Exchange], own: str | None, called: list[str]) -> None
 def _print_summary(summary: dict[str, Any]) -> None:
     from rich import box
     from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
 
     several = summary["turns"] > summary["questions"]
@@ -155,13 +154,11 @@ def _print_summary(summary: dict[str, Any]) -> None:
     for column in ("", "turns" if several else "questions", "rate", "Wilson's 95%"):
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
     for result in OUTCOMES:
-        table.add_row(result, *_cells(summary[result]))
-    parts = {f"turn {turn}": found for turn, found in summary["by_turn"].items()} if several else {}
-    for name, found in {**parts, **summary["by_category"]}.items():
-        table.add_section()
-        for result in OUTCOMES:
-            table.add_row(f"{escape(name)}: {result}", *_cells(found[result]))
+        found = summary[result]
+        low, high = found["wilson_95"]
+        table.add_row(result, str(found["count"]), f"{found['rate']:.1%}", f"{100 * low:.1f}-{100 * high:.1f}")
     Console().print(table)
+    _print_parts(summary, several)
 
     verdicts = 2 * summary["judged"]
     first, second = (summary["positions"][position] / verdicts for position in ("first", "second"))
@@ -181,6 +178,21 @@ def _print_summary(summary: dict[str, Any]) -> None:
         print("The judge does not accept a temperature: it used its own, so its verdicts may vary.")
 
 
-def _cells(found: dict[str, Any]) -> tuple[str, str, str]:
-    low, high = found["wilson_95"]
-    return str(found["count"]), f"{found['rate']:.1%}", f"{100 * low:.1f}-{100 * high:.1f}"
+def _print_parts(summary: dict[str, Any], several: bool) -> None:
+    """Print the rates by turn, if there are several, and by category."""
+    from rich import box
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    turns = {f"turn {turn}": found for turn, found in summary["by_turn"].items()} if several else {}
+    parts = {**turns, **summary["by_category"]}
+    if not parts:
+        return
+    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for column in ("", "turns" if several else "questions", *OUTCOMES, "sign test p"):
+        table.add_column(column, justify="right" if column else "left", overflow="fold")
+    for name, found in parts.items():
+        rates = [f"{found[result]['rate']:.1%}" for result in OUTCOMES]
+        table.add_row(escape(name), str(found["judged"]), *rates, f"{found['sign_test_p']:.3g}")
+    Console().print(table)
