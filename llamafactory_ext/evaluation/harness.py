@@ -136,14 +136,15 @@ def main(
         name: (output / name, {**manifest, "adapter": folder_hashes(settings.adapters.get(name))})
         for name in options.runs(settings)
     }
+    missing = {
+        name: [each for each in wanted if not _file(folder, each.task).is_file()] for name, (folder, _) in runs.items()
+    }
+    needed = [each for each in wanted if any(each in found for found in missing.values())]
+    # All of them before the model, so that what is wrong with a task is known at once.
+    loaded = {each: load_task(manager, each, options.shots, options.seed) for each in needed}
     with ExitStack() as stack:
-        missing = {}
-        for name, (folder, depends) in runs.items():
+        for folder, depends in runs.values():
             _open(folder, depends, stack)
-            missing[name] = [each for each in wanted if not _file(folder, each.task).is_file()]
-        needed = [each for each in wanted if any(each in found for found in missing.values())]
-        # All of them before the model, so that what is wrong with a task is known at once.
-        loaded = {each: load_task(manager, each, options.shots, options.seed) for each in needed}
         if loaded:
             ask = load(options.engine_name, settings, options.batch_size)
             for name, found in missing.items():
