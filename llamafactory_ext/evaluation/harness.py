@@ -31,7 +31,6 @@ from enum import StrEnum
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any
-from urllib.parse import quote
 
 import typer
 from filelock import FileLock
@@ -112,7 +111,7 @@ class HarnessOptions:
 @app.command(cls=Command, help=__doc__, no_args_is_help=True)
 @with_options
 def main(
-    tasks: Annotated[str, Opt(help="Comma-separated NAME[:SHOTS[:METRIC[:FILTER]]], or open_llm_leaderboard.")],
+    tasks: Annotated[str, Opt(help="Comma-separated tasks, see above.")],
     output: Annotated[Path, written_to("Folder for the scores; one sub-folder per model or adapter.")],
     *,
     options: HarnessOptions,
@@ -170,7 +169,7 @@ def _open(folder: Path, manifest: dict[str, Any], stack: ExitStack) -> None:
 
 
 def _file(folder: Path, task: str) -> Path:
-    return folder / TASKS / f"{quote(task, safe='')}.json"
+    return folder / TASKS / f"{task}.json"
 
 
 def _versions(engine: EngineName) -> dict[str, str]:
