@@ -31,7 +31,6 @@ from enum import StrEnum
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any
-from urllib.parse import quote
 
 import typer
 from filelock import FileLock
@@ -112,7 +111,7 @@ class HarnessOptions:
 @app.command(cls=Command, help=__doc__, no_args_is_help=True)
 @with_options
 def main(
-    tasks: Annotated[str, Opt(help="Comma-separated NAME[:SHOTS[:METRIC[:FILTER]]], or open_llm_leaderboard.")],
+    tasks: Annotated[str, Opt(help="Comma-separated tasks, see above.")],
     output: Annotated[Path, written_to("Folder for the scores; one sub-folder per model or adapter.")],
     *,
     options: HarnessOptions,
@@ -136,14 +135,15 @@ def main(
         name: (output / name, {**manifest, "adapter": folder_hashes(settings.adapters.get(name))})
         for name in options.runs(settings)
     }
+    missing = {
+        name: [each for each in wanted if not _file(folder, each.task).is_file()] for name, (folder, _) in runs.items()
+    }
+    needed = [each for each in wanted if any(each in found for found in missing.values())]
+    # All of them before the model, so that what is wrong with a task is known at once.
+    loaded = {each: load_task(manager, each, options.shots, options.seed) for each in needed}
     with ExitStack() as stack:
-        missing = {}
-        for name, (folder, depends) in runs.items():
+        for folder, depends in runs.values():
             _open(folder, depends, stack)
-            missing[name] = [each for each in wanted if not _file(folder, each.task).is_file()]
-        needed = [each for each in wanted if any(each in found for found in missing.values())]
-        # All of them before the model, so that what is wrong with a task is known at once.
-        loaded = {each: load_task(manager, each, options.shots, options.seed) for each in needed}
         if loaded:
             ask = load(options.engine_name, settings, options.batch_size)
             for name, found in missing.items():
@@ -169,7 +169,7 @@ def _open(folder: Path, manifest: dict[str, Any], stack: ExitStack) -> None:
 
 
 def _file(folder: Path, task: str) -> Path:
-    return folder / TASKS / f"{quote(task, safe='')}.json"
+    return folder / TASKS / f"{task}.json"
 
 
 def _versions(engine: EngineName) -> dict[str, str]:

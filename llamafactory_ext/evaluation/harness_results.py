@@ -13,8 +13,6 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-import numpy as np
-
 from ..errors import UserError
 from .paired import sign_flip_p
 
@@ -210,6 +208,8 @@ def compare_tasks(baseline: HarnessResults, other: HarnessResults) -> dict[str, 
 
 
 def _compared(a: TaskScore, b: TaskScore) -> TaskComparison:
+    import numpy as np
+
     differences = np.array([b.rows[example] - a.rows[example] for example in a.rows])
     p = sign_flip_p(differences)
     return TaskComparison(

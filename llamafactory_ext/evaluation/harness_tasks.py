@@ -187,6 +187,7 @@ def load_task(manager: Any, wanted: Wanted, shots: int | None, seed: int) -> Loa
         if getattr(part, "UNSAFE_CODE", False) or getattr(part, "MULTIMODAL", False):
             raise UserError(f"{name} runs code of the model's, or shows images: score it with `lm_eval` itself.")
         _set_shots(name, part, wanted, shots)
+        _try_prompt(name, part, wanted)
     metric = _metric(wanted, parts, group)
     used = {part.get_config("num_fewshot") for part in parts.values()}
     return Loaded(
@@ -209,6 +210,20 @@ def _set_shots(name: str, task: Any, wanted: Wanted, shots: int | None) -> None:
     number = shots if wanted.shots is None else wanted.shots
     if defined != 0 and (number is not None or defined is None):
         task.set_config(key="num_fewshot", value=number or 0)
+
+
+def _try_prompt(name: str, task: Any, wanted: Wanted) -> None:
+    """Make the first example's prompt, which fails where there are too few solved examples."""
+    number = task.get_config("num_fewshot")
+    task.set_fewshot_seed(0)
+    try:
+        _, first = next(iter(task.doc_iterator(limit=1)))
+        task.fewshot_context(first, num_fewshot=number)
+    except Exception as error:
+        raise UserError(
+            f"{name} cannot be asked with {number} shots ({in_a_line(error)}): correct its data, or write "
+            f"{wanted.task}:0."
+        ) from error
 
 
 def _metric(wanted: Wanted, parts: Mapping[str, Any], group: Any) -> str:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 RESAMPLES = 20_000
 
@@ -11,6 +14,7 @@ RESAMPLES = 20_000
 def sign_flip_p(values: NDArray[np.float64]) -> float:
     """Two-sided p-value of mean 0 under random signs: exact where values differ in their signs only or are few, else by
     `RESAMPLES` draws."""
+    import numpy as np
     from scipy.stats import binomtest, permutation_test
 
     values = values[values != 0]
