@@ -37,7 +37,7 @@ def uses_fsdp(args: Any) -> bool:
     """Whether a run is to shard its models with FSDP; known before its trainer is made.
 
     Args:
-        args: transformers' training arguments; `accelerate launch` sets an environment variable instead of their `fsdp`.
+        args: transformers' training arguments; `accelerate launch` sets an environment variable in place of `fsdp`.
     """
     return bool(args.fsdp) or bool(parse_flag_from_env("ACCELERATE_USE_FSDP"))
 

@@ -92,13 +92,14 @@ def assert_same_training(one_process: list[dict[str, float]], two_ranks: list[di
 
 def train(recipes: list[dict[str, Any]]) -> None:
     """On each rank: train the recipes, and write down how the rank holds policy and reference before the first step."""
+    import fsdp_on_cpu
     import torch
     import torch.distributed as dist
     from llamafactory.train.tuner import run_exp
+    from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
     from transformers import training_args
 
-    import fsdp_on_cpu
     from llamafactory_ext.training import logps, trainer
 
     logps.CHUNK = 4096  # a handful of tokens at a time, which one process takes all at once
@@ -116,6 +117,7 @@ def train(recipes: list[dict[str, Any]]) -> None:
             "whole": sum(each.numel() for each in parameters if not isinstance(each, DTensor)),  # held outright
             "partitioned": sum(whole for whole, _ in parts),
             "part": sum(part for _, part in parts),
+            "fsdp_modules": sum(isinstance(module, FSDPModule) for module in model.modules()),
         }
 
     class Witness(trainer.PreferenceTrainer):
