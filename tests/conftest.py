@@ -44,6 +44,7 @@ def data(tmp_path_factory):
 # What takes longest on workers of their own (make test) comes first, so that none is left alone with it at the end.
 LONGEST_FIRST = (
     "tests/integration/test_deepspeed.py",
+    "tests/integration/test_fsdp_recipes.py",
     "tests/integration/test_board.py",
     "tests/test_trainer.py",
     "tests/test_self_pairs.py",

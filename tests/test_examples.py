@@ -119,6 +119,7 @@ def test_every_launch_line_has_the_papers_global_batch(path):
         assert set(merged) == set(recipe), "an override of a key that the recipe does not have"
         if "deepspeed" in merged:
             assert (ROOT / merged.deepspeed).is_file()
+        assert environment.get("FSDP_STATE_DICT_TYPE") == ("FULL_STATE_DICT" if "fsdp" in recipe else None)
         gpus = int(environment.get("NPROC_PER_NODE", 1)) * int(environment.get("NNODES", 1))
         batch = merged.per_device_train_batch_size * merged.gradient_accumulation_steps * gpus
         assert batch == GLOBAL_BATCH[path.parent.name], words
@@ -139,7 +140,7 @@ def test_settings_of_the_papers(path):
         assert "lora" in path.stem or recipe["learning_rate"] in (1e-6, 1e-5)
     else:
         assert (recipe["optim"], recipe["learning_rate"], recipe["cutoff_len"]) == ("rmsprop", 5e-7, 512)
-        assert recipe["fsdp"] == "full_shard auto_wrap"
+        assert (recipe["fsdp"], recipe["fsdp_config"]["version"]) == ("full_shard auto_wrap", 2)
     sources = [read(other)["output_dir"] for other in PAPER]
     if recipe["model_name_or_path"].startswith("outputs/"):
         assert recipe["model_name_or_path"] in sources
@@ -232,12 +233,14 @@ def roomy_model(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("path", PAPER, ids=lambda path: path.stem)
 def test_a_step_with_a_tiny_model_and_the_sample(path, roomy_model, tmp_path, monkeypatch):
-    """As the recipes' comments say how to try them; without the launcher that DeepSpeed and FSDP need."""
+    """As the recipes' comments say how to try them on a CPU; without the launcher that DeepSpeed needs."""
     from llamafactory.train.tuner import run_exp
 
     monkeypatch.chdir(ROOT)
-    recipe = {key: value for key, value in read(path).items() if key not in ("deepspeed", "fsdp", "fsdp_config")}
+    recipe = {key: value for key, value in read(path).items() if key != "deepspeed"}
     tried = {"model_name_or_path": str(roomy_model), "dataset": f"{recipe['dataset']}_sample", "bf16": False}
+    if "fsdp" in recipe:
+        tried |= {"fsdp": None}
     small = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "max_steps": 1, "logging_steps": 1}
     quiet = {"preprocessing_num_workers": 1, "output_dir": str(tmp_path), "overwrite_cache": True}
     run_exp(recipe | tried | small | quiet)

@@ -184,6 +184,19 @@ def test_the_best_model_by_a_loss_that_is_not_there(train, no_loading):
         train(**sets, load_best_model_at_end=True, save_strategy="steps", save_steps=1)
 
 
+def test_fsdp2_must_be_told_to_save_a_model(train, no_loading, monkeypatch):
+    monkeypatch.delenv("FSDP_STATE_DICT_TYPE", raising=False)
+    fsdp = {"fsdp": "full_shard auto_wrap", "fsdp_config": {"transformer_layer_cls_to_wrap": "LlamaDecoderLayer"}}
+    second = fsdp | {"fsdp_config": fsdp["fsdp_config"] | {"version": 2}}
+    with pytest.raises(ValueError, match="`FSDP_STATE_DICT_TYPE=FULL_STATE_DICT` in front of the command"):
+        train(**second)
+    with pytest.raises(AssertionError, match="something was loaded"):
+        train(**fsdp)  # FSDP1 saves whole models
+    monkeypatch.setenv("FSDP_STATE_DICT_TYPE", "SHARDED_STATE_DICT")
+    with pytest.raises(AssertionError, match="something was loaded"):
+        train(**second)  # the user's choice
+
+
 def test_a_number_of_samples_that_leaves_none(train, no_loading):
     with pytest.raises(ValueError, match="max_samples is -1: write a whole number of at least 1"):
         train(max_samples=-1)

@@ -267,14 +267,16 @@ def test_logratios_start_at_zero_under_autocast(finetuning_type, train):
 
 
 def test_fsdp_gets_a_reference_of_one_dtype(monkeypatch):
-    from llamafactory_ext.training.reference.model import autocast_dtype
+    from llamafactory_ext.training.reference.model import half_dtype, kept_dtype
 
-    half = SimpleNamespace(bf16=True, fp16=False)
-    assert autocast_dtype(half) == torch.bfloat16
-    assert autocast_dtype(SimpleNamespace(bf16=False, fp16=True)) == torch.float16
-    assert autocast_dtype(SimpleNamespace(bf16=False, fp16=False)) is None
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # what transformers sets where a recipe says `fsdp`
-    assert autocast_dtype(half) is None
+    half = SimpleNamespace(bf16=True, fp16=False, fsdp=[])
+    assert kept_dtype(half) == half_dtype(half) == torch.bfloat16
+    assert kept_dtype(SimpleNamespace(bf16=False, fp16=True, fsdp=[])) == torch.float16
+    assert kept_dtype(SimpleNamespace(bf16=False, fp16=False, fsdp=[])) is None
+    assert kept_dtype(SimpleNamespace(bf16=True, fp16=False, fsdp=["full_shard"])) is None
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # by `accelerate launch`, in place of the recipe's key
+    assert kept_dtype(half) is None
+    assert half_dtype(half) == torch.bfloat16
 
 
 def test_match_precision_keeps_what_autocast_rounds_anyway():
@@ -288,14 +290,14 @@ def test_match_precision_keeps_what_autocast_rounds_anyway():
 
     f32, bf16 = torch.float32, torch.bfloat16
     reference = toy()
-    match_precision(reference, toy().float(), autocast=bf16)
+    match_precision(reference, toy().float(), kept=bf16)
     assert dtypes(reference) == [f32, f32, f32, bf16, bf16]
-    match_precision(reference, toy().float(), autocast=None)
+    match_precision(reference, toy().float(), kept=None)
     assert dtypes(reference) == [f32] * 5
 
     quantized = toy()
     quantized.quantization_method = "bitsandbytes"
-    match_precision(quantized, toy().float(), autocast=None)
+    match_precision(quantized, toy().float(), kept=None)
     assert dtypes(quantized) == [bf16] * 5
 
 

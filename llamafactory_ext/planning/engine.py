@@ -34,6 +34,10 @@ class Engine:
         gathered: elements of weights gathered from other GPUs at the same time.
         reduce_bucket: elements of a buffer for reducing gradients; at most all gradients.
         reduce_buckets: the number of these buffers.
+        whole_gradients: whether whole gradients wait on each GPU between the micro-batches of a step.
+        loads_whole: whether each GPU loads whole models, and keeps its part of them later.
+        rounds_output: whether the engine rounds what the model returns, so that its head must return logits
+            (`training/head.py`).
     """
 
     name: str
@@ -47,13 +51,16 @@ class Engine:
     gathered: int = 0
     reduce_bucket: float = 0
     reduce_buckets: int = 1
+    whole_gradients: bool = False
+    loads_whole: bool = False
+    rounds_output: bool = False
 
 
 def read_engine(training_args: Any, model: ModelShape, gpus: int) -> Engine:
     """The engine that a recipe's `deepspeed`, `fsdp`, `bf16` and `fp16` set up on this many GPUs.
 
     Raises:
-        UserError: if the DeepSpeed file cannot be read, or a setting is not supported.
+        UserError: if a configuration file cannot be read, or a setting is not supported.
     """
     if training_args.deepspeed and training_args.fsdp:
         raise UserError("`deepspeed` and `fsdp` exclude each other: remove one of them.")
@@ -70,18 +77,28 @@ def read_engine(training_args: Any, model: ModelShape, gpus: int) -> Engine:
 def _deepspeed_config(source: str | dict[str, Any]) -> dict[str, Any]:
     if isinstance(source, dict):
         return source
-    try:
-        config = json.loads(Path(source).read_text(encoding="utf-8"))
-    except (OSError, TypeError) as error:
-        raise UserError(
-            f"the deepspeed file {source!r} cannot be read: write the path of a JSON file, such as "
-            "examples/deepspeed/zero3.json."
-        ) from error
-    except ValueError as error:  # of JSON or of UTF-8
-        raise UserError(f"the deepspeed file {source!r} is not valid JSON ({error}): correct it.") from error
+    config = _json_of("deepspeed", source, "write the path of a JSON file, such as examples/deepspeed/zero3.json")
     if not isinstance(config, dict) or not isinstance(config.get("zero_optimization", {}), dict):
         raise UserError(f"the deepspeed file {source!r} is not a DeepSpeed configuration: see examples/deepspeed.")
     return config
+
+
+def _fsdp_config(source: str | dict[str, Any] | None) -> dict[str, Any]:
+    """The options, whose names may begin with `fsdp_`."""
+    advice = "write the options, such as `version: 2`, or the path of a JSON file"
+    config = _json_of("fsdp_config", source, advice) if isinstance(source, str) else source or {}
+    if not isinstance(config, dict):
+        raise UserError(f"fsdp_config is {config!r}: {advice}.")
+    return {name.removeprefix("fsdp_"): value for name, value in config.items()}
+
+
+def _json_of(key: str, source: str, advice: str) -> Any:
+    try:
+        return json.loads(Path(source).read_text(encoding="utf-8"))
+    except (OSError, TypeError) as error:
+        raise UserError(f"the {key} file {source!r} cannot be read: {advice}.") from error
+    except ValueError as error:  # of JSON or of UTF-8
+        raise UserError(f"the {key} file {source!r} is not valid JSON ({error}): correct it.") from error
 
 
 def _deepspeed_engine(config: dict[str, Any], training_args: Any, model: ModelShape, gpus: int) -> Engine:
@@ -125,14 +142,22 @@ def _fsdp_engine(training_args: Any, model: ModelShape, gpus: int) -> Engine:
     options = str(training_args.fsdp).split()
     if not {"full_shard", "auto_wrap"} <= set(options) or not set(options) <= {"full_shard", "auto_wrap", "offload"}:
         raise UserError(f"fsdp {' '.join(options)!r} cannot be planned: write `fsdp: full_shard auto_wrap`.")
+    version = str(_fsdp_config(training_args.fsdp_config).get("version", 1))
+    if version not in ("1", "2"):
+        raise UserError(f"fsdp_config has version {version}: write `version: 2`, or remove it for FSDP1.")
     layer = (model.parameters - model.outside_layers) // model.layers
+    half = bool(training_args.bf16 or training_args.fp16)
     return Engine(
-        "FSDP" + (" with offload" if "offload" in options else ""),
+        f"FSDP{version}" + (" with offload" if "offload" in options else ""),
         weight_shards=gpus,
         gradient_shards=gpus,
         optimizer_shards=gpus,
-        compute_bytes=FLOAT16 if training_args.bf16 or training_args.fp16 else None,
+        compute_bytes=FLOAT16 if half else None,
         offload_optimizer="offload" in options,
         offload_parameters="offload" in options,
         gathered=model.outside_layers + 2 * layer,  # the outermost unit, the layer in use and the next one
+        # transformers reduces gradients only at the end of a step.
+        whole_gradients=training_args.gradient_accumulation_steps > 1,
+        loads_whole=True,
+        rounds_output=version == "2" and half,
     )

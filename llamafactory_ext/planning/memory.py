@@ -116,7 +116,7 @@ def _reference_weights(training: Training, reference: ModelShape) -> float:
     if training.adapter:
         return reference.parameters * reference.dtype_bytes
     spared = 0
-    sharded = training.engine.weight_shards > 1  # FSDP needs one dtype: all are converted
+    sharded = training.engine.weight_shards > 1  # under FSDP, all are converted
     if training.half and not training.pure and not sharded and reference.dtype_bytes == FLOAT16:
         # A tied head is the embedding's parameter, which is converted.
         spared = reference.linear_parameters + (0 if reference.tied else reference.head)
@@ -138,6 +138,8 @@ def other_moments(training: Training) -> dict[str, float]:
         moments["backward pass of a layer"] = activations + recomputed_layer_bytes(training)
     if training.reference_sequences:
         moments["reference before the first step"] = reference_pass_bytes(training)
+    if training.engine.loads_whole:
+        moments["whole models before they are sharded"] = loading_bytes(training)
     if training.augmented_sequences:
         longer = replace(training, length=training.augmented_length)
         rounded_here = rounded if training.adapter is None else NOTHING_ROUNDED
@@ -199,6 +201,17 @@ def reference_pass_bytes(training: Training) -> float:
     return loaded + _scoring_bytes(longest, training.reference_sequences, rounded) - _later_states(training)
 
 
+def loading_bytes(training: Training) -> float:
+    """Bytes while policy and reference are whole on each GPU, less those of model states and buffers, which are later.
+
+    LLaMA-Factory loads them before accelerate shards them with FSDP, and makes the policy float32 at once.
+    """
+    whole = model_states(training)["weights"] * training.engine.weight_shards
+    if training.reference is not None:
+        whole += _reference_weights(training, training.reference)
+    return whole - sum(states_on_gpu(training).values()) - buffer_bytes(training)
+
+
 def _scoring_bytes(training: Training, sequences: int, rounded: Mapping[str, float]) -> float:
     """Bytes of a forward pass without gradients: one layer at a time, then logits and log-softmax of a chunk."""
     model = training.model
@@ -238,11 +251,13 @@ def optimizer_step_bytes(training: Training) -> float:
 
 
 def buffer_bytes(training: Training) -> float:
-    """Bytes of copies of weights and gradients: gathered, dequantized, or being reduced."""
+    """Bytes of copies of weights and gradients: gathered, dequantized, waiting to be reduced, or being reduced."""
     model, engine = training.model, training.engine
     total = float(engine.gathered * training.frozen_bytes)
     if engine.weight_shards > 1 and training.reference is not None and training.holds_reference:
         total += training.reference.largest_layer * training.frozen_bytes
+    if engine.whole_gradients:
+        total += training.trained * (engine.compute_bytes or training.trained_bytes)
     total += engine.reduce_buckets * min(engine.reduce_bucket, training.trained) * training.gradient_bytes
     if training.linear_bytes is not None:
         total += max(map(math.prod, model.matrices.values())) * FLOAT16

@@ -174,6 +174,7 @@ def _training(
     sequences, at_once = 2 * training_args.per_device_train_batch_size, MICRO_BATCHES_AT_ONCE
     accumulation = training_args.gradient_accumulation_steps
     half = bool(training_args.bf16 or training_args.fp16)
+    engine = read_engine(training_args, model, gpus)
     return Training(
         model=model,
         reference=reference,
@@ -181,7 +182,7 @@ def _training(
         augmented_sequences=0 if sr_tokens is None else sequences * min(at_once, accumulation),
         augmented_length=0 if sr_tokens is None else padded(data_args.cutoff_len + sr_tokens),
         adapter=lora_adapter(model, targets, rank, finetuning_args.use_dora) if lora else None,
-        engine=read_engine(training_args, model, gpus),
+        engine=engine,
         optimizer=_optimizer(finetuning_args, training_args, notes),
         half=half,
         pure=finetuning_args.pure_bf16,
@@ -193,7 +194,7 @@ def _training(
         sequences=sequences,
         length=padded(data_args.cutoff_len),
         response=response,
-        chunk=CHUNK,
+        chunk=math.inf if engine.rounds_output else CHUNK,
     )
 
 

@@ -124,7 +124,7 @@ def load_scorer(settings: Settings, reference_settings: Settings) -> Scorer:
     with loaded_as_trained(finetuning_args):
         rows = load_pairs(model_args, data_args)
     policy, reference = (load_model(each, tools.tokenizer) for each in (settings, reference_settings))
-    match_precision(reference, policy, autocast=None)
+    match_precision(reference, policy, kept=None)
     return Scorer(
         policy=policy,
         reference=reference,

@@ -1,9 +1,10 @@
-"""A model's mode for passes that must not draw random numbers, and whether ranks pass through it together."""
+"""A model's mode for passes that must not draw random numbers, and whether ranks share it out."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -30,6 +31,15 @@ def without_dropout(model: torch.nn.Module) -> Iterator[None]:
 
 def _is_plain_linear(module: torch.nn.Module) -> bool:
     return isinstance(module, torch.nn.Linear) and not type(module).__module__.startswith("transformers.models.")
+
+
+def uses_fsdp(args: Any) -> bool:
+    """Whether a run is to shard its models with FSDP; known before its trainer is made.
+
+    Args:
+        args: transformers' training arguments; `accelerate launch` sets an environment variable in place of `fsdp`.
+    """
+    return bool(args.fsdp) or bool(parse_flag_from_env("ACCELERATE_USE_FSDP"))
 
 
 def ranks_wait_for_each_other() -> bool:

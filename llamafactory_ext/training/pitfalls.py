@@ -1,11 +1,13 @@
 """Refuses recipes for stage dpo that would fail or train wrongly, before data and weights are loaded.
 
-Of LLaMA-Factory's own keys, only those are refused with which LLaMA-Factory itself would fail, or would train against
-another reference than the recipe's. Everything else that trains without the plugin also trains with it.
+Of LLaMA-Factory's own keys, only those are refused with which LLaMA-Factory itself would fail, would train against
+another reference than the recipe's, or would save no model. Everything else that trains without the plugin also trains
+with it.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -31,6 +33,7 @@ def check_recipe(model_args: Any, data_args: Any, training_args: Any, finetuning
     """
     check_sizes(data_args)
     _check_best_model(data_args, training_args)
+    _check_saving(training_args)
     _check_required(data_args, training_args, finetuning_args)
     _check_streaming(data_args, training_args)
     _check_random_weights(model_args, data_args, training_args, finetuning_args)
@@ -78,6 +81,21 @@ def _check_best_model(data_args: Any, training_args: Any) -> None:
         raise ValueError(
             "`load_best_model_at_end: true` chooses by `eval_loss`, which there is not with `eval_on_each_dataset: "
             f"true`: write the loss of one of the data sets, such as `metric_for_best_model: eval_{names[0]}_loss`."
+        )
+
+
+def _check_saving(training_args: Any) -> None:
+    """Under FSDP2, accelerate saves shards unless told otherwise, and transformers 5.6 has no key to tell it.
+
+    There is no model at the end then, and accelerate 1.11 resumes without the optimizer's states. Whoever names shards
+    gets them.
+    """
+    options = getattr(training_args, "fsdp_plugin_args", None) or {}
+    is_named = "state_dict_type" in options or "FSDP_STATE_DICT_TYPE" in os.environ
+    if training_args.do_train and options.get("fsdp_version") == 2 and not is_named:
+        raise ValueError(
+            "FSDP2 would save no model at the end, and resume without the optimizer's states: write "
+            "`FSDP_STATE_DICT_TYPE=FULL_STATE_DICT` in front of the command."
         )
 
 

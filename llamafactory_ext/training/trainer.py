@@ -38,7 +38,7 @@ from .reference.logps import (
     from_column,
     precomputed,
 )
-from .reference.model import PendingReference, autocast_dtype, match_precision
+from .reference.model import PendingReference, half_dtype, kept_dtype, match_precision
 from .refinement import AUGMENTED, is_joinable, joined, split_batch
 from .sharing import MORE_THAN_TEXT, ROUTER_COUNTS, consider, ordinary_tokens
 from .terms import CONTRAST, pair_weights, terms_of
@@ -106,7 +106,7 @@ class PreferenceTrainer(CustomDPOTrainer):
             kwargs["data_collator"] = ReferenceCollator(collator, self.references)
         # ZeRO-3 has sharded both models already, in the precision of its configuration.
         if ref_model is not None and not self.is_own_reference and not is_deepspeed_zero3_enabled():
-            match_precision(ref_model, model, autocast_dtype(args))
+            match_precision(ref_model, model, kept_dtype(args))
 
         models = (model, ref_model) if ref_model is not None else (model,)
         self.batch_dependence = next(filter(None, (depends_on_batch(m.config, collator) for m in models)), None)
@@ -208,7 +208,7 @@ class PreferenceTrainer(CustomDPOTrainer):
             score_in_training,
             ordinary_tokens(self.processing_class, config.get_text_config().vocab_size),
             self.args.device,
-            autocast_dtype(self.args) or inner_model(self.model).dtype,
+            half_dtype(self.args) or inner_model(self.model).dtype,
             self.accelerator.gather,
         )
 

@@ -1,7 +1,6 @@
 """FSDP on two gloo ranks: the log-probabilities of a sharded model, and their gradients.
 
-Not a whole training: on a CPU, accelerate 1.11 leaves out FSDP without a word when it is asked for. That run is left
-to a GPU; what the plugin adds to it is the code that is tested here.
+What the plugin adds to FSDP, by itself; `test_fsdp_recipes.py` has whole trainings.
 """
 
 from __future__ import annotations

@@ -92,9 +92,12 @@ def assert_same_training(one_process: list[dict[str, float]], two_ranks: list[di
 
 def train(recipes: list[dict[str, Any]]) -> None:
     """On each rank: train the recipes, and write down how the rank holds policy and reference before the first step."""
+    import fsdp_on_cpu
     import torch
     import torch.distributed as dist
     from llamafactory.train.tuner import run_exp
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
     from transformers import training_args
 
     from llamafactory_ext.training import logps, trainer
@@ -103,15 +106,18 @@ def train(recipes: list[dict[str, Any]]) -> None:
 
     def describe(model: torch.nn.Module) -> dict[str, Any]:
         parameters = list(model.parameters())
-        parts = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+        # Elements that ZeRO-3 or FSDP cut up, and this rank's part of them.
+        parts = [(each.ds_numel, each.ds_tensor.numel()) for each in parameters if hasattr(each, "ds_id")]
+        parts += [(each.numel(), each.to_local().numel()) for each in parameters if isinstance(each, DTensor)]
         return {
             "class": type(model).__name__,
             "zero_stage": model.zero_optimization_stage() if hasattr(model, "zero_optimization_stage") else None,
             "dtypes": sorted({str(parameter.dtype) for parameter in parameters}),
             "trainable": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
-            "whole": sum(parameter.numel() for parameter in parameters),  # elements held outright
-            "partitioned": sum(parameter.ds_numel for parameter in parts),  # elements that ZeRO-3 cut up ...
-            "part": sum(parameter.ds_tensor.numel() for parameter in parts),  # ... and this rank's part of them
+            "whole": sum(each.numel() for each in parameters if not isinstance(each, DTensor)),  # held outright
+            "partitioned": sum(whole for whole, _ in parts),
+            "part": sum(part for _, part in parts),
+            "fsdp_modules": sum(isinstance(module, FSDPModule) for module in model.modules()),
         }
 
     class Witness(trainer.PreferenceTrainer):
@@ -132,9 +138,14 @@ def train(recipes: list[dict[str, Any]]) -> None:
     # LLaMA-Factory takes the process group down after a run; the next run of the list still needs it.
     end_process_group, dist.destroy_process_group = dist.destroy_process_group, lambda *args: None
 
+    fsdp_on_cpu.turn_on()
+    before = dict(os.environ)
+
     gc.freeze()  # what was imported, so that the collection at the end of each training need not go through it
     for settings in recipes:
         run_exp(settings)
+        os.environ.clear()  # transformers and accelerate leave a run's settings behind
+        os.environ.update(before)
     end_process_group()
 
 

@@ -131,6 +131,27 @@ def test_model_states_without_zero(qwen):
     assert [pure[name] / PARAMETERS for name in STATES] == pytest.approx([2, 2, 4, 2])
 
 
+@pytest.mark.parametrize("version", [1, 2])
+def test_fsdp(version, qwen):
+    keys = {"fsdp": "full_shard auto_wrap", "fsdp_config": {"fsdp_version": version}, "optim": "rmsprop"}
+    plan, one = (make_plan(qwen(**keys, gradient_accumulation_steps=n), 8, 80).memory for n in (4, 1))
+    assert make_plan(qwen(**keys), 8, 80).engine == f"FSDP{version}"
+    assert [plan[name] / PARAMETERS for name in STATES] == pytest.approx([4 / 8, 4 / 8, 4 / 8, 0])
+    # Whole gradients in bfloat16, from one micro-batch of a step to the next.
+    buffers = "buffers and gathered weights"
+    assert plan[buffers] - one[buffers] == 2 * PARAMETERS
+    # FSDP2 rounds what the model returns: all logits, not chunks.
+    assert plan["logits and log-softmax"] == 12 * (CHUNK if version == 1 else 8 * 512 * VOCABULARY)
+
+
+def test_fsdp_loads_whole_models(qwen, tmp_path):
+    (tmp_path / "fsdp.json").write_text('{"version": 2}')
+    keys = {"fsdp": "full_shard auto_wrap", "fsdp_config": str(tmp_path / "fsdp.json")}
+    for changes, copies in (({}, 1), (IN_EVERY_STEP, 2)):
+        plan = make_plan(qwen(**keys, **changes, per_device_train_batch_size=1), 64, 80, answer_tokens=10)
+        assert plan.total == pytest.approx(GIB + 1.05 * copies * 4 * PARAMETERS)  # float32, then the allowance
+
+
 def test_offload_moves_the_model_states_to_the_host(qwen):
     plan = make_plan(qwen(zero="3_offload"), 8, 80)
     assert [plan.memory[name] for name in STATES] == [0, 0, 0, 0]
@@ -487,6 +508,9 @@ def test_steps_are_those_of_a_run(model, data, tmp_path):
         ({"deepspeed": "nowhere.json"}, "write the path of a JSON file"),
         ({"fsdp": "no_shard"}, "write `fsdp: full_shard auto_wrap`"),
         ({"fsdp": "full_shard auto_wrap", "zero": 3}, "exclude each other"),
+        ({"fsdp": "full_shard auto_wrap", "fsdp_config": {"version": 3}}, "write `version: 2`"),
+        ({"fsdp": "full_shard auto_wrap", "fsdp_config": "nowhere.json"}, "or the path of a JSON file"),
+        ({"fsdp": "full_shard auto_wrap", "fsdp_config": [2]}, "write the options, such as `version: 2`"),
         ({"per_device_train_batch_size": 1.5}, "whole number"),
         ({"gradient_accumulation_steps": 0}, "whole number"),
         ({"deepspeed": 3}, "write the path of a JSON file"),

@@ -13,7 +13,7 @@ import peft
 import torch
 import transformers
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, parse_flag_from_env
+from accelerate.utils import broadcast_object_list
 from llamafactory.extras import logging
 from llamafactory.extras.env import VERSION as LLAMAFACTORY_VERSION
 from llamafactory.extras.misc import use_modelscope, use_openmind
@@ -21,6 +21,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from ... import __version__, hashes
 from ...errors import NOT_OUR_TRAINER
+from ..modes import uses_fsdp
 
 STREAMED = "the data set is streamed"
 NOT_PRECOMPUTED = "`precompute_ref_log_probs` is false"
@@ -174,6 +175,7 @@ def describe(pending: PendingReference, policy: torch.nn.Module, args: Any) -> d
         "precision": {name: getattr(args, name, None) for name in ("bf16", "fp16", "tf32")},
         "launcher": {name: os.environ.get(name) for name in LAUNCHER},
         "DeepSpeed": args.deepspeed is not None,
+        "FSDP": uses_fsdp(args),  # which rounds all weights to half precision, not linear layers only
         "ZeRO-3": is_deepspeed_zero3_enabled(),  # with ZeRO-3, LLaMA-Factory merges no adapter
         "device": args.device.type,
         "versions": _versions(),
@@ -244,20 +246,27 @@ def _commit(name: str, subfolder: str, model_args: Any) -> str | None:
 # --- its precision ---------------------------------------------------------------------------------------------------
 
 
-def autocast_dtype(args: Any) -> torch.dtype | None:
-    """The dtype that training autocasts linear layers to and the reference may keep, or None.
-
-    None under FSDP: it flattens the parameters of a module together, so they must have one dtype.
+def half_dtype(args: Any) -> torch.dtype | None:
+    """The dtype that training computes linear layers in (bf16 or fp16), or None.
 
     Args:
         args: transformers' training arguments.
     """
-    if parse_flag_from_env("ACCELERATE_USE_FSDP"):
-        return None
     return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
 
 
-def match_precision(reference: torch.nn.Module, policy: torch.nn.Module, autocast: torch.dtype | None) -> None:
+def kept_dtype(args: Any) -> torch.dtype | None:
+    """The half-precision dtype that linear layers of the reference may keep, or None.
+
+    None under FSDP: it shards the parameters of a module together, so they must have one dtype.
+
+    Args:
+        args: transformers' training arguments.
+    """
+    return None if uses_fsdp(args) else half_dtype(args)
+
+
+def match_precision(reference: torch.nn.Module, policy: torch.nn.Module, kept: torch.dtype | None) -> None:
     """Cast the reference's parameters, in place, to the dtypes of the policy's parameters of the same name.
 
     LLaMA-Factory upcasts trainable parameters to float32 and leaves the reference in half precision. The two then
@@ -268,7 +277,7 @@ def match_precision(reference: torch.nn.Module, policy: torch.nn.Module, autocas
     Args:
         reference: the reference model; a quantized one is not changed.
         policy: the model to be trained, already upcast.
-        autocast: the dtype that training autocasts to (bf16 or fp16), or None.
+        kept: the half-precision dtype that linear layers may keep, or None.
     """
     if getattr(reference, "quantization_method", None) is not None:
         return
@@ -276,6 +285,6 @@ def match_precision(reference: torch.nn.Module, policy: torch.nn.Module, autocas
     wanted = {name: parameter.dtype for name, parameter in policy.named_parameters()}
     for prefix, module in reference.named_modules():
         for name, parameter in module.named_parameters(prefix, recurse=False):
-            rounded_anyway = isinstance(module, torch.nn.Linear) and parameter.dtype == autocast
+            rounded_anyway = isinstance(module, torch.nn.Linear) and parameter.dtype == kept
             if not rounded_anyway:
                 parameter.data = parameter.data.to(wanted.get(name, parameter.dtype))
