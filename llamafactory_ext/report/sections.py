@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..sweep.results import SweepResults
-from .curves import UNREFINED, refinement_figure, reward_figure, reward_list_figure, training_figure
+from .curves import refinement_figure, reward_figure, reward_list_figure, training_figure
 from .figures import coefficient_figure, score_figure, score_list_figure, sizes_figure
 from .look import Look
 from .table import Group
-from .variants import Variant
+from .variants import UNREFINED, Variant
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
