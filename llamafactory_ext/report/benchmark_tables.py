@@ -39,7 +39,7 @@ def benchmarks_table(results: SweepResults, found: Sequence[Group], look: Look) 
     return Table(
         "benchmarks",
         "Benchmarks",
-        f"Tasks of lm-evaluation-harness, {'in percent, ' if shares[AVERAGE] else ''}as means over seeds. Below each is "
+        f"Tasks of lm-evaluation-harness, {'in percent, ' if shares[AVERAGE] else ''}as means over seeds. Below each, "
         "its 95% interval for the number of examples of one run: Wilson's where examples are right or wrong, otherwise "
         "Student's. After Table 3 of arXiv 2405.21040.",
         ("method", "learning rate", "β", *(_head(task, score) for task, score in tasks.items()), AVERAGE),
@@ -81,7 +81,7 @@ def benchmark_tests_table(comparisons: Sequence[BenchmarkComparison], look: Look
         "benchmark_tests",
         "Tests on benchmarks",
         "Each method against the loss without refinement (other losses: against DPO) with the same settings and seeds, "
-        f"example by example. {unit}Intervals are Student's 95% over examples; on the average, the tasks' are combined. "
+        f"example by example. {unit}Intervals are Student's 95% over examples; the average combines the tasks'. "
         "“Better on” counts the examples with a higher value. p is from a two-sided sign-flip test over examples; in "
         "a task whose examples are right or wrong, with one seed, this is McNemar's exact test. Holm's correction is "
         f"over all {len(comparisons)} tests; corrected p-values below {SIGNIFICANT} are bold. For Table 3 of arXiv "

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import UserError
-from ..evaluation.harness_results import HarnessResults
+from ..evaluation.harness_results import HarnessResults, TaskScore
 from ..evaluation.paired import sign_flip_p
 from ..sweep.results import Result
 from .table import Group, Interval, same_seeds, t_interval, unrefined, wilson_interval
@@ -69,20 +69,19 @@ def check_benchmarks(cells: Sequence[Result]) -> None:
         if a.keys() != b.keys():
             task = sorted(a.keys() ^ b.keys())[0]
             raise UserError(
-                f"Only one of {first} and {second} was asked {task}: remove the scores with the wrong tasks, and run the "
-                "sweep again."
+                f"Only one of {first} and {second} was asked {task}: remove the scores with the wrong tasks, and run "
+                "the sweep again."
             )
         for task in a:
-            if _asked(a, task) != _asked(b, task):
+            if _asked(a[task]) != _asked(b[task]):
                 raise UserError(
                     f"{first} and {second} were not asked the same in {task} (examples, shots, metric or the task's "
                     "definition differ): remove the scores that are wrong, and run the sweep again."
                 )
 
 
-def _asked(tasks: Mapping[str, object], task: str) -> tuple[object, ...]:
-    score = tasks[task]
-    return score.metric, score.hash, score.rows.keys()  # type: ignore[attr-defined]
+def _asked(score: TaskScore) -> tuple[object, ...]:
+    return score.metric, score.hash, score.rows.keys()
 
 
 # --- means -----------------------------------------------------------------------------------------------------------
@@ -95,7 +94,13 @@ def results_of(cells: Sequence[Result]) -> list[HarnessResults]:
 def by_example(results: Sequence[HarnessResults], task: str) -> Values:
     """The mean over runs of each example's value, shape (examples,), in the order of the first run."""
     rows = [each.tasks[task].rows for each in results]
-    return np.array([[run[example] for example in rows[0]] for run in rows], dtype=np.float64).mean(axis=0)
+    return mean_rows(rows, list(rows[0]))
+
+
+def mean_rows(rows: Sequence[Mapping[str, float]], examples: Sequence[str]) -> Values:
+    """The mean over runs of each of these examples' values, shape (examples,)."""
+    values: Values = np.array([[run[example] for example in examples] for run in rows], dtype=np.float64)
+    return np.asarray(values.mean(axis=0))
 
 
 def measured(results: Sequence[HarnessResults], task: str) -> Measured:
@@ -116,7 +121,7 @@ def average(results: Sequence[HarnessResults]) -> Measured:
 
 
 def mean_of_means(samples: Sequence[Values]) -> Measured:
-    """The mean of the k samples' means m, with Student's 95% interval and Welch's and Satterthwaite's degrees of freedom.
+    """The mean of k samples' means m, with Student's 95% interval and Welch's and Satterthwaite's degrees of freedom.
 
     v = s^2 / n,  m -+ t sqrt(sum v) / k,  degrees of freedom (sum v)^2 / sum(v^2 / (n - 1))
     """
@@ -152,9 +157,7 @@ def compare_benchmarks(found: Sequence[Group]) -> list[BenchmarkComparison]:
     return [BenchmarkComparison(*row, p_holm=float(p)) for row, p in zip(rows, corrected, strict=True)]
 
 
-def _compared(
-    group: Group, baseline: Group
-) -> list[tuple[str, float, float, Measured, int, int, float]]:
+def _compared(group: Group, baseline: Group) -> list[tuple[str, float, float, Measured, int, int, float]]:
     """Task, the two means, their difference, examples better and worse, and p: of each task, then of the average."""
     ours, theirs = paired(group, baseline)
     if not ours:
@@ -193,9 +196,8 @@ def paired(group: Group, baseline: Group) -> tuple[list[HarnessResults], list[Ha
 def differences_of(ours: Sequence[HarnessResults], theirs: Sequence[HarnessResults]) -> dict[str, Values]:
     """Task -> ours minus theirs, example by example, as means over the runs."""
     found = {}
-    for task in ours[0].tasks:
-        rows = [each.tasks[task].rows for each in theirs]
-        order = list(ours[0].tasks[task].rows)
-        others = np.array([[run[example] for example in order] for run in rows], dtype=np.float64).mean(axis=0)
-        found[task] = by_example(ours, task) - others
+    for task, score in ours[0].tasks.items():
+        sides = ([each.tasks[task].rows for each in runs] for runs in (ours, theirs))
+        a, b = (mean_rows(rows, list(score.rows)) for rows in sides)
+        found[task] = a - b
     return found

@@ -1,4 +1,4 @@
-"""Correlations of margins with the data's own scores of the answers, with bootstrap intervals (arXiv 2405.21040, Table 4).
+"""Correlations of margins with the data's own scores, with bootstrap intervals (arXiv 2405.21040, Table 4).
 
 x are the margins of n pairs in nats, y the differences of their scores. A bootstrap sample is a number w >= 0 of copies
 per pair, so that all coefficients are those of weighted pairs.
@@ -190,9 +190,9 @@ def correlations_table(rows: Sequence[Correlations], look: Look) -> Table:
     return Table(
         "correlations",
         "Correlations with scores",
-        "Of margins with the differences of the data's own scores, over held-out pairs: means over seeds. Below each is "
-        f"its 95% interval, by percentiles of {DRAWS:,} bootstrap samples of the pairs. “Gain” is the difference to the "
-        "loss without refinement (other losses: to DPO) with the same settings, on the same pairs. After Table 4 of "
+        "Of margins with the differences of the data's own scores, over held-out pairs: means over seeds. Below each, "
+        f"its 95% interval, by percentiles of {DRAWS:,} bootstrap samples of the pairs. “Gain” is the difference to "
+        "the loss without refinement (other losses: to DPO) with the same settings, on the same pairs. After Table 4 of "
         "arXiv 2405.21040.",
         (*heads, *(head for method in METHODS for head in (method, "gain"))),
         tuple(_row(row, look, kinds) for row in rows),

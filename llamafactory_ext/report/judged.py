@@ -28,7 +28,7 @@ class WinRates:
         part: `ALL`, or the turn or category that is counted alone.
         questions: judged ones, of one run.
         counts: of verdicts by outcome, over turns and seeds.
-        p: two-sided, of the sign test over questions, each of which counts once, as won or lost by most of its verdicts.
+        p: two-sided, of the sign test over questions, each of which is won or lost by most of its verdicts.
         p_holm: by Holm's method over the groups of the sweep; None for a part.
     """
 
@@ -119,8 +119,8 @@ def win_rates_table(rates: Sequence[WinRates], look: Look) -> Table:
     return Table(
         "win_rates",
         "Win rates",
-        f"Judge: {judges}. Verdicts on {_numbers(questions)} questions in percent, pooled over turns and seeds. Intervals "
-        "are Wilson's 95% for the number of questions of one run. p is from a two-sided sign test over questions: a "
+        f"Judge: {judges}. Verdicts on {_numbers(questions)} questions in percent, pooled over turns and seeds. "
+        "Intervals are Wilson's 95% for the number of questions of one run. p is from a two-sided sign test over questions: a "
         "question is won or lost by most of its verdicts. Holm's correction is over the settings; corrected p-values "
         f"below {SIGNIFICANT} are bold. After Table 2 of arXiv 2405.21040.",
         (*heads[: len(heads) - (not several)], "win", "95%", "tie", "95%", "lose", "95%", "p", "p (Holm)"),

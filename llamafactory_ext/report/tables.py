@@ -8,6 +8,11 @@ from typing import Any
 from ..plots import CURVES
 from ..sweep.results import Result, SweepResults
 from ..training.monitors import PER_TOKEN, stopped_at
+from .benchmark_tables import benchmark_tests_table, benchmarks_table
+from .benchmarks import compare_benchmarks
+from .chosen import chosen_table
+from .correlations import correlations, correlations_table
+from .judged import WinRates, win_rates_table
 from .look import Look
 from .table import SIGNIFICANT, Comparison, Group, degenerated, final
 from .tabular import STRONG, Entry, Row, Table
@@ -25,13 +30,27 @@ from .words import (
 
 
 def tables(
-    results: SweepResults, found: Sequence[Group], comparisons: Sequence[Comparison], look: Look
+    results: SweepResults,
+    found: Sequence[Group],
+    comparisons: Sequence[Comparison],
+    look: Look,
+    rates: Sequence[WinRates] = (),
 ) -> Iterator[Table]:
-    """All tables of the page, in its order. That of the tests may have no rows."""
+    """All tables of the page but those of claims, in its order. That of the tests may have no rows."""
+    if results.about.get("chosen"):
+        yield chosen_table(results.about["chosen"])
     yield degeneration_table(results, found, look)
     yield tests_table(comparisons, look)
     if any(group.held_out for group in found):
         yield pairs_table(results, found, look)
+    if rated := correlations(found):
+        yield correlations_table(rated, look)
+    if rates:
+        yield win_rates_table(rates, look)
+    if any(each.benchmarks for each in (*results.bases, *results.cells)):
+        yield benchmarks_table(results, found, look)
+        if tested := compare_benchmarks(found):
+            yield benchmark_tests_table(tested, look)
     yield cells_table(results)
 
 

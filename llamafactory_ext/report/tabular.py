@@ -34,7 +34,7 @@ class Entry:
     Args:
         text: what is shown; on the page in the lines that it has.
         look: the class of the page's style sheet; `STRONG` is bold in LaTeX, too, and `TEXT` are sentences.
-        links: on the page in place of the text: what each says, and the id that it leads to.
+        links: below the text on the page: what each says, and the id that it leads to.
     """
 
     text: str

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
-from ..table import Group
+from ..table import SIGNIFICANT, Group
 from .study import (
     DPO,
     DPOP,
@@ -13,7 +13,6 @@ from .study import (
     MINOR,
     MINOR_DPO,
     MOST,
-    SIGNIFICANT,
     Finding,
     Study,
     Verdict,
@@ -109,8 +108,8 @@ def minor_dpo_survives(study: Study) -> Finding:
         f"At {rate:g} and beta {beta:g}, MinorDPO solves more than half of what the untrained model solves, and more "
         f"than DPO (paired test over problems, p < 0.05). {_that_dpo_breaks(study)}",
         verdict,
-        f"Accuracy at {rate:g} by beta (untrained {percent(study.untrained)}): {'; '.join(accuracies)}; MinorDPO against "
-        f"DPO at beta {beta:g}: {difference:+.1%}, p = {p:.2g}. Empty, looping or repetitive outputs there: DPO "
+        f"Accuracy at {rate:g} by beta (untrained {percent(study.untrained)}): {'; '.join(accuracies)}; MinorDPO "
+        f"against DPO at beta {beta:g}: {difference:+.1%}, p = {p:.2g}. Empty, looping or repetitive outputs there: DPO "
         f"{percent(dpo.degenerate if dpo else None)}, MinorDPO {percent(minor.degenerate if minor else None)}.",
         exhibit=ACCURACY,
         is_run=scored,
@@ -141,10 +140,12 @@ def minor_dpo_scores_best(study: Study) -> Finding:
     return Finding(
         MINOR,
         f"MinorDPO's best score tops those of DPO and DPOP {study.at_all_rates}.",
-        f"The best of MinorDPO's betas solves more than the best of the others' {study.at_all_rates}, each with p < 0.05 "
-        "(paired test over problems); it does not hold if it solves fewer at one, with p < 0.05.",
+        f"The best of MinorDPO's betas solves more than the best of the others' {study.at_all_rates}, each with p < "
+        "0.05 (paired test over problems); it does not hold if it solves fewer at one, with p < 0.05.",
         verdict,
         f"Best of each: {'; '.join(words)}.",
         exhibit=ACCURACY,
-        is_run=any(study.best(MINOR_DPO, rate) and (study.best(DPO, rate) or study.best(DPOP, rate)) for rate in study.rates),
+        is_run=any(
+            study.best(MINOR_DPO, rate) and (study.best(DPO, rate) or study.best(DPOP, rate)) for rate in study.rates
+        ),
     )

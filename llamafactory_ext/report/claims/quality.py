@@ -1,6 +1,6 @@
 """The claims of arXiv 2405.21040 about the quality of what is learned: its Tables 2 to 5.
 
-Each is judged for a refined loss against the loss without its refinement term, on the same questions, examples or pairs.
+Each is judged for a refined loss against the loss without its refinement, on the same questions, examples or pairs.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from ..benchmarks import differences_of, mean_of_means, paired
 from ..correlations import correlation_gain
 from ..judged import is_against, outcomes_of, sign_test_p, won_and_lost
-from ..table import Group, Interval, same_seeds, t_interval
+from ..table import SIGNIFICANT, Group, Interval, same_seeds, t_interval
 from ..variants import Variant
-from .study import LIKE, PLAIN, SIGNIFICANT, SR, Finding, Study, Verdict
+from .study import LIKE, PLAIN, SR, Finding, Study, Verdict
 
 JUDGED, BENCHMARKS, SCORES, HELD_OUT = "Table 2", "Table 3", "Table 4", "Table 5"
 
@@ -36,7 +36,9 @@ def wins_more_than_it_loses(study: Study, loss: str) -> Finding:
         f"turns and seeds (sign test over questions, p < {SIGNIFICANT}); it does not hold if it loses more, with p < "
         f"{SIGNIFICANT}.",
         verdict,
-        f"Of {questions} questions {won} won and {lost} lost, p = {p:.2g}; judge: {judge}." if is_run else "not measured",
+        f"Of {questions} questions {won} won and {lost} lost, p = {p:.2g}; judge: {judge}."
+        if is_run
+        else "not measured",
         exhibit=JUDGED,
         is_run=is_run,
     )
@@ -92,11 +94,11 @@ def keeps_accuracy_at_lower_margins(study: Study, loss: str) -> Finding:
         SR,
         f"{name} keeps {plain}'s accuracy on held-out pairs at a lower margin.",
         f"{study.where(loss)}, the 95 % interval of the difference of margins, pair by pair, lies below 0, and that of "
-        f"the difference of accuracies above {-LIKE:.0%}; it does not hold if the former lies above 0, or the latter "
-        f"below {-LIKE:.0%}.",
+        f"the difference of accuracies above -{LIKE:g}; it does not hold if the former lies above 0, or the latter "
+        f"below -{LIKE:g}.",
         verdict,
-        f"Margins {margin.mean():+.3f} nats, interval {_words(of_margin, 3)}; accuracies {accuracy.mean():+.3f}, interval "
-        f"{_words(of_accuracy, 3)}; {len(margin):,} pairs."
+        f"Margins {margin.mean():+.3f} nats, interval {_words(of_margin, 3)}; accuracies {accuracy.mean():+.3f}, "
+        f"interval {_words(of_accuracy, 3)}; {len(margin):,} pairs."
         if len(margin)
         else "not measured",
         exhibit=HELD_OUT,

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+from ..table import SIGNIFICANT
 from ..variants import Variant
 from .study import (
     DPO,
     LIKE,
     MOST,
     PLAIN,
-    SIGNIFICANT,
     SR,
     Finding,
     Study,
@@ -64,7 +64,7 @@ def more_lambda_lower_margins(study: Study) -> Finding:
         missing = missing or len(known) < len(margins)
         falls += [later < earlier for earlier, later in pairwise(known)]
         words.append(f"{', '.join(margins)}: {', '.join(map(nats, margins.values()))}")
-    missing = missing or study.in_small and len(falls) < STEPS_IN_SMALL
+    missing = missing or (study.in_small and len(falls) < STEPS_IN_SMALL)
     return Finding(
         SR,
         "The larger lambda, the lower the margin.",
@@ -102,7 +102,9 @@ def lower_at_every_size(study: Study) -> Finding:
         SR,
         "Sr-DPO's margins are lower than DPO's however many pairs there are.",
         "The mean margin of held-out pairs is lower with every number of pairs; it does not hold if with none.",
-        "cannot tell" if len(lower) < max(SIZES_IN_SMALL if study.in_small else 2, len(sizes)) else verdict_of_all(lower),
+        "cannot tell"
+        if len(lower) < max(SIZES_IN_SMALL if study.in_small else 2, len(sizes))
+        else verdict_of_all(lower),
         f"Sr-DPO and DPO with {'; '.join(words)}.",
         exhibit=SIZES,
         is_run=len(lower) > 1,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from ...evaluation.paired import sign_flip_p
-from ..table import SIGNIFICANT, Group, shares_solved
+from ..table import Group, shares_solved
 from ..variants import SIZE, UNREFINED, Variant
 
 Verdict = Literal["holds", "does not hold", "cannot tell"]
@@ -65,8 +65,8 @@ class Study:
     Args:
         groups: the cells by method, learning rate and beta.
         untrained: the accuracy of the model that all start from; None if it was not scored.
-        in_small: whether it is `make reproduce`'s: a pilot has chosen the upper rate as one at which DPO breaks, and two
-            trainings share two cores.
+        in_small: whether it is `make reproduce`'s: a pilot has chosen the upper rate as one at which DPO breaks, and
+            two trainings share two cores.
     """
 
     groups: Sequence[Group]
@@ -104,10 +104,12 @@ class Study:
 
     def sizes(self, loss: str) -> list[int]:
         """The numbers of pairs that are an axis of the loss."""
-        return sorted({group.variant.size for group in self.groups if group.variant.loss == loss and group.variant.size})
+        return sorted(
+            {group.variant.size for group in self.groups if group.variant.loss == loss and group.variant.size}
+        )
 
     def setting(self, loss: str) -> Setting:
-        """Where a refined loss is judged: at the lowest learning rate, and at `BETA` and `LAMBDA` or what is nearest."""
+        """Where a refined loss is judged: at the lowest learning rate, at `BETA` and `LAMBDA` or what is nearest."""
         groups = self._refined(loss)
         if not groups:
             return Setting(self.rates[0] if self.rates else 0.0, BETA, LAMBDA)
