@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from ..evaluation.harness_results import HarnessResults, TaskScore
 from ..sweep.results import SweepResults
@@ -11,7 +10,18 @@ from .benchmarks import AVERAGE, BenchmarkComparison, Measured, average, measure
 from .look import Look
 from .table import SIGNIFICANT, Group
 from .tabular import STRONG, Entry, Row, Table
-from .words import bounds, number, number_interval, percent, percent_interval, setting, shown_setting, signed
+from .words import (
+    SETTING,
+    bounds,
+    number,
+    number_interval,
+    percent,
+    percent_interval,
+    setting,
+    shown_setting,
+    signed,
+    with_interval,
+)
 
 
 def benchmarks_table(results: SweepResults, found: Sequence[Group], look: Look) -> Table:
@@ -42,7 +52,7 @@ def benchmarks_table(results: SweepResults, found: Sequence[Group], look: Look) 
         f"Tasks of lm-evaluation-harness, {'in percent, ' if shares[AVERAGE] else ''}as means over seeds. Below each, "
         "its 95% interval for the number of examples of one run: Wilson's where examples are right or wrong, otherwise "
         "Student's. After Table 3 of arXiv 2405.21040.",
-        ("method", "learning rate", "β", *(_head(task, score) for task, score in tasks.items()), AVERAGE),
+        (*SETTING, *(_head(task, score) for task, score in tasks.items()), AVERAGE),
         tuple(shown),
         tuple(data),
     )
@@ -87,8 +97,8 @@ def benchmark_tests_table(comparisons: Sequence[BenchmarkComparison], look: Look
         f"over all {len(comparisons)} tests; corrected p-values below {SIGNIFICANT} are bold. For Table 3 of arXiv "
         "2405.21040.",
         (
-            *("method", "learning rate", "β", "against", "task", "method's", "other's", "difference", "95%"),
-            *("better on", "worse on", "p", "p (Holm)"),
+            *(*SETTING, "task", "method's", "other's", "difference"),
+            *("better\non", "worse\non", "p", "p\n(Holm)"),
         ),
         tuple(_test_row(each, look, share=shares[each.task]) for each in comparisons),
         tuple(
@@ -120,17 +130,16 @@ def _test_row(each: BenchmarkComparison, look: Look, *, share: bool) -> Row:
     """The setting stands beside the first task only."""
     first = each.task == next(iter(results_of(each.group.cells)[0].tasks))
     against = look.labels[each.baseline.variant]
-    named: tuple[Any, ...] = (*shown_setting(each.group, look), against) if first else ("",) * 4
+    method, *others = shown_setting(each.group, look)
+    named: tuple[str, ...] = (f"{method}\nagainst {against}", *others) if first else ("",) * 3
     value = percent if share else number
     points = (lambda x: signed(f"{100 * x:+.1f}")) if share else number
-    interval = each.difference.interval
     shown = (
         *named,
         each.task,
         value(each.ours),
         value(each.theirs),
-        points(each.difference.value),
-        "" if interval is None else f"{points(interval[0])} to {points(interval[1])}",
+        with_interval(points(each.difference.value), " to ".join(map(points, each.difference.interval or ()))),
         f"{each.better:,}",
         f"{each.worse:,}",
         f"{each.p:.2g}",

@@ -16,7 +16,7 @@ from ..sweep.results import Result
 from .look import Look
 from .table import Group, Interval, same_seeds, unrefined
 from .tabular import Entry, Row, Table
-from .words import bounds, number, number_interval, setting, shown_setting
+from .words import SETTING, bounds, counts, setting, shown_setting, signed
 
 DRAWS = 2_000
 BLOCK = 500  # rows of an n x n matrix in memory
@@ -186,29 +186,36 @@ def _shared(cells: Sequence[Result], kind: str) -> list[int]:
 
 def correlations_table(rows: Sequence[Correlations], look: Look) -> Table:
     kinds = {row.kind for row in rows} != {"margin"}
-    heads = ("method", "learning rate", "β", *(["of the"] if kinds else []), "pairs")
+    heads = (*SETTING, *(["of the"] if kinds else []))
     return Table(
         "correlations",
         "Correlations with scores",
-        "Of margins with the differences of the data's own scores, over held-out pairs: means over seeds. Below each, "
-        f"its 95% interval, by percentiles of {DRAWS:,} bootstrap samples of the pairs. “Gain” is the difference to "
-        "the loss without refinement (other losses: to DPO) with the same settings, on the same pairs. After Table 4 of "
-        "arXiv 2405.21040.",
-        (*heads, *(head for method in METHODS for head in (method, "gain"))),
+        f"Of margins with the differences of the data's own scores, over {counts(row.pairs for row in rows)} held-out "
+        "pairs, as means over seeds, with "
+        f"95% intervals by percentiles of {DRAWS:,} bootstrap samples of the pairs. Below is the gain over "
+        "the loss without refinement (other losses: to DPO) with the same settings, on the same pairs. After Table 4 "
+        "of arXiv 2405.21040.",
+        (*heads, *(f"{method}\ngain" for method in METHODS)),
         tuple(_row(row, look, kinds) for row in rows),
         tuple(_data(row) for row in rows),
     )
 
 
 def _row(row: Correlations, look: Look, kinds: bool) -> Row:
-    shown = [*shown_setting(row.group, look), *([row.kind] if kinds else []), f"{row.pairs:,}"]
-    for method in METHODS:
-        shown += [_shown(row.values.get(method)), _shown(row.differences.get(method))]
-    return Row(tuple(map(Entry, shown)))
+    """The setting stands beside the first kind of margins only."""
+    named = shown_setting(row.group, look) if row.kind == "margin" else ("",) * 3
+    lines = [
+        filter(None, (_shown(row.values.get(method), ""), _shown(row.differences.get(method), "+")))
+        for method in METHODS
+    ]
+    return Row(tuple(map(Entry, (*named, *([row.kind.split()[0]] if kinds else []), *map("\n".join, lines)))))
 
 
-def _shown(estimate: Estimate | None) -> str:
-    return "" if estimate is None else f"{number(estimate.value)}\n({number_interval(estimate.interval)})"
+def _shown(estimate: Estimate | None, sign: str) -> str:
+    if estimate is None:
+        return ""
+    value, low, high = (signed(f"{each:{sign}.2f}") for each in (estimate.value, *estimate.interval))
+    return f"{value} ({low} to {high})"
 
 
 def _data(row: Correlations) -> dict[str, object]:

@@ -16,8 +16,10 @@ def findings(
 ) -> str:
     """Which setting scores best, whether it differs from DPO, which one ranks held-out pairs best, and what a judge
     prefers."""
-    sentences = [_on_problems(found, comparisons, look), _on_pairs(found, look), _on_judging(rates, look)]
-    return " ".join(filter(None, sentences))
+    others = [_on_pairs(found, look), _on_judging(rates, look)]
+    scored = any(group.accuracy is not None for group in found)
+    problems = _on_problems(found, comparisons, look) if scored or not any(others) else ""
+    return " ".join(filter(None, [problems, *others]))
 
 
 def _on_problems(found: Sequence[Group], comparisons: Sequence[Comparison], look: Look) -> str:

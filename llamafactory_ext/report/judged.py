@@ -10,7 +10,7 @@ from ..sweep.results import Result
 from .look import Look
 from .table import SIGNIFICANT, Group, Interval, wilson_interval
 from .tabular import STRONG, Entry, Row, Table
-from .words import bounds, percent, percent_interval, setting, shown_setting
+from .words import SETTING, bounds, counts, percent, percent_interval, setting, shown_setting, with_interval
 
 OUTCOMES = ("win", "tie", "lose")
 ALL = "all"
@@ -114,16 +114,15 @@ def won_and_lost(rows: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
 def win_rates_table(rates: Sequence[WinRates], look: Look) -> Table:
     judges = " and ".join(dict.fromkeys(each.judge for each in rates))
     questions = {each.questions for each in rates if each.part == ALL}
-    heads = ("method", "learning rate", "β", "against", "questions", "")
     several = any(each.part != ALL for each in rates)
     return Table(
         "win_rates",
         "Win rates",
-        f"Judge: {judges}. Verdicts on {_numbers(questions)} questions in percent, pooled over turns and seeds. "
-        "Intervals are Wilson's 95% for the number of questions of one run. p is from a two-sided sign test over questions: a "
-        "question is won or lost by most of its verdicts. Holm's correction is over the settings; corrected p-values "
-        f"below {SIGNIFICANT} are bold. After Table 2 of arXiv 2405.21040.",
-        (*heads[: len(heads) - (not several)], "win", "95%", "tie", "95%", "lose", "95%", "p", "p (Holm)"),
+        f"Judge: {judges}. Verdicts on {counts(questions)} questions in percent, pooled over turns and seeds. "
+        "Intervals are Wilson's 95% for the number of questions of one run. p is from a two-sided sign test over "
+        "questions: a question is won or lost by most of its verdicts. Holm's correction is over the settings; "
+        f"corrected p-values below {SIGNIFICANT} are bold. After Table 2 of arXiv 2405.21040.",
+        (*SETTING, *(["part"] if several else []), "questions", *OUTCOMES, "p", "p\n(Holm)"),
         tuple(_row(each, look, several) for each in rates),
         tuple(
             {
@@ -150,25 +149,17 @@ def win_rates_table(rates: Sequence[WinRates], look: Look) -> Table:
     )
 
 
-def _numbers(counts: set[int]) -> str:
-    low, high = min(counts), max(counts)
-    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
-
-
 def _row(rates: WinRates, look: Look, several: bool) -> Row:
     """A part's row leaves out what the row of the whole group says."""
     whole = rates.part == ALL
     against = look.labels[rates.baseline.variant] if rates.baseline else UNTRAINED
-    named = (*shown_setting(rates.group, look), against) if whole else ("",) * 4
+    method, *others = shown_setting(rates.group, look)
+    named = (f"{method}\nagainst {against}", *others) if whole else ("",) * 3
     shown = [
         *named,
-        f"{rates.questions:,}",
         *([rates.part] if several else []),
-        *(
-            text
-            for outcome in OUTCOMES
-            for text in (percent(rates.rate(outcome)), percent_interval(rates.interval(outcome)))
-        ),
+        f"{rates.questions:,}",
+        *(with_interval(percent(rates.rate(each)), percent_interval(rates.interval(each))) for each in OUTCOMES),
         f"{rates.p:.2g}",
     ]
     if rates.p_holm is None:

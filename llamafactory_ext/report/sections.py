@@ -45,7 +45,7 @@ def draw(results: SweepResults, found: Sequence[Group], look: Look) -> Iterator[
     sizes = sizes_figure(sized, look)
     if sizes is not None:
         caption = (
-            "Means over seeds; vertical lines are 95% intervals. The two panels have different scales. "
+            "Means over seeds; vertical lines are 95% intervals. Each panel has a scale of its own. "
             "After Figures 2 and 3 of arXiv 2405.21040."
         )
         yield Drawn("sizes", "Number of pairs", caption, sizes)

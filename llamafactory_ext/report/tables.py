@@ -17,6 +17,7 @@ from .look import Look
 from .table import SIGNIFICANT, Comparison, Group, degenerated, final
 from .tabular import STRONG, Entry, Row, Table
 from .words import (
+    SETTING,
     bounds,
     duration,
     number,
@@ -39,7 +40,8 @@ def tables(
     """All tables of the page but those of claims, in its order. That of the tests may have no rows."""
     if results.about.get("chosen"):
         yield chosen_table(results.about["chosen"])
-    yield degeneration_table(results, found, look)
+    if any(group.degenerate is not None or group.flagged for group in found):
+        yield degeneration_table(results, found, look)
     yield tests_table(comparisons, look)
     if any(group.held_out for group in found):
         yield pairs_table(results, found, look)
@@ -76,7 +78,7 @@ def degeneration_table(results: SweepResults, found: Sequence[Group], look: Look
         "Share of outputs that are empty, loop or repeat themselves, in percent. Compare with the untrained model, "
         "which has such outputs, too. “2 flagged” means that the monitor found two runs degenerating at their end: "
         "chosen and rejected responses were both less likely than under the reference, by over 0.5 nats per token.",
-        ("method", "learning rate", *(f"β = {beta:g}" for beta in betas)),
+        (*SETTING[:2], *(f"β = {beta:g}" for beta in betas)),
         tuple(rows),
         tuple(
             {
@@ -118,7 +120,7 @@ def tests_table(comparisons: Sequence[Comparison], look: Look) -> Table:
         "tests",
         "Tests against DPO",
         caption if comparisons else nothing,
-        ("method", "learning rate", "β", "accuracy", "DPO", "difference", "better on", "worse on", "p", "p (Holm)"),
+        (*SETTING, "accuracy", "DPO", "difference", "better on", "worse on", "p", "p (Holm)"),
         tuple(_test_row(comparison, look) for comparison in comparisons),
         tuple(
             {
@@ -184,8 +186,8 @@ def pairs_table(results: SweepResults, found: Sequence[Group], look: Look) -> Ta
             }
         )
     heads = [
-        *("method", "learning rate", "β", "pairs", "margin", "95%", "accuracy", "95%"),
-        *("augmented accuracy", "95%"),
+        *(*SETTING, "pairs", "margin", "95%", "accuracy", "95%"),
+        *("augmented\naccuracy", "95%"),
     ]
     used = [place for place in range(len(heads)) if any(row[place] for row in rows)]  # of what the data has
     return Table(

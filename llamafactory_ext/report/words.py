@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from .look import Look
 from .table import Group, Interval
+
+SETTING = ("method", "learning\nrate", "β")  # heads
 
 
 def setting(group: Group) -> dict[str, Any]:
@@ -37,6 +40,16 @@ def percent_interval(interval: Interval | None) -> str:
 def number_interval(interval: Interval | None) -> str:
     """With a word between the bounds, which may be below 0."""
     return "" if interval is None else f"{number(interval[0])} to {number(interval[1])}"
+
+
+def counts(several: Iterable[int]) -> str:
+    """One number where all are equal, otherwise the least and the most."""
+    low, *_, high = sorted({*several}) * 2
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def with_interval(value: str, interval: str) -> str:
+    return f"{value} ({interval})" if interval else value
 
 
 def duration(seconds: float | None) -> str:

@@ -109,8 +109,8 @@ def minor_dpo_survives(study: Study) -> Finding:
         f"than DPO (paired test over problems, p < 0.05). {_that_dpo_breaks(study)}",
         verdict,
         f"Accuracy at {rate:g} by beta (untrained {percent(study.untrained)}): {'; '.join(accuracies)}; MinorDPO "
-        f"against DPO at beta {beta:g}: {difference:+.1%}, p = {p:.2g}. Empty, looping or repetitive outputs there: DPO "
-        f"{percent(dpo.degenerate if dpo else None)}, MinorDPO {percent(minor.degenerate if minor else None)}.",
+        f"against DPO at beta {beta:g}: {difference:+.1%}, p = {p:.2g}. Empty, looping or repetitive outputs there: "
+        f"DPO {percent(dpo.degenerate if dpo else None)}, MinorDPO {percent(minor.degenerate if minor else None)}.",
         exhibit=ACCURACY,
         is_run=scored,
     )

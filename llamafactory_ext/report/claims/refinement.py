@@ -50,7 +50,7 @@ def refinement_lowers_margins(study: Study, loss: str) -> Finding:
         f"Margins {nats(ours)} against {nats(theirs)}; accuracy {accuracy_of(group)} against {accuracy_of(baseline)} "
         f"({difference:+.1%}, p = {p:.2g}).",
         exhibit=MARGINS,
-        is_run=ours is not None and theirs is not None,
+        is_run=scored and ours is not None and theirs is not None,
     )
 
 
