@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from ..plots import CURVES, legend_below, new_figure
 from .look import Look
 from .table import Group
+from .variants import UNREFINED
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,7 +30,6 @@ TRAINING = {
     "grad_norm": ("gradient norm", True),
     "rewards/accuracies": ("training accuracy", False),
 }
-UNREFINED = {"sr_dpo": "sigmoid", "sr_ipo": "ipo"}  # loss -> what it is without the refinement term
 REFINEMENT = ("margin (nats)", "margin minus the unrefined loss's", "training accuracy", "augmented margin (nats)")
 
 

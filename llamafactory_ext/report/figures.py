@@ -176,30 +176,47 @@ def score_list_figure(groups: Sequence[Group], base: float | None, look: Look) -
 
 # --- numbers of pairs ------------------------------------------------------------------------------------------------
 
-SIZE_PANELS: dict[str, Callable[[Group], tuple[float | None, Interval | None]]] = {
+Measured = tuple[float | None, Interval | None]
+
+
+def _held_out_accuracy(group: Group) -> Measured:
+    held_out = group.held_out
+    if held_out is None:
+        return None, None
+    return _percent(held_out.accuracy), held_out.accuracy_interval and _both_percent(held_out.accuracy_interval)
+
+
+SIZE_PANELS: dict[str, Callable[[Group], Measured]] = {
     "margin on held-out pairs (nats)": lambda group: (
         (group.held_out.margin, group.held_out.margin_interval) if group.held_out else (None, None)
     ),
+    "accuracy on held-out pairs (%)": _held_out_accuracy,
     "accuracy, strict (%)": lambda group: (_percent(group.accuracy), group.wilson and _both_percent(group.wilson)),
 }
 
 
 def sizes_figure(groups: Sequence[Group], look: Look) -> Figure | None:
-    """Held-out margin and accuracy against the number of training pairs (arXiv 2405.21040, Figures 2 and 3).
+    """Held-out margin and accuracies against the number of training pairs (arXiv 2405.21040, Figures 2 and 3).
 
     Args:
-        groups: with a size each. None if there are fewer than two sizes.
+        groups: with a size each. None if there are fewer than two sizes, or nothing was measured.
         look: of the sweep.
     """
     sizes = sorted({group.variant.size for group in groups if group.variant.size})
-    if len(sizes) < 2:
+    panels = {
+        title: value_of
+        for title, value_of in SIZE_PANELS.items()
+        if any(value_of(group)[0] is not None for group in groups)
+    }
+    if len(sizes) < 2 or not panels:
         return None
-    figure = new_figure(8.8, 3.6)
+    figure = new_figure(4.4 * len(panels), 3.6)
     lines: dict[tuple[Variant, float, float], list[Group]] = {}
     for group in groups:
         lines.setdefault((group.variant.without(SIZE), group.learning_rate, group.beta), []).append(group)
     settings = list(dict.fromkeys((rate, beta) for _, rate, beta in lines))
-    for axes, (title, value_of) in zip(figure.subplots(1, 2), SIZE_PANELS.items(), strict=True):
+    axes_of = figure.subplots(1, len(panels), squeeze=False).flat
+    for axes, (title, value_of) in zip(axes_of, panels.items(), strict=True):
         for number, ((variant, rate, beta), members) in enumerate(lines.items()):
             shift = 2 ** (0.04 * (number - (len(lines) - 1) / 2))  # so that intervals are beside each other
             style = STYLES[settings.index((rate, beta)) % len(STYLES)]

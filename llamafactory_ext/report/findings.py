@@ -6,15 +6,20 @@ from collections.abc import Sequence
 from math import isclose
 
 from ..sweep.results import Result, SweepResults
+from .judged import ALL, UNTRAINED, WinRates
 from .look import Look
-from .table import BASELINE, Comparison, Group
-
-SIGNIFICANT = 0.05
+from .table import BASELINE, SIGNIFICANT, Comparison, Group
 
 
-def findings(found: Sequence[Group], comparisons: Sequence[Comparison], look: Look) -> str:
-    """Which setting scores best, whether it differs from DPO, and which one ranks held-out pairs best."""
-    return " ".join(filter(None, [_on_problems(found, comparisons, look), _on_pairs(found, look)]))
+def findings(
+    found: Sequence[Group], comparisons: Sequence[Comparison], look: Look, rates: Sequence[WinRates] = ()
+) -> str:
+    """Which setting scores best, whether it differs from DPO, which one ranks held-out pairs best, and what a judge
+    prefers."""
+    others = [_on_pairs(found, look), _on_judging(rates, look)]
+    scored = any(group.accuracy is not None for group in found)
+    problems = _on_problems(found, comparisons, look) if scored or not any(others) else ""
+    return " ".join(filter(None, [problems, *others]))
 
 
 def _on_problems(found: Sequence[Group], comparisons: Sequence[Comparison], look: Look) -> str:
@@ -76,6 +81,22 @@ def _on_pairs(found: Sequence[Group], look: Look) -> str:
     return (
         f"On held-out pairs, {_named(group, look)} has the highest accuracy, {_percent(held_out.accuracy)} "
         f"(95% interval {low} to {high})."
+    )
+
+
+def _on_judging(rates: Sequence[WinRates], look: Look) -> str:
+    judged = [each for each in rates if each.part == ALL]
+    if not judged:
+        return ""
+    best = max(judged, key=lambda each: each.rate("win") - each.rate("lose"))
+    name, judge = _named(best.group, look), best.judge
+    begun = f"Judged by {judge}, {name}" if len(judged) == 1 else f"Of {len(judged)} settings judged by {judge}, {name}"
+    against = look.labels[best.baseline.variant] if best.baseline else f"the {UNTRAINED} model"
+    p = best.p if best.p_holm is None else best.p_holm
+    return (
+        f"{begun} {'does best: it ' if len(judged) > 1 else ''}wins {_percent(best.rate('win'))} and loses "
+        f"{_percent(best.rate('lose'))} against {against}, which {'is' if p < SIGNIFICANT else 'is not'} significant "
+        f"(p = {p:.2g} by a sign test over {best.questions} questions, after Holm's correction)."
     )
 
 

@@ -14,10 +14,13 @@ from .. import __version__
 from ..plots import save
 from ..sweep.results import Result, SweepResults, read_results
 from ..whole_files import write_whole
+from .benchmarks import check_benchmarks
 from .findings import best_cells, findings
-from .look import Look, look_of
+from .judged import win_rates
+from .look import look_of
+from .papers import claims_tables, study_of
 from .sections import Drawn, draw
-from .table import Comparison, Group, check_problems, compare_with_dpo, groups
+from .table import check_problems, compare_with_dpo, groups
 from .tables import anchor_of, tables
 from .tabular import Table
 
@@ -55,19 +58,24 @@ def write_report(folder: Path, output: Path) -> Path:
         The page, `index.html`.
 
     Raises:
-        UserError: if the folder is not that of a sweep, or its cells were scored on different problems.
+        UserError: if the folder is not that of a sweep, or its cells were scored on different problems or benchmarks.
     """
     results = read_results(folder)
     check_problems([*results.bases, *results.cells])
+    check_benchmarks([*results.bases, *results.cells])
     found = groups([cell for cell in results.cells if cell.recipe])
     look = look_of(group.variant for group in found)
-    comparisons = compare_with_dpo(found)
+    comparisons, rates = compare_with_dpo(found), win_rates(found)
     sections = [_written(output, drawn) for drawn in draw(results, found, look)]
-    shown = list(tables(results, found, comparisons, look))
-    for table in shown:
+    shown = list(tables(results, found, comparisons, look, rates))
+    named = [(section.name, section.title) for section in sections] + [(table.name, table.title) for table in shown]
+    claims = claims_tables(study_of(results), found, named)
+    for table in (*claims, *shown):
         write_whole(output / f"{table.name}.csv", table.as_csv())
         write_whole(output / f"{table.name}.tex", table.as_latex())
-    write_whole(output / "index.html", _render(results, found, comparisons, look, sections, shown))
+    write_whole(
+        output / "index.html", _render(results, findings(found, comparisons, look, rates), sections, claims, shown)
+    )
     return output / "index.html"
 
 
@@ -83,10 +91,9 @@ def _written(output: Path, drawn: Drawn) -> Section:
 
 def _render(
     results: SweepResults,
-    found: Sequence[Group],
-    comparisons: Sequence[Comparison],
-    look: Look,
+    told: str,
     sections: Sequence[Section],
+    claims: Sequence[Table],
     shown: Sequence[Table],
 ) -> str:
     import jinja2
@@ -96,7 +103,7 @@ def _render(
         about=results.about,
         date=today(),
         version=__version__,
-        findings=findings(found, comparisons, look),
+        findings=told,
         best=best_cells(results),
         anchor_of=anchor_of,
         axes=yaml.safe_dump(results.about["sweep"]["axes"], sort_keys=False),
@@ -105,6 +112,7 @@ def _render(
         cells=results.cells,
         states=_states(results.cells),
         sections=sections,
+        claims=claims,
         tables=shown,
         figure_files=FIGURE_FILES,
     )

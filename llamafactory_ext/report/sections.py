@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..sweep.results import SweepResults
-from .curves import UNREFINED, refinement_figure, reward_figure, reward_list_figure, training_figure
+from .curves import refinement_figure, reward_figure, reward_list_figure, training_figure
 from .figures import coefficient_figure, score_figure, score_list_figure, sizes_figure
 from .look import Look
 from .table import Group
-from .variants import Variant
+from .variants import UNREFINED, Variant
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -45,7 +45,7 @@ def draw(results: SweepResults, found: Sequence[Group], look: Look) -> Iterator[
     sizes = sizes_figure(sized, look)
     if sizes is not None:
         caption = (
-            "Means over seeds; vertical lines are 95% intervals. The two panels have different scales. "
+            "Means over seeds; vertical lines are 95% intervals. Each panel has a scale of its own. "
             "After Figures 2 and 3 of arXiv 2405.21040."
         )
         yield Drawn("sizes", "Number of pairs", caption, sizes)

@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 from ..errors import UserError
 from ..evaluation.paired import sign_flip_p
 from ..recipe.keys import LOSS_KEYS, PREF_BETA, REFERENCE_KEYS
-from ..scoring.summary import Summary
 from ..sweep.results import Result
 from ..training.monitors import DEGENERATING
-from .variants import SEEDS, Variant, as_written, short_key, variant_of
+from .variants import SEEDS, UNREFINED, Variant, as_written, short_key, variant_of
 
 DEFAULTS = {"pref_beta": PREF_BETA, "learning_rate": 5e-5}  # LLaMA-Factory's and transformers'
 BASELINE = "sigmoid"  # DPO
+SIGNIFICANT = 0.05
 LAST = 0.1  # of a run's logs are averaged for its final numbers
 
 Log = Mapping[str, Any]
@@ -89,7 +89,6 @@ class Group:
             accuracy_interval=wilson_interval(accuracy, len(margins)),
             augmented=augmented,
             augmented_interval=wilson_interval(augmented, len(margins)),
-            correlations=_correlations(scored),
         )
 
     def final(self, metric: str) -> float | None:
@@ -107,7 +106,6 @@ class HeldOut:
         accuracy, augmented: share of pairs with a margin above 0, and the same under the augmented prompt.
         margin_interval, accuracy_interval, augmented_interval: 95%, for that number of pairs: seeds share the pairs, so
             that more of them do not make it narrower. Student's for the margin, Wilson's for shares.
-        correlations: of margins with the data's own scores, in words; empty if it has none.
     """
 
     pairs: int
@@ -117,7 +115,6 @@ class HeldOut:
     accuracy_interval: Interval | None
     augmented: float | None
     augmented_interval: Interval | None
-    correlations: str
 
 
 def wilson_interval(share: float | None, count: int) -> Interval | None:
@@ -145,12 +142,6 @@ def _margins_by_pair(cells: Sequence[Result]) -> list[float]:
     margins = [cell.margins for cell in cells if cell.pairs is not None]
     shared = sorted(set.intersection(*(set(each) for each in margins)))
     return [float(np.mean([each[index] for each in margins])) for index in shared]
-
-
-def _correlations(scored: Sequence[Summary]) -> str:
-    methods = [pairs.correlations.get("margin", {}) for pairs in scored]
-    means = {name: _mean([found[name][0] for found in methods]) for name in (methods[0] if methods else {})}
-    return ", ".join(f"{name} {value:.3f}" for name, value in means.items() if value is not None)
 
 
 def final(history: Sequence[Log], metric: str) -> float | None:
@@ -261,11 +252,23 @@ def compare_with_dpo(found: Sequence[Group]) -> list[Comparison]:
     ]
 
 
-def _baseline(group: Group, found: Sequence[Group]) -> Group | None:
-    if group.cells[0].loss == BASELINE:
+def _baseline(group: Group, found: Sequence[Group], loss: str = BASELINE) -> Group | None:
+    """The group of a loss, without refinement, that differs from this one in the loss only."""
+    if _is_plain(group, loss):
         return None
     wanted = _apart_from_the_loss(group.cells[0])
-    return next((g for g in found if g.cells[0].loss == BASELINE and _apart_from_the_loss(g.cells[0]) == wanted), None)
+    return next((g for g in found if _is_plain(g, loss) and _apart_from_the_loss(g.cells[0]) == wanted), None)
+
+
+def _is_plain(group: Group, loss: str) -> bool:
+    """Whether it is the loss itself: many take `sr_lambda`, which adds a refinement term."""
+    return group.cells[0].loss == loss and not group.cells[0].recipe.get("sr_lambda")
+
+
+def unrefined(group: Group, found: Sequence[Group]) -> Group | None:
+    """What a group is measured against in the Sr paper: the loss without its refinement term, or DPO where it has none,
+    with the same settings."""
+    return _baseline(group, found, UNREFINED.get(group.variant.loss, BASELINE))
 
 
 def _apart_from_the_loss(cell: Result) -> dict[str, Any]:
@@ -278,13 +281,18 @@ def _apart_from_the_loss(cell: Result) -> dict[str, Any]:
 
 def shares_solved(group: Group, other: Group) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Per problem, the shares of seeds with which the two solve it: of the seeds that both have."""
-    seeds = {_seed(cell): cell for cell in other.scored}
-    pairs = [(cell, seeds[_seed(cell)]) for cell in group.scored if _seed(cell) in seeds]
+    pairs = same_seeds(group.scored, other.scored)
     if not pairs:
         return np.zeros(0), np.zeros(0)
     problems = sorted(group.scored[0].correct)
     ours, theirs = ([[cell.correct[i] for i in problems] for cell in side] for side in zip(*pairs, strict=True))
     return np.mean(np.array(ours, dtype=np.float64), axis=0), np.mean(np.array(theirs, dtype=np.float64), axis=0)
+
+
+def same_seeds(cells: Sequence[Result], others: Sequence[Result]) -> list[tuple[Result, Result]]:
+    """The cells, each with the other one that has its seed; without those that have none."""
+    seeds = {_seed(cell): cell for cell in others}
+    return [(cell, seeds[_seed(cell)]) for cell in cells if _seed(cell) in seeds]
 
 
 def _seed(cell: Result) -> tuple[Any, ...]:

@@ -8,20 +8,51 @@ from typing import Any
 from ..plots import CURVES
 from ..sweep.results import Result, SweepResults
 from ..training.monitors import PER_TOKEN, stopped_at
-from .findings import SIGNIFICANT
+from .benchmark_tables import benchmark_tests_table, benchmarks_table
+from .benchmarks import compare_benchmarks
+from .chosen import chosen_table
+from .correlations import correlations, correlations_table
+from .judged import WinRates, win_rates_table
 from .look import Look
-from .table import Comparison, Group, Interval, degenerated, final
+from .table import SIGNIFICANT, Comparison, Group, degenerated, final
 from .tabular import STRONG, Entry, Row, Table
+from .words import (
+    SETTING,
+    bounds,
+    duration,
+    number,
+    number_interval,
+    percent,
+    percent_interval,
+    setting,
+    shown_setting,
+    signed,
+)
 
 
 def tables(
-    results: SweepResults, found: Sequence[Group], comparisons: Sequence[Comparison], look: Look
+    results: SweepResults,
+    found: Sequence[Group],
+    comparisons: Sequence[Comparison],
+    look: Look,
+    rates: Sequence[WinRates] = (),
 ) -> Iterator[Table]:
-    """All tables of the page, in its order. That of the tests may have no rows."""
-    yield degeneration_table(results, found, look)
+    """All tables of the page but those of claims, in its order. That of the tests may have no rows."""
+    if results.about.get("chosen"):
+        yield chosen_table(results.about["chosen"])
+    if any(group.degenerate is not None or group.flagged for group in found):
+        yield degeneration_table(results, found, look)
     yield tests_table(comparisons, look)
     if any(group.held_out for group in found):
         yield pairs_table(results, found, look)
+    if rated := correlations(found):
+        yield correlations_table(rated, look)
+    if rates:
+        yield win_rates_table(rates, look)
+    if any(each.benchmarks for each in (*results.bases, *results.cells)):
+        yield benchmarks_table(results, found, look)
+        if tested := compare_benchmarks(found):
+            yield benchmark_tests_table(tested, look)
     yield cells_table(results)
 
 
@@ -34,7 +65,7 @@ def degeneration_table(results: SweepResults, found: Sequence[Group], look: Look
     places = {(group.learning_rate, group.variant, group.beta): group for group in found}
     settings = dict.fromkeys((group.learning_rate, group.variant) for group in found)
     rows = [
-        Row(tuple(map(Entry, (f"{base.name}, untrained", "", *[_percent(_degenerate(base))] * len(betas)))))
+        Row(tuple(map(Entry, (f"{base.name}, untrained", "", *[percent(_degenerate(base))] * len(betas)))))
         for base in results.bases
         if base.summary
     ]
@@ -47,11 +78,11 @@ def degeneration_table(results: SweepResults, found: Sequence[Group], look: Look
         "Share of outputs that are empty, loop or repeat themselves, in percent. Compare with the untrained model, "
         "which has such outputs, too. “2 flagged” means that the monitor found two runs degenerating at their end: "
         "chosen and rejected responses were both less likely than under the reference, by over 0.5 nats per token.",
-        ("method", "learning rate", *(f"β = {beta:g}" for beta in betas)),
+        (*SETTING[:2], *(f"β = {beta:g}" for beta in betas)),
         tuple(rows),
         tuple(
             {
-                **_setting(group),
+                **setting(group),
                 "degenerate outputs": group.degenerate,
                 "flagged runs": group.flagged,
                 "runs": len(group.cells),
@@ -68,7 +99,7 @@ def _degenerate(result: Result) -> float | None:
 def _flagged_entry(group: Group | None) -> Entry:
     if group is None:
         return Entry("")
-    share = _percent(group.degenerate)
+    share = percent(group.degenerate)
     if not group.flagged:
         return Entry(share)
     return Entry(f"{share} ({group.flagged} flagged)" if share else f"{group.flagged} flagged", "failed")
@@ -89,11 +120,11 @@ def tests_table(comparisons: Sequence[Comparison], look: Look) -> Table:
         "tests",
         "Tests against DPO",
         caption if comparisons else nothing,
-        ("method", "learning rate", "β", "accuracy", "DPO", "difference", "better on", "worse on", "p", "p (Holm)"),
+        (*SETTING, "accuracy", "DPO", "difference", "better on", "worse on", "p", "p (Holm)"),
         tuple(_test_row(comparison, look) for comparison in comparisons),
         tuple(
             {
-                **_setting(c.group),
+                **setting(c.group),
                 "accuracy": c.accuracy,
                 "accuracy of DPO": c.baseline_accuracy,
                 "difference": c.difference,
@@ -109,10 +140,10 @@ def tests_table(comparisons: Sequence[Comparison], look: Look) -> Table:
 
 def _test_row(comparison: Comparison, look: Look) -> Row:
     shown = (
-        *_shown_setting(comparison.group, look),
-        _percent(comparison.accuracy),
-        _percent(comparison.baseline_accuracy),
-        _signed(f"{100 * comparison.difference:+.1f}"),
+        *shown_setting(comparison.group, look),
+        percent(comparison.accuracy),
+        percent(comparison.baseline_accuracy),
+        signed(f"{100 * comparison.difference:+.1f}"),
         str(comparison.better),
         str(comparison.worse),
         f"{comparison.p:.2g}",
@@ -132,33 +163,31 @@ def pairs_table(results: SweepResults, found: Sequence[Group], look: Look) -> Ta
         if held_out is None:
             continue
         shown = (
-            *_shown_setting(group, look),
+            *shown_setting(group, look),
             f"{held_out.pairs:,}",
-            _number(held_out.margin),
-            _number_interval(held_out.margin_interval),
-            _percent(held_out.accuracy),
-            _percent_interval(held_out.accuracy_interval),
-            _percent(held_out.augmented),
-            _percent_interval(held_out.augmented_interval),
-            held_out.correlations,
+            number(held_out.margin),
+            number_interval(held_out.margin_interval),
+            percent(held_out.accuracy),
+            percent_interval(held_out.accuracy_interval),
+            percent(held_out.augmented),
+            percent_interval(held_out.augmented_interval),
         )
         rows.append(shown)
         data.append(
             {
-                **_setting(group),
+                **setting(group),
                 "pairs": held_out.pairs,
                 "margin": held_out.margin,
-                **_bounds("margin", held_out.margin_interval),
+                **bounds("margin", held_out.margin_interval),
                 "accuracy": held_out.accuracy,
-                **_bounds("accuracy", held_out.accuracy_interval),
+                **bounds("accuracy", held_out.accuracy_interval),
                 "augmented accuracy": held_out.augmented,
-                **_bounds("augmented accuracy", held_out.augmented_interval),
-                "correlations": held_out.correlations,
+                **bounds("augmented accuracy", held_out.augmented_interval),
             }
         )
     heads = [
-        *("method", "learning rate", "β", "pairs", "margin", "95%", "accuracy", "95%"),
-        *("augmented accuracy", "95%", "correlations"),
+        *(*SETTING, "pairs", "margin", "95%", "accuracy", "95%"),
+        *("augmented\naccuracy", "95%"),
     ]
     used = [place for place in range(len(heads)) if any(row[place] for row in rows)]  # of what the data has
     return Table(
@@ -166,17 +195,12 @@ def pairs_table(results: SweepResults, found: Sequence[Group], look: Look) -> Ta
         "Held-out pairs",
         f"Data set: {asked.get('dataset', 'unknown')}. The margin is a mean in nats. Accuracy is the share of pairs "
         "with a margin above 0, in percent; augmented accuracy is the same under the augmented prompt. Intervals are "
-        "95%, for the number of pairs of one run: Student's for the margin, Wilson's for accuracies. Correlations are "
-        "those of the margins with the data's own scores. After Tables 4 and 5 of arXiv 2405.21040.",
+        "95%, for the number of pairs of one run: Student's for the margin, Wilson's for accuracies. After Table 5 of "
+        "arXiv 2405.21040.",
         tuple(heads[place] for place in used),
         tuple(Row(tuple(Entry(row[place]) for place in used)) for row in rows),
         tuple(data),
     )
-
-
-def _bounds(name: str, interval: Interval | None) -> dict[str, float | None]:
-    low, high = interval or (None, None)
-    return {f"{name} low": low, f"{name} high": high}
 
 
 # --- cells -----------------------------------------------------------------------------------------------------------
@@ -206,7 +230,7 @@ def _cell_row(cell: Result) -> Row:
     trained, scored = cell.records.get("train"), cell.records.get("score")
     step = stopped_at(cell.log_history)
     training = trained.state if trained else "missing" if cell.recipe or cell.place else ""
-    time = _duration(trained.seconds) if trained else ""
+    time = duration(trained.seconds) if trained else ""
     if trained and trained.resumed:
         time += " since it resumed"
     errors = [record.error for record in cell.records.values() if record.error]
@@ -214,9 +238,9 @@ def _cell_row(cell: Result) -> Row:
     if cell.summary:
         strict = cell.summary["strict"]
         scores = [
-            _percent(strict["accuracy"]),
-            _percent_interval(tuple(strict["wilson_95"])),
-            _percent(cell.summary["flexible"]["accuracy"]),
+            percent(strict["accuracy"]),
+            percent_interval(tuple(strict["wilson_95"])),
+            percent(cell.summary["flexible"]["accuracy"]),
             str(cell.summary["missing"]),
         ]
     stopped = f"{training}: stopped at step {step}, degenerating"
@@ -227,7 +251,7 @@ def _cell_row(cell: Result) -> Row:
             Entry(time),
             Entry(scored.state if scored else "", scored.state if scored else ""),
             *map(Entry, scores),
-            *(Entry(_number(final(cell.log_history, f"normalized_rewards/{curve}"))) for curve in CURVES),
+            *(Entry(number(final(cell.log_history, f"normalized_rewards/{curve}"))) for curve in CURVES),
         ),
         anchor_of(cell),
         "; ".join(errors),
@@ -264,41 +288,3 @@ def _cell_data(cell: Result) -> dict[str, Any]:
         "held-out accuracy": cell.pairs.accuracy if cell.pairs else None,
         "held-out augmented accuracy": cell.pairs.augmented_accuracy if cell.pairs else None,
     }
-
-
-# --- words -----------------------------------------------------------------------------------------------------------
-
-
-def _setting(group: Group) -> dict[str, Any]:
-    return {"method": group.method, "learning rate": group.learning_rate, "beta": group.beta}
-
-
-def _shown_setting(group: Group, look: Look) -> tuple[str, str, str]:
-    return look.labels[group.variant], f"{group.learning_rate:g}", f"{group.beta:g}"
-
-
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:.1f}"
-
-
-def _number(value: float | None) -> str:
-    """Three digits, trailing zeros included, so that the rows of a column have as many."""
-    return "" if value is None else _signed(f"{value:#.3g}".rstrip("."))
-
-
-def _signed(number: str) -> str:
-    """With the sign for minus in place of the hyphen."""
-    return f"−{number[1:]}" if number.startswith("-") else number
-
-
-def _percent_interval(interval: Interval | None) -> str:
-    return "" if interval is None else f"{_percent(interval[0])}–{_percent(interval[1])}"
-
-
-def _number_interval(interval: Interval | None) -> str:
-    """With a word between the bounds, which may be below 0."""
-    return "" if interval is None else f"{_number(interval[0])} to {_number(interval[1])}"
-
-
-def _duration(seconds: float | None) -> str:
-    return "" if seconds is None else f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 60:.0f} min"

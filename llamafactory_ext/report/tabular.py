@@ -18,9 +18,13 @@ LATEX = {
     "–": "--",
     "−": "$-$",
     "…": r"\dots{}",
+    "“": "``",
+    "”": "''",
+    "\n": " ",
 }
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet computes a cell that begins so
-STRONG = "strong"
+STRONG, TEXT = "strong", "text"
+TEXT_WIDTH = "4cm"  # of a column of sentences, in LaTeX
 
 
 @dataclass(frozen=True)
@@ -28,12 +32,14 @@ class Entry:
     """What stands in one place of a table.
 
     Args:
-        text: what is shown.
-        look: the class of the page's style sheet; `STRONG` is bold in LaTeX, too.
+        text: what is shown; on the page in the lines that it has.
+        look: the class of the page's style sheet; `STRONG` is bold in LaTeX, too, and `TEXT` are sentences.
+        links: below the text on the page: what each says, and the id that it leads to.
     """
 
     text: str
     look: str = ""
+    links: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,11 @@ class Table:
     rows: tuple[Row, ...]
     data: tuple[dict[str, Any], ...]
 
+    @property
+    def texts(self) -> set[int]:
+        """The columns that hold sentences."""
+        return {place for row in self.rows for place, entry in enumerate(row.entries) if entry.look == TEXT}
+
     def as_csv(self) -> str:
         text = io.StringIO()
         writer = csv.DictWriter(text, list(dict.fromkeys(key for row in self.data for key in row)))
@@ -79,7 +90,8 @@ class Table:
 
     def as_latex(self) -> str:
         """A tabular for a paper; needs the package booktabs."""
-        columns = "l" + "r" * (len(self.heads) - 1)
+        sides = ["l"] + ["r"] * (len(self.heads) - 1)
+        columns = "".join(f"p{{{TEXT_WIDTH}}}" if n in self.texts else side for n, side in enumerate(sides))
         body = [" & ".join(_in_latex(entry) for entry in row.entries) for row in self.rows]
         lines = [
             "% \\usepackage{booktabs}",

@@ -21,6 +21,7 @@ NAMES = {
     "orpo": "ORPO",
     "simpo": "SimPO",
 }
+UNREFINED = {"sr_dpo": "sigmoid", "sr_ipo": "ipo"}  # loss -> what it is without the refinement term
 SHORT = {"max_samples": "pairs"}  # a key -> what the report calls it
 SIZE = "max_samples"
 LOSS_ARGS = "pref_loss_args"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,11 @@ class Result:
         margins: the margin of each held-out pair in nats, by its index; empty where there are none.
         benchmarks: what lm-evaluation-harness measured, or None.
         judged: how often its answers were better than those of its baseline, by the summary of `eval judge`, or None.
+        outcomes: the judge's verdict on each turn of each question: `id`, `outcome` (win, tie or lose), and `turn` and
+            `category` where the questions have them; turns without a verdict are left out.
+        augmented_margins: the margins under the augmented prompt, by the pair's index.
+        score_gaps: by how much the data's own score of a pair's chosen response is higher, by its index; pairs without
+            scores are left out.
     """
 
     name: str
@@ -48,6 +54,9 @@ class Result:
     margins: dict[int, float]
     benchmarks: HarnessResults | None = None
     judged: dict[str, Any] | None = None
+    outcomes: list[dict[str, Any]] = field(default_factory=list)
+    augmented_margins: dict[int, float] = field(default_factory=dict)
+    score_gaps: dict[int, float] = field(default_factory=dict)
 
     @property
     def loss(self) -> str:
@@ -135,7 +144,8 @@ def _result(own: Path, about: dict[str, Any], groups: dict[str, dict[str, str]])
     has_pairs = "pairs" in current and (own / PAIRS).is_file()
     pairs = read_scores(own / PAIRS) if has_pairs else []
     is_measured = measured is not None and (measured / Benchmarks.result).is_file()
-    judged = read_object(own / JUDGE / "results.json", Judgments) if "judge" in current else {}
+    judged = _judgments(own / JUDGE / "results.json") if "judge" in current else {}
+    rows = [row for row in pairs if not row["skipped"]]
     return Result(
         name=about["name"],
         place=about.get("place", {}),
@@ -145,10 +155,31 @@ def _result(own: Path, about: dict[str, Any], groups: dict[str, dict[str, str]])
         summary=scores["summary"] | {"extractor": scores.get("extractor")} if scores else None,
         correct={row["index"]: row["strict"]["correct"] for row in scores.get("rows", [])},
         pairs=summarize(pairs) if has_pairs else None,
-        margins={row["index"]: row["margin"] for row in pairs if not row["skipped"]},
+        margins={row["index"]: row["margin"] for row in rows},
         benchmarks=read_harness(measured) if measured and is_measured else None,
         judged=judged.get("summary"),
+        outcomes=[row for row in judged.get("rows", []) if row["outcome"]],
+        augmented_margins=_by_pair(rows, "augmented_margin"),
+        score_gaps=_score_gaps(rows),
     )
+
+
+def _by_pair(rows: Sequence[dict[str, Any]], column: str) -> dict[int, float]:
+    """A column by the pair's index, of the rows that have it."""
+    return {row["index"]: row[column] for row in rows if row.get(column) is not None}
+
+
+def _score_gaps(rows: Sequence[dict[str, Any]]) -> dict[int, float]:
+    chosen, rejected = _by_pair(rows, "score_chosen"), _by_pair(rows, "score_rejected")
+    return {index: chosen[index] - rejected[index] for index in chosen if index in rejected}
+
+
+def _judgments(file: Path) -> dict[str, Any]:
+    found = read_object(file, Judgments)
+    judged = sum(row["outcome"] is not None for row in found.get("rows", []))
+    if found and judged != found["summary"]["judged"]:
+        raise damaged(file, f"{judged} rows of {found['summary']['judged']} verdicts")
+    return found
 
 
 def _scores(run: Path) -> dict[str, Any]:

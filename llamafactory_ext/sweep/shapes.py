@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, FiniteFloat, TypeAdapter, ValidationError
 
@@ -90,6 +90,7 @@ class Rate(BaseModel):
 
 
 class Judged(BaseModel):
+    a: str
     b: str
     judge: str
     judged: int
@@ -99,10 +100,18 @@ class Judged(BaseModel):
     sign_test_p: FiniteFloat
 
 
+class Outcome(BaseModel):
+    id: str
+    turn: int = 1
+    category: str | None = None
+    outcome: Literal["win", "tie", "lose"] | None
+
+
 class Judgments(BaseModel):
     """results.json of `eval judge`."""
 
     summary: Judged
+    rows: list[Outcome]
 
 
 class Trained(BaseModel):

@@ -7,6 +7,7 @@ import math
 import random
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 
 from llamafactory_ext.sweep.records import Record
 from llamafactory_ext.sweep.spec import Sweep
@@ -79,13 +80,47 @@ def score(sweep, name, right, problems=10, sha256="of the problems", tasks=None)
     record(sweep, name, "score", Record("done", seconds=9.0), tasks)
 
 
-def score_pairs(sweep, cell, margins, tasks=None):
-    """Scores of held-out pairs with these margins; the pair after them was skipped."""
+def score_pairs(sweep, cell, margins, tasks=None, **columns):
+    """Scores of held-out pairs with these margins, and more columns of numbers; the pair after them was skipped."""
     rows = [{"index": n, "skipped": False, "margin": float(margin)} for n, margin in enumerate(margins)]
+    for name, values in columns.items():
+        rows = [row | {name: value} for row, value in zip(rows, values, strict=True)]
     rows.append({"index": len(margins), "skipped": True})
     task = (tasks or tasks_of(sweep))[cell.name, "pairs"]
     task.results[0].write_text("".join(json.dumps(row) + "\n" for row in rows))
     record(sweep, cell.name, "pairs", Record("done", seconds=5.0), tasks)
+
+
+def benchmark(sweep, name, tasks, hash="of the task", at=None):
+    """Results of `eval harness`: task -> the value of each example; right or wrong, as acc, with five shots."""
+    about = {
+        task: {"metric": "acc", "value": fmean(values), "interval_95": None, "examples": len(values), "shots": 5}
+        | {"version": 1.0, "hash": hash}
+        for task, values in tasks.items()
+    }
+    rows = {task: [{"id": n, "value": v} for n, v in enumerate(values)] for task, values in tasks.items()}
+    average = fmean(each["value"] for each in about.values())
+    task = (at or tasks_of(sweep))[name, "lm_eval"]
+    task.results[0].parent.mkdir(parents=True)
+    task.results[0].write_text(json.dumps({"summary": {"tasks": about, "average": average}, "rows": rows}))
+    record(sweep, name, "lm_eval", Record("done", seconds=7.0), at)
+
+
+def judge(sweep, cell, outcomes, against):
+    """Verdicts of `eval judge`: a row per turn with `id`, `outcome`, and perhaps `turn` and `category`."""
+    counts = {name: sum(row["outcome"] == name for row in outcomes) for name in ("win", "tie", "lose")}
+    judged = sum(counts.values())
+    rates = {name: {"count": n, "rate": n / judged, "wilson_95": [0.1, 0.9]} for name, n in counts.items()}
+    summary = {"a": cell.name, "b": against, "judge": "gpt-4", "judged": judged, **rates, "sign_test_p": 0.5}
+    agenda = Agenda(sweep, sweep.cells())
+    for each in agenda.cells:
+        answers = each.folder / "answers" / "base"
+        answers.mkdir(parents=True, exist_ok=True)
+        (answers / "answers.jsonl").touch()
+    (task,) = agenda.judge_tasks([cell])
+    task.results[0].parent.mkdir(parents=True)
+    task.results[0].write_text(json.dumps({"summary": summary, "rows": outcomes}))
+    task.write(Record("done", command=task.argv, fingerprint=task.fingerprint, seconds=3.0))
 
 
 # --- a large one -----------------------------------------------------------------------------------------------------
@@ -93,6 +128,7 @@ def score_pairs(sweep, cell, margins, tasks=None):
 PLACES = {"learning_rate": [1e-5, 1e-4], "pref_beta": [0.02, 0.1, 0.2], "seed": [1, 2]}
 # What a method's rewards end at, in nats, and how many of 100 problems it solves.
 ENDS = {
+    "sr_ipo": (-1.5, -12.0, 55),
     "sigmoid": (-8.0, -30.0, 52),
     "minor_dpo": (3.0, -12.0, 66),
     "dpop": (2.0, -10.0, 58),
@@ -150,3 +186,73 @@ def _logs(place, broken, chance):
             rewards = {"chosen": w, "rejected": l, "margins": w - l}
             log |= {f"normalized_rewards/{name}": value for name, value in rewards.items()}
         yield log
+
+
+# --- self-refinement -------------------------------------------------------------------------------------------------
+
+TASKS = ("arc_challenge", "hellaswag", "mmlu", "truthfulqa_mc2", "winogrande", "gsm8k")
+CHOSEN = {"key": "sr_lambda", "of": "lambda.yaml", "by": "margin", "place": {"pref_loss": "sr_dpo"}, "value": 0.3}
+MEASURED = {"0.1": 4.31, "0.3": 4.52, "0.5": 4.4, "1": 3.98}
+
+
+def make_refined_sweep(folder):
+    """The Sr paper's losses on two seeds, Sr-DPO on three numbers of pairs; held-out pairs with scores of the data,
+    six benchmarks, a judge of two turns and three categories, and a chosen lambda."""
+    (folder / "questions.jsonl").write_text("{}\n")
+    axes = [
+        {"pref_loss": ["sigmoid", "ipo"], "seed": [1, 2]},
+        {"pref_loss": ["sr_dpo", "sr_ipo"], "sr_lambda": 0.3, "seed": [1, 2]},
+        {"pref_loss": "sigmoid", "max_samples": [256, 512], "seed": 1},
+        {"pref_loss": "sr_dpo", "sr_lambda": 0.3, "max_samples": [256, 512], "seed": 1},
+    ]
+    judged = {"data": folder / "questions.jsonl", "engine": "hf", "judge": "gpt-4"}
+    evaluators = {
+        "gsm8k": None,
+        "pairs": {"dataset": "held_out_pairs"},
+        "lm_eval": {"tasks": list(TASKS), "engine": "hf"},
+        "judge": judged | {"baseline": {"sr_dpo": "sigmoid", "sr_ipo": "ipo"}},
+    }
+    sweep = make_sweep(folder, axes, RECIPE | {"learning_rate": 5e-7, "pref_beta": 0.1}, **evaluators)
+    other = CHOSEN | {"place": {"pref_loss": "sr_ipo"}, "measured": MEASURED}
+    write_sweep(Agenda(sweep, sweep.cells()), Path("sweep.yaml"), [CHOSEN | {"measured": MEASURED}, other])
+    tasks, chance = tasks_of(sweep), random.Random(0)
+    gaps = [float(chance.randint(0, 4)) for _ in range(60)]
+    benchmark(sweep, "base", _examples(0.4, chance), at=tasks)
+    names = {
+        (cell.place["pref_loss"], cell.place.get("max_samples"), cell.place["seed"]): cell.name
+        for cell in sweep.cells()
+    }
+    for cell in sweep.cells():
+        refined = cell.place["pref_loss"].startswith("sr_")
+        write_logs(cell, list(_logs(cell.place | {"learning_rate": 1e-5, "pref_beta": 0.1}, False, chance)))
+        record(sweep, cell.name, "train", Record("done", seconds=600.0 * (1 + refined)), tasks)
+        margins = [0.3 * gap + chance.gauss(0.5 - 0.2 * refined, 1.0) for gap in gaps]
+        augmented = [margin + chance.gauss(0.1, 0.2) for margin in margins]
+        scores = {"score_chosen": gaps, "score_rejected": [0.0] * 60, "augmented_margin": augmented}
+        score_pairs(sweep, cell, margins, tasks, **scores)
+        benchmark(sweep, cell.name, _examples(0.5 + 0.05 * refined, chance), at=tasks)
+        if refined:
+            plain = {"sr_dpo": "sigmoid", "sr_ipo": "ipo"}[cell.place["pref_loss"]]
+            judge(sweep, cell, _verdicts(chance), names[plain, *_where(cell)[1:]])
+    return sweep
+
+
+def _where(cell):
+    return tuple(cell.place.get(key) for key in ("pref_loss", "max_samples", "seed"))
+
+
+def _examples(share, chance):
+    return {task: [float(chance.random() < share) for _ in range(40)] for task in TASKS}
+
+
+def _verdicts(chance):
+    return [
+        {
+            "id": str(number),
+            "turn": turn,
+            "category": ("writing", "math", "roleplay")[number % 3],
+            "outcome": chance.choices(["win", "tie", "lose"], [5, 3, 3])[0],
+        }
+        for number in range(24)
+        for turn in (1, 2)
+    ]

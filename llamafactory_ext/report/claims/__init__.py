@@ -1,4 +1,4 @@
-"""The claims of the two papers, each with a criterion that was settled before the study in small was run."""
+"""The claims of the two papers, each with a criterion that was settled before anything was run that it judges."""
 
 from __future__ import annotations
 
@@ -11,13 +11,20 @@ from .minor_dpo import (
     minor_dpo_scores_best,
     minor_dpo_survives,
 )
+from .quality import (
+    agrees_better_with_scores,
+    keeps_accuracy_at_lower_margins,
+    scores_higher_on_benchmarks,
+    wins_more_than_it_loses,
+)
 from .refinement import lower_at_every_size, more_lambda_lower_margins, overhead, refinement_lowers_margins
-from .study import Finding, Study
+from .study import PLAIN, Finding, Study
 
 SIGNS = {"holds": "holds", "does not hold": "**does not hold**", "cannot tell": "*cannot tell*"}
 
 
 def findings(study: Study) -> list[Finding]:
+    """What becomes of the claims that the study in small was made for."""
     checks: list[Callable[[Study], Finding]] = [
         dpo_drives_both_down,
         minor_dpo_keeps_chosen_up,
@@ -31,6 +38,17 @@ def findings(study: Study) -> list[Finding]:
         overhead,
     ]
     return [check(study) for check in checks]
+
+
+def all_findings(study: Study) -> list[Finding]:
+    """Those, and what becomes of the claims that need a judge, benchmarks, or scores in the data."""
+    checks = (
+        wins_more_than_it_loses,
+        scores_higher_on_benchmarks,
+        agrees_better_with_scores,
+        keeps_accuracy_at_lower_margins,
+    )
+    return [*findings(study), *(check(study, loss) for check in checks for loss in PLAIN)]
 
 
 def as_markdown(found: Sequence[Finding]) -> str:

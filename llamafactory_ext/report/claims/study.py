@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from ...evaluation.paired import sign_flip_p
 from ..table import Group, shares_solved
-from ..variants import SIZE, Variant
+from ..variants import SIZE, UNREFINED, Variant
 
 Verdict = Literal["holds", "does not hold", "cannot tell"]
 
 DPO, DPOP, MINOR_DPO, IPO = map(Variant, ("sigmoid", "dpop", "minor_dpo", "ipo"))
-PLAIN = {"sr_dpo": DPO, "sr_ipo": IPO}  # the losses without their refinement term
+PLAIN = {refined: Variant(plain) for refined, plain in UNREFINED.items()}  # the losses without their refinement term
+GRID = (DPO, DPOP, MINOR_DPO)  # whose learning rates and betas are the MinorDPO paper's axes
+WEIGHT = "sr_lambda"
+BETA, LAMBDA = 0.1, 0.3  # where self-refinement is judged, if a sweep has them
 MINOR, SR = "MinorDPO (2408.09834)", "Sr (2405.21040)"
 MOST = 80  # per cent of the settings must agree for a verdict on curves, or at most the rest
-SIGNIFICANT = 0.05
 LIKE = 0.02  # accuracies that differ by less, and not significantly, are alike
 
 
@@ -30,6 +32,8 @@ class Finding:
         criterion: when it holds.
         verdict: of this study.
         numbers: what was measured.
+        exhibit: of the paper, that it is evidence for.
+        is_run: whether the study has measured anything that the claim is about.
     """
 
     paper: str
@@ -37,6 +41,21 @@ class Finding:
     criterion: str
     verdict: Verdict
     numbers: str
+    exhibit: str = ""
+    is_run: bool = True
+
+
+class Setting(NamedTuple):
+    """Where a refined loss is judged.
+
+    Args:
+        rate, beta: learning rate and beta.
+        weight: lambda.
+    """
+
+    rate: float
+    beta: float
+    weight: float
 
 
 @dataclass(frozen=True)
@@ -45,23 +64,76 @@ class Study:
 
     Args:
         groups: the cells by method, learning rate and beta.
-        untrained: the accuracy of the model that all start from.
+        untrained: the accuracy of the model that all start from; None if it was not scored.
+        in_small: whether it is `make reproduce`'s: a pilot has chosen the upper rate as one at which DPO breaks, and
+            two trainings share two cores.
     """
 
     groups: Sequence[Group]
-    untrained: float
+    untrained: float | None
+    in_small: bool = True
+
+    @property
+    def _grid(self) -> Sequence[Group]:
+        """The groups that span the axes: those of the MinorDPO paper's losses, if there are any."""
+        losses = [variant.loss for variant in GRID]
+        return [g for g in self.groups if g.variant.loss in losses and not g.variant.size] or self.groups
 
     @property
     def rates(self) -> list[float]:
-        return sorted({group.learning_rate for group in self.groups})
+        return sorted({group.learning_rate for group in self._grid})
 
     @property
     def betas(self) -> list[float]:
-        return sorted({group.beta for group in self.groups})
+        return sorted({group.beta for group in self._grid})
+
+    @property
+    def at_all_rates(self) -> str:
+        return {1: "at its rate", 2: "at both rates"}.get(len(self.rates), "at all rates")
 
     def of(self, variant: Variant, rate: float | None = None) -> list[Group]:
-        found = [g for g in self.groups if g.variant == variant and rate in (None, g.learning_rate)]
+        """The groups with the variant's loss, lambda and number of pairs, by learning rate and beta."""
+        found = [g for g in self.groups if is_of(g, variant) and rate in (None, g.learning_rate)]
         return sorted(found, key=lambda group: (group.learning_rate, group.beta))
+
+    def lambdas(self, loss: str) -> list[float]:
+        """Those that a refined loss was run with, on all pairs, at the rate and beta where it is judged."""
+        rate, beta, _ = self.setting(loss)
+        here = [g for g in self._refined(loss) if (g.learning_rate, g.beta) == (rate, beta)]
+        return sorted({lambda_of(group) for group in here})
+
+    def sizes(self, loss: str) -> list[int]:
+        """The numbers of pairs that are an axis of the loss."""
+        return sorted(
+            {group.variant.size for group in self.groups if group.variant.loss == loss and group.variant.size}
+        )
+
+    def setting(self, loss: str) -> Setting:
+        """Where a refined loss is judged: at the lowest learning rate, at `BETA` and `LAMBDA` or what is nearest."""
+        groups = self._refined(loss)
+        if not groups:
+            return Setting(self.rates[0] if self.rates else 0.0, BETA, LAMBDA)
+        rate = min(group.learning_rate for group in groups)
+        groups = [group for group in groups if group.learning_rate == rate]
+        beta = min((group.beta for group in groups), key=lambda value: abs(value - BETA))
+        weights = [lambda_of(group) for group in groups if group.beta == beta]
+        return Setting(rate, beta, min(weights, key=lambda value: abs(value - LAMBDA)))
+
+    def _refined(self, loss: str) -> list[Group]:
+        """The groups of a refined loss, on all pairs if any is."""
+        groups = [group for group in self.groups if group.variant.loss == loss]
+        return [group for group in groups if not group.variant.size] or groups
+
+    def against_plain(self, loss: str) -> tuple[Group | None, Group | None]:
+        """A refined loss where it is judged, and the loss without the refinement term there."""
+        rate, beta, weight = self.setting(loss)
+        return self.one(with_lambda(loss, weight), rate, beta), self.one(PLAIN[loss], rate, beta)
+
+    def where(self, loss: str) -> str:
+        """The place where a refined loss is judged, as criteria begin with it."""
+        rate, beta, weight = self.setting(loss)
+        at = "At the lower rate" if self.in_small else f"At learning rate {rate:g}"
+        return f"{at}, beta {beta:g} and lambda {weight:g}"
 
     def one(self, variant: Variant, rate: float, beta: float) -> Group | None:
         return next((group for group in self.of(variant, rate) if group.beta == beta), None)
@@ -78,8 +150,21 @@ class Study:
 # --- helpers ---------------------------------------------------------------------------------------------------------
 
 
+def is_of(group: Group, variant: Variant) -> bool:
+    """Whether loss, lambda and number of pairs are the variant's; what else the sweep varies does not matter."""
+    own, values = group.variant, dict(variant.values)
+    return (own.loss, lambda_of(group), own.size) == (variant.loss, values.get(WEIGHT, 0.0), values.get(SIZE))
+
+
+def lambda_of(group: Group) -> float:
+    """The refinement's weight, on the sweep's axes or in its recipe; 0 where there is no refinement."""
+    recipe = group.cells[0].recipe.get(WEIGHT)
+    default = LAMBDA if group.variant.loss in PLAIN else 0.0
+    return float(dict(group.variant.values).get(WEIGHT, default if recipe is None else recipe))
+
+
 def with_lambda(loss: str, weight: float) -> Variant:
-    return Variant(loss, (("sr_lambda", weight),))
+    return Variant(loss, ((WEIGHT, weight),))
 
 
 def with_size(variant: Variant, size: int) -> Variant:
