@@ -10,10 +10,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 from ..errors import UserError
+from .intervals import mean_95, wilson_95
 from .paired import sign_flip_p
 
 RESULTS = "results.json"
@@ -90,22 +91,15 @@ class TaskComparison:
 def interval_95(values: Sequence[float]) -> Interval | None:
     """95% interval of the mean: Wilson's if all values are 0 or 1, otherwise Student's; None for one such value."""
     if set(values) <= {0.0, 1.0}:
-        from statsmodels.stats.proportion import proportion_confint
-
-        low, high = proportion_confint(sum(values), len(values), method="wilson")
-        return float(low), float(high)
+        low, high = wilson_95(fmean(values), len(values))
+        return low, high
     return student_95(values)
 
 
 def student_95(values: Sequence[float]) -> Interval | None:
     """Student's 95% interval of the mean, mean +- t s / sqrt(n); None for a single value."""
-    from scipy.stats import t
-
-    count = len(values)
-    if count < 2:
-        return None
-    half = float(t.ppf(0.975, count - 1)) * stdev(values) / math.sqrt(count)
-    return fmean(values) - half, fmean(values) + half
+    found = mean_95(values)
+    return None if found is None else (found[0], found[1])
 
 
 def read_harness(folder: Path) -> HarnessResults:

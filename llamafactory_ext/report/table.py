@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import UserError
+from ..evaluation.intervals import mean_95, wilson_95
 from ..evaluation.paired import sign_flip_p
 from ..recipe.keys import LOSS_KEYS, PREF_BETA, REFERENCE_KEYS
 from ..sweep.results import Result
@@ -119,22 +120,16 @@ class HeldOut:
 
 def wilson_interval(share: float | None, count: int) -> Interval | None:
     """Wilson's 95% interval of a share of `count` things; None where there is nothing to tell from."""
-    from statsmodels.stats.proportion import proportion_confint
-
     if share is None or not count:
         return None
-    low, high = proportion_confint(share * count, count, method="wilson")
-    return float(low), float(high)
+    low, high = wilson_95(share, count)
+    return low, high
 
 
 def t_interval(values: Sequence[float]) -> Interval | None:
     """Student's 95% interval of a mean; None for fewer than two values."""
-    from scipy.stats import t
-
-    if len(values) < 2:
-        return None
-    half = t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
-    return float(np.mean(values) - half), float(np.mean(values) + half)
+    found = mean_95(values)
+    return None if found is None else (found[0], found[1])
 
 
 def _margins_by_pair(cells: Sequence[Result]) -> list[float]:
