@@ -18,7 +18,7 @@ from llamafactory_ext.errors import UserError
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 NAMES = {"yaml": "pyyaml"}  # where a distribution is called otherwise
-OPTIONAL = {"deepspeed", "submitit", "openai", "vllm"}  # extras, and an environment of its own
+OPTIONAL = {"deepspeed", "lm_eval", "submitit", "openai", "vllm"}  # extras, and an environment of its own
 
 
 def test_what_is_versioned_is_shipped_but_for_scripts(tmp_path):
