@@ -68,7 +68,8 @@ def write_report(folder: Path, output: Path) -> Path:
     comparisons, rates = compare_with_dpo(found), win_rates(found)
     sections = [_written(output, drawn) for drawn in draw(results, found, look)]
     shown = list(tables(results, found, comparisons, look, rates))
-    named = [(section.name, section.title) for section in sections] + [(table.name, table.title) for table in shown]
+    named = [(section.name, section.title) for section in sections]
+    named += [(table.name, table.title) for table in shown if table.rows]
     claims = claims_tables(study_of(results), found, named)
     for table in (*claims, *shown):
         write_whole(output / f"{table.name}.csv", table.as_csv())

@@ -44,12 +44,9 @@ def test_verdicts_are_pooled_over_seeds_and_the_interval_is_that_of_one_runs_que
     """Four questions, two seeds: 5 of 8 verdicts are wins, 2 ties, 1 a loss. By question, w w, w t, w l, w t: three are
     won, one is even: p = 2 / 2^3. Wilson's of 5/8 with n = 4, by hand."""
     dpo = unscored("sigmoid", seed=1)
-    cells = [
-        dpo,
-        judged("sr_dpo", dpo.name, verdicts("wwww"), seed=1),
-        judged("sr_dpo", dpo.name, verdicts("wtlt"), seed=2),
-    ]
-    (rates,) = win_rates(groups(cells))
+    seeds = {1: "wwww", 2: "wtlt"}
+    refined = [judged("sr_dpo", dpo.name, verdicts(text), seed=seed) for seed, text in seeds.items()]
+    (rates,) = win_rates(groups([dpo, *refined]))
     assert (rates.part, rates.questions, rates.judge, rates.baseline.variant.name) == (ALL, 4, "gpt-4", "DPO")
     assert rates.counts == {"win": 5, "tie": 2, "lose": 1}
     assert rates.p == rates.p_holm == pytest.approx(2 / 2**3)

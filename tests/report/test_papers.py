@@ -83,7 +83,7 @@ def test_what_a_sweep_lacks_is_not_run(tmp_path):
     assert states == {
         "Figure 1": ("", ""),  # drawn from the losses
         "Figures 2 to 5": ("not run", ""),
-        "Figure 6": ("", ""),  # its place is there, empty
+        "Figure 6": ("not run", ""),
     }
     assert {(row["verdict"], row["claim"]) for row in refined} == {("not run", "")}
     assert '<td class="muted">not run</td>' in page

@@ -12,7 +12,7 @@ import pytest
 from recorded_sweeps import make_sweep, score, score_pairs, tasks_of, train
 
 from llamafactory_ext.report.page import write_report
-from llamafactory_ext.report.tabular import STRONG, Entry, Row, Table
+from llamafactory_ext.report.tabular import STRONG, TEXT, Entry, Row, Table
 
 ODD = r"*[=_&%#{}~^\$<>|"  # begins a row, where a star or a bracket would belong to the row before
 
@@ -41,6 +41,13 @@ def test_latex():
         r"\bottomrule",
         r"\end{tabular}",
     ]
+
+
+def test_latex_of_sentences_and_of_several_lines():
+    made = table([(Entry("a\nb"), Entry("“c” 5 %", TEXT, (("here", "place"),)))])
+    lines = made.as_latex().splitlines()
+    assert lines[1] == r"\begin{tabular}{lp{4cm}}"
+    assert lines[5] == r"a b & ``c'' 5 \% \\"
 
 
 def test_csv_has_every_digit_and_quotes_commas():
@@ -89,7 +96,7 @@ def latex(tmp_path_factory):
 
 
 def test_no_special_character_of_a_name_reaches_latex(latex):
-    assert [file.stem for file in latex] == ["cells", "degeneration", "pairs", "tests"]
+    assert [file.stem for file in latex] == ["cells", "claims_sr", "degeneration", "pairs", "tests"]
     commands = ("textbackslash", "textasciitilde", "textasciicircum", "textless", "textgreater", "textbar")
     shown = rf"\\[&%#_$\{{\}}]|\\(?:{'|'.join(commands)})\{{\}}|\$-\$|\$\\beta\$|\\dots\{{\}}|\{{[*\[]\}}"
     for file in latex:

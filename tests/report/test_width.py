@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 
 import pytest
-from recorded_sweeps import RECIPE, make_sweep, record, score, train
+from recorded_sweeps import RECIPE, make_refined_sweep, make_sweep, record, score, train
 
 from llamafactory_ext.report import page as page_module
 from llamafactory_ext.report.page import write_report
@@ -21,18 +21,23 @@ MEASURE = """[...document.querySelectorAll('.wide')].map(box => ({
 }))"""
 
 
-@pytest.fixture(scope="module")
-def page(tmp_path_factory):
-    """Of a sweep with a failure whose message is longer than any window, and a path that has no space."""
-    sync_api = pytest.importorskip("playwright.sync_api")
+def failed_sweep(folder):
+    """With a failure whose message is longer than any window, and a path that has no space."""
     recipe = RECIPE | {"model_name_or_path": "/a/long/path" * 20}
     axes = {"pref_loss": ["sigmoid", "minor_dpo"], "pref_beta": [0.02, 0.1]}
-    sweep = make_sweep(tmp_path_factory.mktemp("wide"), axes, recipe)
+    sweep = make_sweep(folder, axes, recipe)
     failed, *others = sweep.cells()
     record(sweep, failed.name, "train", Record("failed", error="RuntimeError: " + "it went wrong " * 30))
     for cell in others:
         train(sweep, cell)
         score(sweep, cell.name, 5)
+    return sweep
+
+
+@pytest.fixture(scope="module", params=[failed_sweep, make_refined_sweep])
+def page(request, tmp_path_factory):
+    sync_api = pytest.importorskip("playwright.sync_api")
+    sweep = request.param(tmp_path_factory.mktemp("wide"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(page_module, "FIGURE_FILES", {"SVG": "svg"})  # what the page shows
         address = f"file://{write_report(sweep.output, sweep.output / 'report')}"
