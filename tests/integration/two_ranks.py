@@ -144,8 +144,9 @@ def train(recipes: list[dict[str, Any]]) -> None:
     gc.freeze()  # what was imported, so that the collection at the end of each training need not go through it
     for settings in recipes:
         run_exp(settings)
-        os.environ.clear()  # transformers and accelerate leave a run's settings behind
-        os.environ.update(before)
+        if settings.get("fsdp"):  # of which accelerate leaves its settings behind, for the next run to find
+            os.environ.clear()
+            os.environ.update(before)
     end_process_group()
 
 
