@@ -33,7 +33,12 @@ def of_data(path: Path) -> str:
     """Fingerprint of a file, or of a folder: of the relative paths and contents of all files in it."""
     if path.is_file():
         return of_file(path)
-    return of_value(_of_files(path, (each for each in path.rglob("*") if each.is_file())))
+    return of_value(_of_files(path, (each for each in path.rglob("*") if each.is_file() and not _is_made(each))))
+
+
+def _is_made(path: Path) -> bool:
+    """Whether Python has made it beside code that ran."""
+    return path.parent.name == "__pycache__"
 
 
 def of_model(folder: Path, patterns: Iterable[str] = MODEL_FILES) -> dict[str, str]:

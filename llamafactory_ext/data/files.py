@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from .. import hashes
 from ..errors import UserError
 from ..rows import BadRow, Fields, Row, check_characters, is_utf8, parse
 from ..whole_files import whole_file, write_whole
@@ -237,3 +238,14 @@ def file_of(info: Fields, name: str) -> str | None:
     entry = info.get(name)
     file = entry.get("file_name") if isinstance(entry, dict) else None
     return file if isinstance(file, str) else None
+
+
+def hash_of_data(folder: str, name: str) -> str | None:
+    """Of what a folder's dataset_info.json says that a data set is; None if that is no local file or folder."""
+    file = file_of(registered(Path(folder)), name)
+    return None if file is None or not Path(folder, file).exists() else hashes.of_data(Path(folder, file))
+
+
+def hash_of_entry(folder: str, name: str) -> str:
+    """Of what a folder's dataset_info.json says of a data set, such as its columns."""
+    return hashes.of_value(registered(Path(folder)).get(name))

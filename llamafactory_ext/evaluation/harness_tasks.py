@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import glob
 import importlib.metadata
 import math
 import random
@@ -279,8 +280,10 @@ def own_files(manager: Any, include: Path | None) -> str | None:
     if include is None:
         return None
     own = [entry.cfg for entry in manager.task_index.values() if entry.yaml_path and include in entry.yaml_path.parents]
-    named = {path for each in own for path in map(Path, _texts((each or {}).get("dataset_kwargs"))) if path.is_file()}
-    return hashes.of_value([hashes.of_model(include, ["**/*yaml", "**/*.py"]), sorted(map(hashes.of_file, named))])
+    texts = {text for each in own for text in _texts((each or {}).get("dataset_kwargs"))}
+    named = sorted({path for text in texts for path in glob.glob(text, recursive=True)})  # files, folders, patterns
+    data = [hashes.of_data(Path(path)) for path in named]
+    return hashes.of_value([hashes.of_model(include, ["**/*yaml", "**/*.py"]), sorted(data)])
 
 
 def _texts(value: Any) -> Iterator[str]:

@@ -9,10 +9,12 @@ from ..recipe.keys import split
 from ..sweep.results import SweepResults
 from .claims import all_findings
 from .claims.study import MINOR, SR, Finding, Study, lambda_of
-from .table import Group, groups
+from .table import Group, apart_from_the_loss, groups
 from .tabular import TEXT, Entry, Row, Table
+from .variants import SIZE
 
 NOT_RUN = "not run"
+VARIED = ("learning_rate", SIZE)  # by the papers
 LOOKS = {"holds": "done", "does not hold": "failed", "cannot tell": "missing", NOT_RUN: "muted"}
 
 
@@ -54,8 +56,14 @@ TITLES = {
 def study_of(results: SweepResults) -> Study:
     """What the claims are judged by: a sweep's trained cells, and the accuracy of the untrained model, if it is one."""
     trained = groups([cell for cell in results.cells if cell.is_trained])
+    return Study(trained, untrained_accuracy(results), in_small=False)
+
+
+def untrained_accuracy(results: SweepResults) -> float | None:
+    """The strict accuracy of the model that all cells start from; None with several, or if it was not scored."""
+    models = {cell.recipe.get("model_name_or_path") for cell in results.cells if cell.recipe}
     scored = [base.summary["strict"]["accuracy"] for base in results.bases if base.summary]
-    return Study(trained, scored[0] if len(scored) == 1 else None, in_small=False)
+    return scored[0] if len(scored) == 1 and len(models) == 1 else None
 
 
 def claims_tables(study: Study, found: Sequence[Group], shown: Sequence[tuple[str, str]]) -> list[Table]:
@@ -66,9 +74,18 @@ def claims_tables(study: Study, found: Sequence[Group], shown: Sequence[tuple[st
         found: all groups of the sweep.
         shown: name and title of each figure and table of the page.
     """
-    papers = papers_of(found)
-    judged = all_findings(study) if papers else []
-    return [_table(paper, [each for each in judged if each.paper == paper], shown) for paper in papers]
+    papers, others = papers_of(found), varied_otherwise(found)
+    judged = all_findings(study) if papers and not others else []
+    note = f" No claim is judged: the cells differ in {', '.join(others)}, too." if others else ""
+    return [_table(paper, [each for each in judged if each.paper == paper], shown, note) for paper in papers]
+
+
+def varied_otherwise(found: Sequence[Group]) -> list[str]:
+    """The keys, beside a loss's own, learning rate and number of pairs, in which the sweep's recipes differ: models or
+    data, say. Then a loss in one place would be compared with another loss in another."""
+    recipes = [apart_from_the_loss(cell) for group in found for cell in group.cells]
+    keys = sorted({key for recipe in recipes for key in recipe}.difference(VARIED))
+    return [f"`{key}`" for key in keys if any(recipe.get(key) != recipes[0].get(key) for recipe in recipes)]
 
 
 def papers_of(found: Sequence[Group]) -> list[str]:
@@ -77,7 +94,7 @@ def papers_of(found: Sequence[Group]) -> list[str]:
     return [MINOR] * bool(losses & {"minor_dpo", "dpop"}) + [SR] * (is_refined or bool(losses & {"sr_dpo", "sr_ipo"}))
 
 
-def _table(paper: str, judged: Sequence[Finding], shown: Sequence[tuple[str, str]]) -> Table:
+def _table(paper: str, judged: Sequence[Finding], shown: Sequence[tuple[str, str]], note: str) -> Table:
     name, title, number = TITLES[paper]
     rows, data = [], []
     for exhibit in EXHIBITS:
@@ -93,7 +110,7 @@ def _table(paper: str, judged: Sequence[Finding], shown: Sequence[tuple[str, str
         title,
         f"arXiv {number}, by the numbers of its figures and tables. Each claim is judged by a criterion that was "
         f"settled before any run. “{NOT_RUN}” means that this sweep has nothing to show there. The paper's own numbers "
-        "are not repeated here.",
+        f"are not repeated here.{note}",
         ("exhibit", "what it shows, here", "claim", "verdict", "measured", "criterion"),
         tuple(rows),
         tuple(data),

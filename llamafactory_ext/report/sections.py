@@ -9,6 +9,7 @@ from ..sweep.results import SweepResults
 from .curves import refinement_figure, reward_figure, reward_list_figure, training_figure
 from .figures import coefficient_figure, score_figure, score_list_figure, sizes_figure
 from .look import Look
+from .papers import untrained_accuracy
 from .table import Group
 from .variants import UNREFINED, Variant
 
@@ -60,7 +61,7 @@ def draw(results: SweepResults, found: Sequence[Group], look: Look) -> Iterator[
 
 
 def _scores(results: SweepResults, others: Sequence[Group], look: Look) -> Iterator[Drawn]:
-    base = _base_accuracy(results)
+    base = untrained_accuracy(results)
     swept, single = _on_several_betas(others, others)
     caption = (
         "Strict accuracy with Wilson's 95% interval for the number of problems of one run. Dots are seeds. "
@@ -131,9 +132,3 @@ def _refinement(found: Sequence[Group], look: Look) -> Iterator[Drawn]:
             caption,
             refinement_figure(families, look),
         )
-
-
-def _base_accuracy(results: SweepResults) -> float | None:
-    """The untrained model's accuracy, where there is one such model."""
-    scored = [base.summary["strict"]["accuracy"] for base in results.bases if base.summary]
-    return scored[0] if len(scored) == 1 else None

@@ -251,8 +251,8 @@ def _baseline(group: Group, found: Sequence[Group], loss: str = BASELINE) -> Gro
     """The group of a loss, without refinement, that differs from this one in the loss only."""
     if _is_plain(group, loss):
         return None
-    wanted = _apart_from_the_loss(group.cells[0])
-    return next((g for g in found if _is_plain(g, loss) and _apart_from_the_loss(g.cells[0]) == wanted), None)
+    wanted = apart_from_the_loss(group.cells[0])
+    return next((g for g in found if _is_plain(g, loss) and apart_from_the_loss(g.cells[0]) == wanted), None)
 
 
 def _is_plain(group: Group, loss: str) -> bool:
@@ -266,7 +266,7 @@ def unrefined(group: Group, found: Sequence[Group]) -> Group | None:
     return _baseline(group, found, UNREFINED.get(group.variant.loss, BASELINE))
 
 
-def _apart_from_the_loss(cell: Result) -> dict[str, Any]:
+def apart_from_the_loss(cell: Result) -> dict[str, Any]:
     """The recipe without the keys that belong to losses, and without seed and folder."""
     settings = {**DEFAULTS, **cell.recipe}
     return {

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from ..data.files import file_of, registered
 from ..errors import UserError
 from ..planning.schedule import Schedule, count_pairs, make_schedule, training_args_of
 from ..recipe.reading import check_folders, parse_recipe
@@ -40,6 +42,34 @@ def check(sweep: Sweep, cells: Sequence[Cell]) -> dict[str, Schedule]:
         if cell.is_adapter and sweep.evaluators.any:
             _check_adapter(sweep, cell, finetuning_args)
     return schedules
+
+
+def what_is_missing(sweep: Sweep, cells: Sequence[Cell]) -> list[str]:
+    """What a run of the sweep would be refused for, although its file is right: data, interpreters, questions."""
+    found = missing_data(sweep, cells)
+    for evaluator in sweep.evaluators.asking:
+        try:
+            evaluator.check_files()
+        except UserError as error:
+            found.append(str(error))
+    return found
+
+
+def missing_data(sweep: Sweep, cells: Sequence[Cell]) -> list[str]:
+    """The data sets of cells and of the held-out pairs that are local files and not there, a sentence for each."""
+    pairs = sweep.evaluators.pairs
+    named = dict.fromkeys(each for cell in cells for each in cell.datasets)
+    if pairs is not None:
+        named |= dict.fromkeys((cell.data_folder, pairs.dataset) for cell in cells)
+    found = []
+    for folder, name in named:
+        known = registered(Path(folder))
+        file = file_of(known, name)
+        if known and name not in known:
+            found.append(f"{folder}/dataset_info.json has no data set {name!r}: make it with `llamafactory-ext data`.")
+        elif file is not None and not Path(folder, file).exists():
+            found.append(f"the data set {name!r} is not there: make {Path(folder, file)} with `llamafactory-ext data`.")
+    return found
 
 
 def _check_adapter(sweep: Sweep, cell: Cell, finetuning_args: Any) -> None:

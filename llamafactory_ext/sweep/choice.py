@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,10 +13,12 @@ from pydantic import ValidationError
 
 from ..errors import UserError
 from ..recipe.reading import Settings
-from .evaluators import Strict
+from .evaluators import Benchmarks, Problems, Strict
+from .files import SWEEP_FILE, check_unchanged
+from .records import Step
 from .results import Result, read_results
 from .spec import Sweep, as_list, first_error, read_sweep, written
-from .tasks import SWEEP_FILE
+from .tasks import Agenda
 
 By = Literal["margin", "accuracy", "augmented_accuracy", "gsm8k", "lm_eval"]
 
@@ -26,6 +29,15 @@ MEASURES: dict[By, Callable[[Result], float | None]] = {
     "augmented_accuracy": lambda cell: cell.pairs.augmented_accuracy if cell.pairs else None,
     "gsm8k": lambda cell: cell.summary["strict"]["accuracy"] if cell.summary else None,
     "lm_eval": lambda cell: cell.benchmarks.average if cell.benchmarks else None,
+}
+
+
+STEPS: dict[By, Step] = {  # whose results these are
+    "margin": "pairs",
+    "accuracy": "pairs",
+    "augmented_accuracy": "pairs",
+    "gsm8k": Problems.step,
+    "lm_eval": Benchmarks.step,
 }
 
 
@@ -152,17 +164,35 @@ def _choice(key: str, asked: BestOf, point: Settings, preliminary: bool) -> Choi
 
 def _measured(earlier: Sweep, fitting: Mapping[str, Any], asked: BestOf, preliminary: bool) -> dict[str, float]:
     """The mean over the cells of each value; empty if not all are measured and the choice may be preliminary."""
-    results = read_results(earlier.output).cells if (earlier.output / SWEEP_FILE).is_file() else []
-    found = {cell.name: MEASURES[asked.by](cell) for cell in results}
-    missing = [name for name in fitting if found.get(name) is None]
+    found = {name: value for name, value in _current(earlier, asked.by).items() if isfinite(value)}
+    missing = [name for name in fitting if name not in found]
     if missing and preliminary:
         return {}
+    if missing and STEPS[asked.by] not in earlier.evaluators.steps:
+        raise UserError(
+            f"{asked.best_of} does not measure `{asked.by}`: add the evaluator to it, or write another `by`, of "
+            f"{', '.join(MEASURES)}."
+        )
     if missing:
         raise UserError(
-            f"{asked.best_of} has not measured `{asked.by}` of {missing[0]} yet: run `llamafactory-ext sweep "
-            f"{asked.best_of}` first."
+            f"{asked.best_of} has no `{asked.by}` of {missing[0]}, or one that is not a number: run `llamafactory-ext "
+            f"sweep {asked.best_of}`, or name other values."
         )
     values: dict[str, list[float]] = {}
     for name, value in fitting.items():
-        values.setdefault(written(value), []).append(found[name] or 0.0)
+        values.setdefault(written(value), []).append(found[name])
     return {value: sum(of_cells) / len(of_cells) for value, of_cells in values.items()}
+
+
+def _current(earlier: Sweep, by: By) -> dict[str, float]:
+    """What each cell of the earlier sweep reached, as far as it was trained and measured as its file says now."""
+    if not (earlier.output / SWEEP_FILE).is_file():
+        return {}
+    agenda = Agenda(earlier, earlier.cells())
+    check_unchanged(agenda)
+    trained = agenda.trained(agenda.cells)
+    tasks = [*(task for cell in trained for task in agenda.cell_tasks(cell)), *agenda.adapter_tasks(trained)]
+    done = [task for task in tasks if task.step == STEPS[by] and task.record().state == "done"]
+    names = {name for task in done for name in (task.name, *(path.parent.name for path in task.results))}
+    measured = {cell.name: MEASURES[by](cell) for cell in read_results(earlier.output).cells if cell.name in names}
+    return {name: value for name, value in measured.items() if value is not None}

@@ -11,14 +11,17 @@ from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
 
+from rich.markup import escape
+
 from ..errors import UserError
-from .check import check
+from .check import check, missing_data, what_is_missing
 from .choice import choose
 from .display import Display, console, show_choices, show_plan, show_price, show_results
+from .files import write_recipes, write_sweep
 from .price import Pricing, price
 from .records import check_locks
 from .spec import Cell, notes, read_sweep
-from .tasks import Agenda, write_recipes, write_sweep
+from .tasks import Agenda
 from .work import Task
 
 
@@ -58,6 +61,8 @@ def conduct(
         check_locks()
         for evaluator in asked.evaluators.asking:
             evaluator.check_files()
+        for text in missing_data(asked, asked.cells()):
+            raise UserError(text)
     agenda = Agenda(asked, asked.cells())
     cells = _chosen(agenda.cells, only)
     with console.status("reading the recipes"):
@@ -69,6 +74,8 @@ def conduct(
     if priced is not None and dry_run is not None:
         show_price(priced, dry_run)
     show_choices(choices)
+    for text in what_is_missing(asked, cells) if dry_run else ():
+        console.print(f"[yellow]Missing: {escape(text)}", soft_wrap=True)
     for note in notes(asked, cells):
         console.print(f"[yellow]Note: {note}", soft_wrap=True)
     if dry_run:

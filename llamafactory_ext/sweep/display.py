@@ -115,6 +115,7 @@ class Display:
         remaining = (TimeRemainingColumn(), TextColumn("{task.fields[status]}"))
         self.progress = Bars(*columns, *remaining, console=console, speed_estimate_period=1e9)
         self.bars: dict[Task, tuple[Any, Watcher]] = {}
+        self.lines: dict[Task, str] = {}  # what was last said of each
         self.left = 0
         self.last_lines = time.monotonic()
 
@@ -145,7 +146,10 @@ class Display:
         if not console.is_terminal and time.monotonic() - self.last_lines > LINE_SECONDS:
             self.last_lines = time.monotonic()
             for task in running:
-                console.print(_line(task, self.bars[task][1].now), soft_wrap=True, highlight=False, markup=False)
+                line = _line(task, self.bars[task][1].now)
+                if self.lines.get(task) != line:
+                    self.lines[task] = line
+                    console.print(line, soft_wrap=True, highlight=False, markup=False)
         for task in [task for task in self.bars if task not in running]:
             self.progress.remove_task(self.bars.pop(task)[0])
 
@@ -197,6 +201,15 @@ def show_results(agenda: Agenda, cells: Sequence[Cell]) -> bool:
         console.print(f"[red]failed:[/] {escape(failure)}")
     if failures:
         console.print("To try them again, add --rerun-failed.")
+    for name, result in results.items():
+        if result.judged and result.judged["judged"] < result.judged["questions"]:
+            missing = result.judged["questions"] - result.judged["judged"]
+            console.print(
+                f"[yellow]judge {name}: {missing} of {result.judged['questions']} questions have no verdict; to ask "
+                f"again, remove {result.folder / 'judge.json'}, then run the same command.",
+                soft_wrap=True,
+                highlight=False,
+            )
     if interrupted:
         console.print(f"Interrupted; run the same command to resume: {', '.join(interrupted)}")
     return not failures and not interrupted

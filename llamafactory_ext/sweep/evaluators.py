@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import glob
 import json
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -141,7 +143,9 @@ class Benchmarks(Asking):
         return ["--tasks", tasks, *([] if self.include_path is None else ["--include-path", str(self.include_path)])]
 
     def named(self) -> list[JsonValue]:
-        return [*super().named(), *([] if self.include_path is None else [str(self.include_path)])]
+        if self.include_path is None:
+            return super().named()
+        return [*super().named(), str(self.include_path), *sorted(_named_in(self.include_path))]
 
     def check(self) -> None:
         super().check()
@@ -195,6 +199,10 @@ class Judged(Asking):
         """The judge and its options, as words of `eval judge`."""
         return ["--judge", self.judge, "--base-url", self.base_url, *option_words(self.judge_options)]
 
+    def judged_by(self) -> Any:
+        """What verdicts depend on, beside the answers and the content of files; not where and how fast they are got."""
+        return [self.judge, {key: value for key, value in self.judge_options.items() if key != "concurrency"}]
+
     def check(self) -> None:
         super().check()
         check_options(self.judge_options, JUDGE_OWN, "judge")
@@ -203,6 +211,15 @@ class Judged(Asking):
         super().check_files()
         if not self.data.is_file():
             raise UserError(f"there is no {self.data}: write the file of questions as `data` under `judge`.")
+
+
+DATA_FILE = re.compile(r"[^\s'\",\[\]{}]+\.(?:jsonl?|csv|tsv|parquet|txt)\b")
+
+
+def _named_in(folder: Path) -> set[str]:
+    """The data files that YAML files of tasks name. They are read as text, as they may have tags of lm_eval's."""
+    texts = (file.read_text(encoding="utf-8", errors="replace") for file in folder.rglob("*.yaml"))
+    return {path for text in texts for word in DATA_FILE.findall(text) for path in glob.glob(word, recursive=True)}
 
 
 class HeldOut(Strict):
@@ -215,6 +232,9 @@ class HeldOut(Strict):
 
     dataset: str
     max_samples: int | None = Field(default=None, ge=1)
+
+
+KINDS = (Problems, Benchmarks, Judged)  # those that let models answer
 
 
 class Evaluators(Strict):
@@ -235,6 +255,8 @@ class Evaluators(Strict):
             if not (isinstance(entry, Mapping) and len(entry) == 1):
                 raise ValueError("write each evaluator as its kind and its keys, such as `- gsm8k: {data: test.jsonl}`")
             ((kind, keys),) = entry.items()
+            if keys is None:
+                raise ValueError(f"`{kind}` has no keys: write them, or remove it")
             if kind in together:
                 raise ValueError(f"`{kind}` is there twice: a sweep has one evaluator of each kind")
             together[kind] = keys

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ..errors import UserError
 from ..recipe.keys import LOSS_KEYS, REFERENCE_KEYS, split
@@ -18,9 +18,12 @@ def baseline_of(judged: Judged, cell: Cell, cells: Sequence[Cell]) -> str | None
     """
     if isinstance(judged.baseline, str):
         return None if judged.baseline == cell.name else judged.baseline
-    loss = judged.baseline.get(_loss(cell))
-    wanted = _apart_from_the_loss(cell)
-    return next((c.name for c in cells if _loss(c) == loss and _apart_from_the_loss(c) == wanted), None)
+    return next(iter(_fitting(judged.baseline, cell, cells)), None)
+
+
+def _fitting(baseline: Mapping[str, str], cell: Cell, cells: Sequence[Cell]) -> list[str]:
+    loss, wanted = baseline.get(_loss(cell)), _apart_from_the_loss(cell)
+    return [each.name for each in cells if _loss(each) == loss and _apart_from_the_loss(each) == wanted]
 
 
 def check_baselines(judged: Judged, cells: Sequence[Cell]) -> None:
@@ -48,6 +51,13 @@ def check_baselines(judged: Judged, cells: Sequence[Cell]) -> None:
         if not any(_loss(cell) == loss and baseline_of(judged, cell, cells) for cell in cells):
             raise UserError(
                 f"`baseline` of `judge`: no cell of {loss} has one of {baseline} with the same settings and seed."
+            )
+    for cell in cells:
+        fitting = _fitting(judged.baseline, cell, cells)
+        if len(fitting) > 1:
+            raise UserError(
+                f"`baseline` of `judge`: {cell.name} could be compared with {' or '.join(fitting)}: name one cell as "
+                "`baseline`, or sweep them apart."
             )
 
 

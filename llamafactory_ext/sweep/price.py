@@ -76,8 +76,8 @@ def _training(cell: Cell, schedule: Schedule, gpu: Gpu, length: int) -> float:
         checkpointing=not cell.settings.get("disable_gradient_checkpointing", False),
         refined=_is_refined(cell),
     )
-    # A stage other than dpo has one answer a row, not two.
-    return gpu.hours(operations) / (1 if cell.is_preference else 2)
+    # Other stages have one answer a row, not two.
+    return gpu.hours(operations) / (1 if cell.settings.get("stage") in ("dpo", "rm") else 2)
 
 
 def _reference(cell: Cell, schedule: Schedule, gpu: Gpu, length: int) -> dict[tuple[object, ...], float]:

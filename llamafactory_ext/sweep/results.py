@@ -14,10 +14,11 @@ from ..recipe.keys import split
 from ..scoring.file import read_scores
 from ..scoring.summary import Summary, summarize
 from .evaluators import Asking, Benchmarks, Problems
+from .files import SWEEP_FILE, read_yaml
 from .records import Record, Step, read_object, read_record
 from .shapes import About, Judgments, Scores, State, Trained, check_logs, damaged
 from .spec import ADAPTERS
-from .tasks import JUDGE, MODEL_ITSELF, PAIRS, SWEEP_FILE, read_yaml
+from .tasks import JUDGE, MODEL_ITSELF, PAIRS
 
 
 @dataclass(frozen=True)

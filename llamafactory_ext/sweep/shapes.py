@@ -45,6 +45,7 @@ class About(BaseModel):
     cells: Annotated[list[Cell], Field(min_length=1)]
     bases: list[Base]
     data: dict[str, str] = {}
+    entries: dict[str, str] = {}
     named: dict[str, Any] = {}
     chosen: list[Chosen] = []
     notes: list[str] = []
@@ -93,6 +94,7 @@ class Judged(BaseModel):
     a: str
     b: str
     judge: str
+    questions: int
     judged: int
     win: Rate
     tie: Rate

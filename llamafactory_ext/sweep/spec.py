@@ -205,7 +205,8 @@ def _combinations(grid: Mapping[str, Any]) -> Iterator[Settings]:
 def _name(place: Mapping[str, Any]) -> str:
     """`minor_dpo-lr1e-05-beta0.1`; characters that are unusual in a file name become `_`."""
     words = [f"{SHORT.get(key, key)}{written(value)}" for key, value in place.items()]
-    return re.sub(r"[^\w.+-]", "_", "-".join(words))[:200] or "cell"
+    name = re.sub(r"[^\w.+-]", "_", "-".join(words)).encode()[:200]  # a file's name has at most 255 bytes
+    return name.decode(errors="ignore") or "cell"
 
 
 def _unused(name: str, taken: Container[str]) -> str:

@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-import json
-import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from .. import hashes
-from ..data.files import file_of, registered
-from ..distributions import version
-from ..environment import PACKAGES
-from ..errors import UserError
+from ..data.files import hash_of_data, hash_of_entry
 from ..evaluation import command
 from ..scoring.file import unfinished_path
-from ..whole_files import write_whole
-from .evaluators import Asking, HeldOut, Judged, option_words
+from .evaluators import KINDS, Asking, HeldOut, Judged, option_words
 from .judging import baseline_of
 from .records import read_object, read_record
-from .shapes import About
-from .spec import ADAPTERS, BASE, Cell, Sweep, notes
+from .shapes import Judgments
+from .spec import ADAPTERS, BASE, Cell, Sweep
 from .work import LLAMAFACTORY, OURS, Task
 
-SWEEP_FILE = "sweep.json"
 PAIRS = "pairs.jsonl"
 ANSWERS, JUDGE = Judged.folder, "judge"  # folders of a cell
 MODEL_ITSELF = "base"  # what the evaluation's commands call the model that they were given, beside adapters
@@ -75,12 +66,10 @@ class Agenda:
 
     def train_task(self, cell: Cell) -> Task:
         made = [cell.folder / PAIRS, unfinished_path(cell.folder / PAIRS)]
-        for evaluator in self.sweep.evaluators.asking:
-            made.append(cell.folder / evaluator.folder)
-            made += [self.sweep.output / group / evaluator.folder / cell.name for group in self.groups.values()]
-        for other in self.cells:
-            baseline = self._baseline_of(other)
-            made += [other.folder / JUDGE] if baseline is not None and cell.name in (other.name, baseline) else []
+        for each in KINDS:  # also of evaluators that the file does not name now: they may come back
+            made.append(cell.folder / each.folder)
+            made += [self.sweep.output / group / each.folder / cell.name for group in self.groups.values()]
+        made += self._verdicts_on(cell.name)
         return Task(
             cell.name,
             "train",
@@ -127,6 +116,7 @@ class Agenda:
         runs: Sequence[str] = (MODEL_ITSELF,),
     ) -> Task:
         output = folder / evaluator.folder
+        answered = [name if run == MODEL_ITSELF else run for run in runs] if isinstance(evaluator, Judged) else []
         words = [evaluator.python or sys.executable, *evaluator.command(), "--engine", evaluator.engine]
         words += ["--model", model, *evaluator.words(), "--output", str(output), *option_words(evaluator.options)]
         return Task(
@@ -136,13 +126,17 @@ class Agenda:
             (*words, *more),
             fingerprint=self.fingerprint(evaluator, model),
             resumes=(output,),
+            invalidates=tuple(path for each in answered for path in self._verdicts_on(each)),
             results=tuple(output / run / evaluator.result for run in runs),
         )
 
     def fingerprint(self, evaluator: Asking, model: str) -> str:
         """A hash of what the results of a model depend on, the content of local files included."""
-        paths = [Path(each) for each in evaluator.named() if isinstance(each, str) and each]  # empty: this folder
-        return hashes.of_value([model, evaluator.asked(), [self._content(path) for path in paths if path.exists()]])
+        return hashes.of_value([model, evaluator.asked(), self._contents_of(evaluator.named())])
+
+    def _contents_of(self, named: Sequence[Any]) -> list[str]:
+        """Hashes of the files and folders among values that may be paths."""
+        return [self._content(Path(each)) for each in named if isinstance(each, str) and _is_path(each)]
 
     def _content(self, path: Path) -> str:
         if path not in self._contents:
@@ -152,15 +146,39 @@ class Agenda:
     # --- judging -----------------------------------------------------------------------------------------------------
 
     def judge_tasks(self, cells: Sequence[Cell]) -> list[Task]:
-        """Comparing the answers of cells with those of their baselines, wherever both are there."""
-        tasks = [self._judge_task(cell) for cell in cells if self._baseline_of(cell) is not None]
-        return [task for task in tasks if all(Path(folder, "answers.jsonl").is_file() for folder in task.reads)]
+        """Comparing the answers of cells with those of their baselines, wherever both are there, and as they are asked
+        for now."""
+        judged = self.sweep.evaluators.judge
+        asked = [cell for cell in cells if self._baseline_of(cell) is not None]
+        if judged is None or not asked:
+            return []
+        trained = self.trained(self.cells)
+        tasks = [*self.base_tasks(self.cells), *self.adapter_tasks(trained)]
+        tasks += [self._ask(judged, c.name, c.folder, str(c.model)) for c in trained if not c.is_adapter]
+        done = [task for task in tasks if task.step == judged.step and task.record().state == "done"]
+        answered = {path.parent for task in done for path in task.results}
+        return [task for task in map(self.judge_task, asked) if answered.issuperset(task.reads)]
+
+    def _verdicts_on(self, name: str) -> list[Path]:
+        """The folders of verdicts on the answers of a cell or of an untrained model: its own, and those that compare
+        others with it."""
+        against = [cell for cell in self.cells if name in (cell.name, self._compared_with(cell))]
+        return [cell.folder / JUDGE for cell in against]
+
+    def _compared_with(self, cell: Cell) -> str | None:
+        """What a cell's answers are compared with; without a judge in the file, what they were compared with."""
+        baseline = self._baseline_of(cell)
+        if baseline is None:
+            file = cell.folder / JUDGE / "results.json"
+            return str(read_object(file, Judgments)["summary"]["b"]) if file.is_file() else None
+        return (self.groups.get(cell.base_model) or self.bases[cell.base_model]) if baseline == BASE else baseline
 
     def _baseline_of(self, cell: Cell) -> str | None:
         judged = self.sweep.evaluators.judge
         return None if judged is None else baseline_of(judged, cell, self.cells)
 
-    def _judge_task(self, cell: Cell) -> Task:
+    def judge_task(self, cell: Cell) -> Task:
+        """Comparing a cell's answers with those of its baseline, which it must have."""
         judged, baseline = self.sweep.evaluators.judge, self._baseline_of(cell)
         assert judged is not None
         assert baseline is not None
@@ -172,7 +190,13 @@ class Agenda:
             "judge",
             cell.folder,
             tuple(words),
-            fingerprint=hashes.of_value([judged.judging(), self.fingerprint(judged, f"{cell.name} {baseline}")]),
+            fingerprint=hashes.of_value(
+                [
+                    judged.judged_by(),
+                    self._contents_of(list(judged.judge_options.values())),
+                    self.fingerprint(judged, f"{cell.name} {baseline}"),
+                ]
+            ),
             reads=(ours, theirs),
             resumes=(cell.folder / JUDGE,),
             results=(cell.folder / JUDGE / "results.json",),
@@ -181,7 +205,7 @@ class Agenda:
     def fingerprints(self, cell: Cell) -> dict[str, str]:
         """Of the commands of a cell's own, by step."""
         tasks = self.cell_tasks(cell)
-        tasks += [self._judge_task(cell)] if self._baseline_of(cell) is not None else []
+        tasks += [self.judge_task(cell)] if self._baseline_of(cell) is not None else []
         return {task.step: task.fingerprint for task in tasks}
 
     def _answers(self, cell: Cell) -> Path:
@@ -217,133 +241,25 @@ class Agenda:
         )
 
     @cached_property
-    def held_out_pairs(self) -> dict[str, str | None]:
-        """A hash of the held-out pairs by the data folder that they are in; None if they are those of a hub."""
+    def held_out_pairs(self) -> dict[str, str]:
+        """A hash of the held-out pairs and of their columns, by the data folder that they are in."""
         held_out = self.sweep.evaluators.pairs
         folders = dict.fromkeys(cell.data_folder for cell in self.cells) if held_out else ()
-        return {folder: _hash_of_data(folder, held_out.dataset) for folder in folders if held_out}
+        return {
+            folder: hashes.of_value([hash_of_data(folder, held_out.dataset), hash_of_entry(folder, held_out.dataset)])
+            for folder in folders
+            if held_out
+        }
+
+
+def _is_path(text: str) -> bool:
+    """Whether a file or folder has this name. An empty text is this folder, and does not count."""
+    try:
+        return bool(text) and Path(text).exists()
+    except OSError:  # too long for a name
+        return False
 
 
 def _names(models: Sequence[str], stem: str) -> dict[str, str]:
     """A name per model: the stem alone if there is one model only."""
     return {model: stem if len(models) == 1 else f"{stem}.{number}" for number, model in enumerate(models, start=1)}
-
-
-# --- files of the sweep ----------------------------------------------------------------------------------------------
-
-
-def write_recipes(agenda: Agenda, cells: Sequence[Cell]) -> None:
-    """Write every cell's recipe into its folder.
-
-    Raises:
-        UserError: if any cell of the sweep was trained with another one; nothing is written then.
-    """
-    for cell in agenda.cells:
-        record = read_record(cell.folder, "train")
-        if record.state in ("done", "running") and record.fingerprint != agenda.train_task(cell).fingerprint:
-            other = _difference(read_yaml(cell.recipe_file), cell.recipe)
-            raise UserError(
-                f"{cell.folder} was trained with another `{other}`: write another `output`, or remove this folder."
-            )
-    for cell in cells:
-        _write_if_new(cell.recipe_file, yaml.safe_dump(cell.recipe, sort_keys=False, allow_unicode=True))
-
-
-def write_sweep(agenda: Agenda, file: Path, chosen: Sequence[Mapping[str, Any]] = ()) -> None:
-    """Write what the sweep is into its folder, for whoever finds it there, and for the report.
-
-    Args:
-        agenda: of all its cells.
-        file: the sweep's file.
-        chosen: values of axes that earlier sweeps have chosen, and how.
-
-    Raises:
-        UserError: if the data, a file or model that recipes name, or a choice has changed since a cell was trained.
-    """
-    sweep, cells = agenda.sweep, agenda.cells
-    data = _data_hashes(cells)
-    named = hashes.of_named(cell.settings for cell in cells)
-    _check_unchanged(agenda, "data", data)
-    _check_unchanged(agenda, "named", named)
-    _check_choices(agenda, chosen)
-    asking = sweep.evaluators.asking
-    about = {
-        "file": str(file),
-        "command": f"{OURS} sweep {file}",
-        "sweep": sweep.model_dump(mode="json"),
-        "cells": [{"name": c.name, "place": c.place, "fingerprints": agenda.fingerprints(c)} for c in cells],
-        "bases": [
-            {"name": name, "model": model, "fingerprints": {e.step: agenda.fingerprint(e, model) for e in asking}}
-            for model, name in {**agenda.bases, **agenda.groups}.items()
-        ],
-        "data": data,
-        "named": named,
-        "chosen": list(chosen),
-        "notes": notes(sweep, cells),
-        "versions": {name: number for name in ("llamafactory-ext", *PACKAGES) if (number := version(name))},
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-    }
-    _write_if_new(sweep.output / SWEEP_FILE, json.dumps(about, indent=1))
-
-
-def _check_unchanged(agenda: Agenda, kind: str, hashes_now: Mapping[str, Any]) -> None:
-    before = read_object(agenda.sweep.output / SWEEP_FILE, About).get(kind, {})
-    changed = [name for name, digest in hashes_now.items() if before.get(name, digest) != digest]
-    if changed and any(read_record(cell.folder, "train").state == "done" for cell in agenda.cells):
-        called = "the data set " if kind == "data" else ""
-        raise UserError(
-            f"{called}{changed[0]!r} has changed since cells in {agenda.sweep.output} were trained with it: write "
-            "another `output`, or remove this folder."
-        )
-
-
-def _check_choices(agenda: Agenda, chosen: Sequence[Mapping[str, Any]]) -> None:
-    """Cells with another value would stand beside those of the value that was best when they were trained."""
-    folders = (file.parent for file in agenda.sweep.output.glob("cells/*/train.json"))
-    if not any(read_record(folder, "train").state == "done" for folder in folders):
-        return
-    now = {(each["key"], repr(each["place"])): each for each in chosen}
-    for before in read_object(agenda.sweep.output / SWEEP_FILE, About).get("chosen", []):
-        each = now.get((before["key"], repr(before["place"])))
-        if each is not None and each["value"] != before["value"]:
-            raise UserError(
-                f"{each['of']} now chooses {each['key']} {each['value']}, where it chose {before['value']} before: "
-                f"write another `output`, or {before['value']} in place of the choice."
-            )
-
-
-def _write_if_new(path: Path, text: str) -> None:
-    """Jobs of a cluster that share a folder come to write the same again; then nobody writes."""
-    if not path.is_file() or path.read_text(encoding="utf-8") != text:
-        write_whole(path, text)
-
-
-def _data_hashes(cells: Sequence[Cell]) -> dict[str, str]:
-    """sha256 of every local file or folder that cells train on, by data set."""
-    named = dict.fromkeys(data for cell in cells for data in cell.datasets)
-    found = {name: _hash_of_data(folder, name) for folder, name in named}
-    return {name: digest for name, digest in found.items() if digest is not None}
-
-
-def _hash_of_data(folder: str, name: str) -> str | None:
-    """Of what a folder's dataset_info.json says that a data set is; None if that is no local file or folder."""
-    file = file_of(registered(Path(folder)), name)
-    return None if file is None or not Path(folder, file).exists() else hashes.of_data(Path(folder, file))
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A recipe that the sweep has written.
-
-    Raises:
-        UserError: if it is damaged.
-    """
-    try:
-        return dict(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (yaml.YAMLError, TypeError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged: remove it, then run `llamafactory-ext sweep` again.") from error
-
-
-def _difference(recorded: dict[str, Any], now: dict[str, Any]) -> str | None:
-    keys = sorted({*recorded, *now}.difference(WHERE))
-    return next((key for key in keys if recorded.get(key) != now.get(key)), None)

@@ -9,9 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
+from llamafactory_ext.sweep.files import write_recipes, write_sweep
 from llamafactory_ext.sweep.records import Record
 from llamafactory_ext.sweep.spec import Sweep
-from llamafactory_ext.sweep.tasks import Agenda, write_recipes, write_sweep
+from llamafactory_ext.sweep.tasks import Agenda
 
 RECIPE = {"stage": "dpo", "model_name_or_path": "model", "finetuning_type": "full", "dataset": "pairs"}
 LOSS_FILE = """
@@ -117,7 +118,7 @@ def judge(sweep, cell, outcomes, against):
         answers = each.folder / "answers" / "base"
         answers.mkdir(parents=True, exist_ok=True)
         (answers / "answers.jsonl").touch()
-    (task,) = agenda.judge_tasks([cell])
+    task = agenda.judge_task(cell)
     task.results[0].parent.mkdir(parents=True)
     task.results[0].write_text(json.dumps({"summary": summary, "rows": outcomes}))
     task.write(Record("done", command=task.argv, fingerprint=task.fingerprint, seconds=3.0))

@@ -18,10 +18,11 @@ from llamafactory_ext.evaluation import gsm8k
 from llamafactory_ext.report import page as page_module
 from llamafactory_ext.report.page import write_report
 from llamafactory_ext.report.table import groups
+from llamafactory_ext.sweep.files import write_recipes, write_sweep
 from llamafactory_ext.sweep.records import Record
 from llamafactory_ext.sweep.results import read_results
 from llamafactory_ext.sweep.spec import Sweep
-from llamafactory_ext.sweep.tasks import Agenda, write_recipes, write_sweep
+from llamafactory_ext.sweep.tasks import Agenda
 from llamafactory_ext.training.monitors import STOPPED
 
 AXES = {"pref_loss": ["sigmoid", "minor_dpo"], "learning_rate": [1e-5], "pref_beta": [0.02, 0.2]}

@@ -10,8 +10,9 @@ from recorded_sweeps import score, score_pairs, tasks_of, train
 
 from llamafactory_ext.errors import UserError
 from llamafactory_ext.sweep.choice import choose
+from llamafactory_ext.sweep.files import write_recipes, write_sweep
 from llamafactory_ext.sweep.spec import Sweep, read_sweep
-from llamafactory_ext.sweep.tasks import Agenda, write_recipes, write_sweep
+from llamafactory_ext.sweep.tasks import Agenda
 
 RECIPE = {"stage": "dpo", "model_name_or_path": "model", "finetuning_type": "full", "dataset": "pairs"}
 LAMBDAS = {"pref_loss": ["sr_dpo", "sr_ipo"], "sr_lambda": [0.1, 0.3]}
@@ -105,7 +106,7 @@ def test_a_dry_run_comes_before_the_earlier_sweep(write):
     assert choice.is_preliminary
     assert "will be chosen by" in choice.told
     with pytest.raises(
-        UserError, match=r"has not measured `margin` of sr_dpo-sr_lambda0\.1 yet: run `llamafactory-ext"
+        UserError, match=r"has no `margin` of sr_dpo-sr_lambda0\.1, or one that is not a number: run `llamafactory-ext"
     ):
         choose(later)
 
@@ -114,7 +115,7 @@ def test_a_candidate_without_a_number_is_not_passed_over(write):
     file = write("earlier", LAMBDAS)
     finish(read_sweep(file), MARGINS | {"sr_dpo-sr_lambda0.3": None})
     later = read_sweep(write("later", {"pref_loss": "sr_dpo", "sr_lambda": best_of(file)}))
-    with pytest.raises(UserError, match=r"has not measured `margin` of sr_dpo-sr_lambda0\.3 yet"):
+    with pytest.raises(UserError, match=r"has no `margin` of sr_dpo-sr_lambda0\.3, or one"):
         choose(later)
 
 

@@ -136,7 +136,9 @@ class Study:
         return f"{at}, beta {beta:g} and lambda {weight:g}"
 
     def one(self, variant: Variant, rate: float, beta: float) -> Group | None:
-        return next((group for group in self.of(variant, rate) if group.beta == beta), None)
+        """The group there; None as well where several fit, because the sweep varies what the papers do not."""
+        found = [group for group in self.of(variant, rate) if group.beta == beta]
+        return found[0] if len(found) == 1 else None
 
     def misses(self, *variants: Variant) -> bool:
         """Whether a setting of the variants was not trained: then there is no verdict on all of them."""
