@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, HfArgumentParser, Qwen2Config
 
 from llamafactory_ext.planning.plan import make_plan
 from llamafactory_ext.recipe.reading import parse_recipe, read_recipe
+from llamafactory_ext.sweep.choice import choose
 from llamafactory_ext.sweep.spec import Sweep
 
 ROOT = Path(__file__).parents[1]
@@ -81,7 +82,8 @@ def test_recipe(path, monkeypatch):
 def test_sweep(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     settings = yaml.safe_load(path.read_text(encoding="utf-8").replace("LOW", "1.0e-6").replace("HIGH", "1.0e-5"))
-    cells = Sweep(**settings).cells()
+    sweep, _ = choose(Sweep(**settings), preliminary=True)
+    cells = sweep.cells()
     for cell in cells:
         parse_recipe(cell.recipe)
     assert len({cell.name for cell in cells}) == len(cells)

@@ -14,7 +14,7 @@ from .tabular import TEXT, Entry, Row, Table
 from .variants import SIZE
 
 NOT_RUN = "not run"
-VARIED = ("learning_rate", SIZE)  # by the papers
+VARIED = ("learning_rate", "pref_beta", SIZE)  # by the papers
 LOOKS = {"holds": "done", "does not hold": "failed", "cannot tell": "missing", NOT_RUN: "muted"}
 
 
