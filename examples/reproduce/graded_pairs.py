@@ -80,12 +80,11 @@ def pair(problem: Problem, gap: int, rng: random.Random) -> dict[str, Any]:
 def wrong_results(problem: Problem, rng: random.Random) -> list[tuple[int, int]]:
     """A wrong number for each intermediate result, as (step, number), in random order: off by at most 9."""
     results = [int(result) for result in _results(problem)]
-    steps = rng.sample(range(MOST_WRONG), MOST_WRONG)
-    choices = (set(range(max(1, results[step] - 9), results[step] + 10)) for step in steps)
-    taken = ({results[step], results[-1]} for step in steps)
-    return [
-        (step, rng.choice(sorted(all_ - right))) for step, all_, right in zip(steps, choices, taken, strict=True)
-    ]
+    wrong = []
+    for step in rng.sample(range(MOST_WRONG), MOST_WRONG):
+        near = range(max(1, results[step] - 9), results[step] + 10)
+        wrong.append((step, rng.choice([number for number in near if number not in (results[step], results[-1])])))
+    return wrong
 
 
 def answer(problem: Problem, wrong: list[tuple[int, int]], wording: str) -> str:

@@ -76,7 +76,7 @@ class Shape:
     heads: int = 6
 
 
-def make_model(folder: Path, data: Path, shape: Shape = Shape(), seed: int = 0) -> Path:  # noqa: B008 (it is frozen)
+def make_model(folder: Path, data: Path, shape: Shape = Shape(), seed: int = 0) -> Path:
     """A Qwen2 decoder of random weights, and a tokenizer trained on the SFT data (every digit a token, as Qwen2's)."""
     import torch
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers

@@ -86,7 +86,7 @@ def _change(number: int, rng: random.Random, kind: Kind) -> tuple[str, str, int,
     return rng.choice(SHARES), "/", n, number // n
 
 
-def stories(seed: int, kind: Kind = Kind()) -> Iterator[Problem]:  # noqa: B008 (it is frozen)
+def stories(seed: int, kind: Kind = Kind()) -> Iterator[Problem]:
     """An endless stream of problems, never the same question twice; the same seed gives the same stream."""
     rng = random.Random(seed)
     seen: set[str] = set()
