@@ -35,7 +35,7 @@ from steps import accuracies, choose_start, fill_in, make_whole, sweep, train, u
 
 RESULTS = Path("outputs/graded")  # what the recipes name
 SHAPE = Shape(hidden=128, intermediate=384, layers=4, heads=4)  # 0.8 million parameters
-ABLE = 0.8  # of the problems solved by the model that trainings start from
+ABLE = 0.9  # of the problems solved by the model that trainings start from
 INTACT = 0.75  # of what the untrained model solves, DPO must still solve at the grid's learning rate
 
 
@@ -45,8 +45,9 @@ def main() -> None:
         sys.exit("Run it in the checkout's folder, which its recipes' paths start from.")
     make_whole(RESULTS / "data", make_data)
     make_whole(RESULTS / "random", lambda folder: make_model(folder, RESULTS / "data", SHAPE))
-    train(HERE / "graded_sft.yaml", RESULTS)
-    choose_start(RESULTS, ABLE)
+    if not (RESULTS / "start").is_dir():
+        train(HERE / "graded_sft.yaml", RESULTS)
+        choose_start(RESULTS, ABLE)
     pilot = sweep(HERE / "graded_pilot.yaml", RESULTS / "pilot")
     rate = choose_rate(accuracies(pilot), untrained_accuracy(pilot))
     print(f"The grid's learning rate, by the pilot: {rate:g}", flush=True)
