@@ -37,6 +37,7 @@ RESULTS = Path("outputs/graded")  # what the recipes name
 SHAPE = Shape(hidden=128, intermediate=384, layers=4, heads=4)  # 0.8 million parameters
 ABLE = 0.9  # of the problems solved by the model that trainings start from
 INTACT = 0.75  # of what the untrained model solves, DPO must still solve at the grid's learning rate
+FOR_TRAINING = ("max_samples", "ipo_length_normalize")  # keys that say nothing of held-out pairs and Sr-DPO
 
 
 def main() -> None:
@@ -86,9 +87,11 @@ def score(model: Path, reference: Path, name: str) -> list[dict[str, Any]]:
     """A model's held-out pairs, with and without `sr_prompt`, whatever loss it was trained by."""
     output = RESULTS / "held_out" / f"{name}.jsonl"
     if not output.is_file():
+        recipe = read_recipe([str(HERE / "graded_preference.yaml")])
+        recipe = {key: value for key, value in recipe.items() if key not in FOR_TRAINING}
         own = {"pref_loss": "sr_dpo", "dataset": "held_out"}
         paths = {"model_name_or_path": str(model), "ref_model": str(reference)}
-        for done, total in score_pairs(read_recipe([str(HERE / "graded_preference.yaml")]) | own | paths, output, 50):
+        for done, total in score_pairs(recipe | own | paths, output, 50):
             print(f"\r{name}: {done} of {total} pairs", end="", flush=True)
         print()
     return read_scores(output)
