@@ -23,6 +23,7 @@ from llamafactory_ext.report.claims.graded import (
     bootstrap,
     gain,
     graded_findings,
+    mean,
     partial_spearman,
     spearman,
 )
@@ -113,7 +114,9 @@ def test_no_problem_is_in_two_sets(tmp_path, monkeypatch):
 
 def test_the_same_seed_gives_the_same_data(tmp_path, monkeypatch):
     monkeypatch.setattr(graded_pairs, "SIZES", dict.fromkeys(graded_pairs.SIZES, 8))
-    first, again, other = (graded_pairs.make_data(tmp_path / name, seed) for name, seed in zip("abc", (1, 1, 2)))
+    first, again, other = (
+        graded_pairs.make_data(tmp_path / name, seed) for name, seed in (("a", 1), ("b", 1), ("c", 2))
+    )
     texts = [[path.read_text() for path in sorted(folder.glob("*.jsonl"))] for folder in (first, again, other)]
     assert texts[0] == texts[1]
     assert texts[0] != texts[2]
@@ -164,7 +167,7 @@ def test_nothing_is_left_where_the_third_says_all():
 
 def test_the_interval_of_a_mean_is_the_normal_one():
     values = np.random.default_rng(3).normal(size=400)
-    estimate, low, high = bootstrap(np.mean, values)
+    estimate, low, high = bootstrap(mean, values)
     half = 1.96 * values.std() / 20
     assert estimate == pytest.approx(values.mean())
     assert (low, high) == pytest.approx((estimate - half, estimate + half), abs=0.02)
@@ -175,7 +178,7 @@ def test_the_interval_of_a_mean_is_the_normal_one():
 GAP = np.arange(400) % 4 * 1.0
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def few_draws(monkeypatch):
     monkeypatch.setattr(graded, "RESAMPLES", 100)
 
@@ -197,6 +200,7 @@ def verdicts(study, start=None):
     return [finding.verdict for finding in graded_findings(study, start, GAP)]
 
 
+@pytest.mark.usefixtures("few_draws")
 def test_every_claim_can_hold():
     assert set(verdicts(study())) == {"holds"}
 
@@ -204,6 +208,7 @@ def test_every_claim_can_hold():
 PLAIN_MARGIN = 2 * GAP + noise(1, 2.0)
 
 
+@pytest.mark.usefixtures("few_draws")
 @pytest.mark.parametrize(
     ("place", "fails", "open_"),
     [

@@ -29,6 +29,7 @@ from llamafactory_ext.whole_files import write_whole
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
+from graded_figure import draw  # noqa: E402
 from graded_pairs import RATINGS, make_data  # noqa: E402
 from start import Shape, make_model  # noqa: E402
 from steps import accuracies, choose_start, fill_in, make_whole, sweep, train, untrained_accuracy  # noqa: E402
@@ -58,6 +59,7 @@ def main() -> None:
     study, start = graded_study(grid), score(RESULTS / "start", RESULTS / "random", "start")
     found = graded_findings(study, column(start, "augmented_margin") - column(start, "margin"), gaps(start))
     write_whole(RESULTS / "claims.md", as_markdown(found))
+    draw(study, RESULTS / "graded.png")
     print(RESULTS / "claims.md")
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -136,7 +135,7 @@ def falls(refined: Graded | None, plain: Graded | None) -> dict[int, Interval]:
         return {}
     fall = plain.margin - refined.margin
     by = {int(gap): fall[plain.gap == gap] for gap in np.unique(plain.gap)}
-    return {gap: bootstrap(np.mean, own) for gap, own in by.items()}
+    return {gap: bootstrap(mean, own) for gap, own in by.items()}
 
 
 def refined_margin_follows_gap(study: Study) -> Finding:
@@ -145,7 +144,9 @@ def refined_margin_follows_gap(study: Study) -> Finding:
         for variant, plain in REFINED.items()
         if variant in study and plain in study
     }
-    alone = {plain: spearman(study[plain].margin, study[plain].gap) for plain in PLAIN.values() if plain in study}
+    alone = {
+        plain: float(spearman(study[plain].margin, study[plain].gap)) for plain in PLAIN.values() if plain in study
+    }
     return Finding(
         SR,
         "With the refinement, margins follow the gap better.",
@@ -159,40 +160,45 @@ def refined_margin_follows_gap(study: Study) -> Finding:
 # --- statistics ------------------------------------------------------------------------------------------------------
 
 
-def spearman(a: Floats, b: Floats) -> float:
-    """Spearman's rank correlation, with mean ranks for ties; 0 if a side is constant."""
+def spearman(a: Floats, b: Floats) -> Floats:
+    """Spearman's rank correlation along the last axis, with mean ranks for ties; 0 if a side is constant."""
     from scipy.stats import rankdata
 
-    return _pearson(rankdata(a), rankdata(b))
+    centred = [ranks - ranks.mean(axis=-1, keepdims=True) for ranks in (rankdata(a, axis=-1), rankdata(b, axis=-1))]
+    size = np.sqrt(np.prod([(ranks**2).sum(axis=-1) for ranks in centred], axis=0))
+    return _ratio(np.prod(centred, axis=0).sum(axis=-1), size)
 
 
-def partial_spearman(a: Floats, b: Floats, given: Floats) -> float:
+def partial_spearman(a: Floats, b: Floats, given: Floats) -> Floats:
     """Rank correlation of a and b with that of a third taken out:
 
     r_ab.c = (r_ab - r_ac r_bc) / sqrt((1 - r_ac^2)(1 - r_bc^2)); 0 if the third determines one of them.
     """
     ab, ac, bc = spearman(a, b), spearman(a, given), spearman(b, given)
-    left = (1 - ac**2) * (1 - bc**2)
-    return (ab - ac * bc) / float(np.sqrt(left)) if left > 1e-12 else 0.0
+    return _ratio(ab - ac * bc, np.sqrt(np.clip((1 - ac**2) * (1 - bc**2), 0, None)))
 
 
-def _pearson(a: Floats, b: Floats) -> float:
-    a, b = a - a.mean(), b - b.mean()
-    size = float(np.sqrt((a @ a) * (b @ b)))
-    return float(a @ b) / size if size else 0.0
-
-
-def gain(ours: Floats, theirs: Floats, gap: Floats) -> float:
+def gain(ours: Floats, theirs: Floats, gap: Floats) -> Floats:
     """By how much one margin's rank correlation with the gap exceeds another's."""
     return spearman(ours, gap) - spearman(theirs, gap)
 
 
-def bootstrap(statistic: Callable[..., Any], *columns: Floats) -> Interval:
-    """A statistic of columns, and its 95% interval: percentiles over `RESAMPLES` draws of as many rows."""
-    rng, count = np.random.default_rng(0), len(columns[0])
-    draws = (rng.integers(0, count, count) for _ in range(RESAMPLES))
-    low, high = np.percentile([statistic(*(column[rows] for column in columns)) for rows in draws], [2.5, 97.5])
+def mean(values: Floats) -> Floats:
+    """Along the last axis."""
+    return np.asarray(values.mean(axis=-1))
+
+
+def bootstrap(statistic: Callable[..., Floats], *columns: Floats) -> Interval:
+    """A statistic of columns along their last axis, and its 95% interval: percentiles over draws of as many rows."""
+    count = len(columns[0])
+    rows = np.random.default_rng(0).integers(0, count, (RESAMPLES, count))
+    low, high = np.percentile(statistic(*(column[rows] for column in columns)), [2.5, 97.5])
     return float(statistic(*columns)), float(low), float(high)
+
+
+def _ratio(over: Floats, under: Floats) -> Floats:
+    """0 where nothing is left below."""
+    return np.where(under > 1e-6, over / np.where(under > 1e-6, under, 1), 0.0)
 
 
 # --- verdicts and words ----------------------------------------------------------------------------------------------
