@@ -20,7 +20,7 @@ NEVER_cpu := torchvision torchaudio torchcodec
 # many containers: there, each process would compile all that it imports.
 COMPILED := --compile-bytecode
 
-.PHONY: families help venv browser demo model reproduce self-pairs test test-fast test-wheel test-compat check format docs bench bench-data gpu-wheels clean
+.PHONY: families help venv browser demo model reproduce reproduce-graded self-pairs test test-fast test-wheel test-compat check format docs bench bench-data gpu-wheels clean
 
 help:
 	@echo "make demo         train DPO, DPOP and MinorDPO on a small model, score and plot them: ten minutes (DATA=, MODEL=)"
@@ -34,6 +34,7 @@ help:
 	@echo "make test-all     test, test-trl, test-compat, and all environments above: run it before a release"
 	@echo "make eval         score a model on GSM8K with vLLM: MODEL=, DATA=, ARGS= (make eval-env, test-eval, bench-eval)"
 	@echo "make reproduce    the papers' studies at small scale, with a verdict per claim: 75 to 90 minutes on two cores (with a GPU: GSM8K=)"
+	@echo "make reproduce-graded  the Sr paper's claims on pairs of known quality: about an hour on two cores"
 	@echo "make self-pairs   train a model on pairs of its own answers, twice: a quarter of an hour on two cores (with a GPU: GSM8K=)"
 	@echo "make bench        speed and memory, LLaMA-Factory's DPO stage and TRL against the plugin: two hours on two cores (ARGS=--quick)"
 	@echo "make bench-data   time and memory of \`llamafactory-ext data metamath\` and of the cache look-up, at full size"
@@ -134,6 +135,9 @@ bench: venv trl-env
 
 reproduce: venv
 	$(BIN)/python examples/reproduce/reproduce.py $(if $(GSM8K),--gsm8k "$(GSM8K)")
+
+reproduce-graded: venv
+	$(BIN)/python examples/reproduce/graded.py
 
 # On a GPU and GSM8K: GSM8K=, and `make eval-env` before.
 self-pairs: venv

@@ -22,8 +22,8 @@ from llamafactory_ext.sweep.spec import Sweep
 STUDY = Path(__file__).parents[1] / "examples" / "reproduce"
 sys.path.insert(0, str(STUDY))
 
-import reproduce  # noqa: E402
 import start  # noqa: E402
+import steps  # noqa: E402
 from rates import choose_rates  # noqa: E402
 from stories import MOST, stories  # noqa: E402
 
@@ -110,21 +110,20 @@ def test_model_and_tokenizer_are_real(tmp_path, monkeypatch):
     [({25: 0.1, 50: 0.3, 75: 0.62, 100: 0.9}, 75), ({50: 0.7, 75: 0.8, 100: 0.9}, 50), ({75: 0.1, 100: 0.5}, 100)],
 )
 def test_the_study_starts_from_the_first_checkpoint_with_room(accuracies, chosen, tmp_path, monkeypatch):
-    monkeypatch.setattr(reproduce, "RESULTS", tmp_path)
-    monkeypatch.setattr(reproduce, "solved", lambda checkpoint: accuracies[int(checkpoint.name.split("-")[1])])
+    monkeypatch.setattr(steps, "solved", lambda checkpoint, folder: accuracies[int(checkpoint.name.split("-")[1])])
     for step in accuracies:
         checkpoint = tmp_path / "sft" / f"checkpoint-{step}"
         checkpoint.mkdir(parents=True)
         (checkpoint / "model").write_text(str(step))
         (checkpoint / "optimizer.pt").touch()
-    reproduce.choose_start()
+    steps.choose_start(tmp_path, 0.6)
     assert (tmp_path / "start" / "model").read_text() == str(chosen)
     assert not (tmp_path / "start" / "optimizer.pt").exists()
 
 
-def test_the_pilots_rates_go_into_the_grid(tmp_path, monkeypatch):
-    monkeypatch.setattr(reproduce, "RESULTS", tmp_path)
-    filled = Sweep(**yaml.safe_load(reproduce.fill_in(STUDY / "grid.yaml", {"LOW": 1e-5, "HIGH": 1e-4}).read_text()))
+def test_the_pilots_rates_go_into_the_grid(tmp_path):
+    file = steps.fill_in(STUDY / "grid.yaml", {"LOW": 1e-5, "HIGH": 1e-4}, tmp_path)
+    filled = Sweep(**yaml.safe_load(file.read_text()))
     assert {rate for grid in filled.axes for rate in _listed(grid["learning_rate"])} == {1e-5, 1e-4}
     assert len(filled.axes[0]["learning_rate"]) == 2
 

@@ -6,6 +6,7 @@ import itertools
 import json
 import random
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,17 @@ def write_rows(path: Path, rows: Iterable[dict[str, str]]) -> None:
     write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def make_model(folder: Path, data: Path, seed: int = 0) -> Path:
+@dataclass(frozen=True)
+class Shape:
+    """Of a decoder: 2.5 million parameters."""
+
+    hidden: int = 192
+    intermediate: int = 512
+    layers: int = 6
+    heads: int = 6
+
+
+def make_model(folder: Path, data: Path, shape: Shape = Shape(), seed: int = 0) -> Path:
     """A Qwen2 decoder of random weights, and a tokenizer trained on the SFT data (every digit a token, as Qwen2's)."""
     import torch
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -91,10 +102,10 @@ def make_model(folder: Path, data: Path, seed: int = 0) -> Path:
     torch.manual_seed(seed)
     config = Qwen2Config(
         vocab_size=VOCABULARY,
-        hidden_size=192,
-        intermediate_size=512,
-        num_hidden_layers=6,
-        num_attention_heads=6,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
         num_key_value_heads=2,
         max_position_embeddings=512,
         tie_word_embeddings=True,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from llamafactory_ext.data.corruption import Problem
 
@@ -33,17 +34,31 @@ SHARES = [
 ]
 
 MOST = 99  # no number in a story is larger
-LARGEST_CHANGE = 20  # of what is added or taken away
 
 
-def story(rng: random.Random) -> Problem:
-    """One problem: a number of things, changed two to four times; a line of the solution per change."""
+@dataclass(frozen=True)
+class Kind:
+    """What stories are made of.
+
+    Args:
+        steps: the fewest and the most.
+        signs: the calculations that there may be.
+        largest_change: of what is added or taken away.
+    """
+
+    steps: tuple[int, int] = (2, 4)
+    signs: str = "+-*/"
+    largest_change: int = 20
+
+
+def story(rng: random.Random, kind: Kind) -> Problem:
+    """One problem: a number of things, changed a few times; a line of the solution per change."""
     name, things = rng.choice(NAMES), rng.choice(THINGS)
     number = rng.randint(4, 40)
     sentences = [f"{name} has {number} {things}."]
     lines = []
-    for place in range(rng.randint(2, 4)):
-        phrase, symbol, n, result = _change(number, rng)
+    for place in range(rng.randint(*kind.steps)):
+        phrase, symbol, n, result = _change(number, rng, kind)
         opening = name if place == 0 else f"Then {name}"
         sentences.append(f"{opening} {phrase.format(n=n, name='being ' + name)}.")
         lines.append(f"{number} {symbol} {n} = {result} {things}.")
@@ -52,31 +67,31 @@ def story(rng: random.Random) -> Problem:
     return Problem(" ".join(sentences), "\n".join(lines), str(number))
 
 
-def _change(number: int, rng: random.Random) -> tuple[str, str, int, int]:
+def _change(number: int, rng: random.Random, kind: Kind) -> tuple[str, str, int, int]:
     """A phrase, its sign, the number in it, and what becomes of `number`; results are whole, positive, at most MOST."""
     divisors = [n for n in range(2, 10) if number % n == 0 and number > n]
     factors = [n for n in range(2, 10) if number * n <= MOST]
-    kinds = ["+"] * (number < MOST) + ["-"] * (number > 1) + ["*"] * bool(factors) + ["/"] * bool(divisors)
-    kind = rng.choice(kinds)
-    if kind == "+":
-        n = rng.randint(1, min(LARGEST_CHANGE, MOST - number))
+    signs = ["+"] * (number < MOST) + ["-"] * (number > 1) + ["*"] * bool(factors) + ["/"] * bool(divisors)
+    sign = rng.choice([sign for sign in signs if sign in kind.signs])
+    if sign == "+":
+        n = rng.randint(1, min(kind.largest_change, MOST - number))
         return rng.choice(GAINS), "+", n, number + n
-    if kind == "-":
-        n = rng.randint(1, min(LARGEST_CHANGE, number - 1))
+    if sign == "-":
+        n = rng.randint(1, min(kind.largest_change, number - 1))
         return rng.choice(LOSSES), "-", n, number - n
-    if kind == "*":
+    if sign == "*":
         n = rng.choice(factors)
         return rng.choice(FACTORS), "*", n, number * n
     n = rng.choice(divisors)
     return rng.choice(SHARES), "/", n, number // n
 
 
-def stories(seed: int) -> Iterator[Problem]:
+def stories(seed: int, kind: Kind = Kind()) -> Iterator[Problem]:
     """An endless stream of problems, never the same question twice; the same seed gives the same stream."""
     rng = random.Random(seed)
     seen: set[str] = set()
     while True:
-        problem = story(rng)
+        problem = story(rng, kind)
         if problem.question not in seen:
             seen.add(problem.question)
             yield problem
