@@ -112,7 +112,15 @@ def judge(sweep, cell, outcomes, against):
     counts = {name: sum(row["outcome"] == name for row in outcomes) for name in ("win", "tie", "lose")}
     judged = sum(counts.values())
     rates = {name: {"count": n, "rate": n / judged, "wilson_95": [0.1, 0.9]} for name, n in counts.items()}
-    summary = {"a": cell.name, "b": against, "judge": "gpt-4", "judged": judged, **rates, "sign_test_p": 0.5}
+    summary = {
+        "a": cell.name,
+        "b": against,
+        "judge": "gpt-4",
+        "questions": len(outcomes),
+        "judged": judged,
+        **rates,
+        "sign_test_p": 0.5,
+    }
     agenda = Agenda(sweep, sweep.cells())
     for each in agenda.cells:
         answers = each.folder / "answers" / "base"
