@@ -41,6 +41,8 @@ def _p_by_magnitude(values: NDArray[np.float64]) -> float:
 
     With random signs, m values of magnitude a sum to a (2 B - m), where B is binomial with m draws and probability 1/2.
     """
+    import numpy as np
+
     rng = np.random.default_rng(0)
     scaled = np.round(values / np.abs(values).max(), 9)  # equal but for rounding is equal
     sums = np.zeros(RESAMPLES)

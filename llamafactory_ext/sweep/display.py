@@ -202,10 +202,10 @@ def show_results(agenda: Agenda, cells: Sequence[Cell]) -> bool:
     if failures:
         console.print("To try them again, add --rerun-failed.")
     for name, result in results.items():
-        if result.judged and result.judged["judged"] < result.judged["questions"]:
-            missing = result.judged["questions"] - result.judged["judged"]
+        if result.judged and result.judged["judged"] < result.judged["turns"]:
+            missing = result.judged["turns"] - result.judged["judged"]
             console.print(
-                f"[yellow]judge {name}: {missing} of {result.judged['questions']} questions have no verdict; to ask "
+                f"[yellow]judge {name}: {missing} of {result.judged['turns']} answers have no verdict; to ask "
                 f"again, remove {result.folder / 'judge.json'}, then run the same command.",
                 soft_wrap=True,
                 highlight=False,

@@ -95,6 +95,7 @@ class Judged(BaseModel):
     b: str
     judge: str
     questions: int
+    turns: int
     judged: int
     win: Rate
     tie: Rate

@@ -152,11 +152,21 @@ def notes(sweep: Sweep, cells: Sequence[Cell]) -> list[str]:
             f"Cells train on the held-out pairs {held_out.dataset!r}: their scores say nothing about new pairs."
         )
     base = sweep.base_recipe()
+    names = {str(cell.settings.get("pref_loss", "sigmoid")) for cell in cells}
+    refined = [cell.name for cell in cells if cell.is_preference and _is_refined_dpo(cell)]
+    if refined and "sr_dpo" in names:
+        found.append(
+            f"`sr_lambda` makes Sr-DPO of `sigmoid` in {', '.join(refined)}: for DPO, sweep it without the key."
+        )
     for key in OBJECTIVE_KEYS:
         without = [cell.name for cell in cells if key in base and cell.is_preference and key not in cell.settings]
         if 0 < len(without) < len(cells):
             found.append(f"`{key}` is left out where the loss does not take it, in {', '.join(without)}.")
     return found
+
+
+def _is_refined_dpo(cell: Cell) -> bool:
+    return cell.settings.get("pref_loss", "sigmoid") == "sigmoid" and bool(cell.settings.get("sr_lambda"))
 
 
 def read_sweep(path: Path) -> Sweep:

@@ -110,17 +110,10 @@ def benchmark(sweep, name, tasks, hash="of the task", at=None):
 def judge(sweep, cell, outcomes, against):
     """Verdicts of `eval judge`: a row per turn with `id`, `outcome`, and perhaps `turn` and `category`."""
     counts = {name: sum(row["outcome"] == name for row in outcomes) for name in ("win", "tie", "lose")}
-    judged = sum(counts.values())
+    judged, questions = sum(counts.values()), len({row["id"] for row in outcomes})
     rates = {name: {"count": n, "rate": n / judged, "wilson_95": [0.1, 0.9]} for name, n in counts.items()}
-    summary = {
-        "a": cell.name,
-        "b": against,
-        "judge": "gpt-4",
-        "questions": len(outcomes),
-        "judged": judged,
-        **rates,
-        "sign_test_p": 0.5,
-    }
+    about = {"a": cell.name, "b": against, "judge": "gpt-4", "questions": questions, "turns": len(outcomes)}
+    summary = {**about, "judged": judged, **rates, "sign_test_p": 0.5}
     agenda = Agenda(sweep, sweep.cells())
     for each in agenda.cells:
         answers = each.folder / "answers" / "base"

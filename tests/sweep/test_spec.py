@@ -98,6 +98,16 @@ def test_a_key_that_some_cells_leave_out_is_named():
     assert notes(alike, alike.cells()) == []
 
 
+def test_dpo_that_is_refined_beside_sr_dpo_is_named():
+    """`sigmoid` takes `sr_lambda`, too: DPO and Sr-DPO would be the same training under two names."""
+    sweep = Sweep(recipe=BASE | {"sr_lambda": 0.3}, axes={"pref_loss": ["sigmoid", "sr_dpo"]}, output="out")
+    assert notes(sweep, sweep.cells()) == [
+        "`sr_lambda` makes Sr-DPO of `sigmoid` in sigmoid: for DPO, sweep it without the key."
+    ]
+    plain = Sweep(recipe=BASE, axes={"pref_loss": ["sigmoid", "sr_dpo"]}, output="out")
+    assert notes(plain, plain.cells()) == []
+
+
 def test_a_recipe_of_another_stage_is_left_as_it_is():
     (cell,) = cells({"learning_rate": 1e-4}, stage="sft")
     assert "ref_log_probs_cache_dir" not in cell.settings
