@@ -116,8 +116,11 @@ def measured(results: Sequence[HarnessResults], task: str) -> Measured:
 
 
 def average(results: Sequence[HarnessResults]) -> Measured:
-    """The mean of the tasks' means, over runs."""
-    return mean_of_means([by_example(results, task) for task in results[0].tasks])
+    """The mean of the tasks' means, over runs; of one task, its own."""
+    tasks = list(results[0].tasks)
+    if len(tasks) == 1:
+        return measured(results, tasks[0])
+    return mean_of_means([by_example(results, task) for task in tasks])
 
 
 def mean_of_means(samples: Sequence[Values]) -> Measured:

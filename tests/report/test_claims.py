@@ -82,7 +82,7 @@ def test_benchmarks(ours, theirs, verdict):
     each = one(study(*cells), "Sr-DPO reaches a higher average")
     assert (each.verdict, each.exhibit) == (verdict, "Table 3")
     assert "lambda 0.5, " in each.criterion
-    assert "1 run(s)" in each.numbers
+    assert "seeds: 1" in each.numbers
 
 
 RISING = [float(n) for n in range(12)]

@@ -56,7 +56,10 @@ def scores_higher_on_benchmarks(study: Study, loss: str) -> Finding:
         f"{study.where(loss)}, the 95 % interval of the difference of averages, example by example, lies above 0; it "
         "does not hold if it lies below.",
         _side(interval),
-        "not measured" if gain is None else f"{gain.value:+.4f}, interval {_words(interval, 4)}, {len(ours)} run(s).",
+        "not measured"
+        if gain is None
+        else f"{gain.value:+.4f}, interval {_words(interval, 4)}; "
+        f"tasks: {', '.join(ours[0].tasks)}; seeds: {len(ours)}.",
         exhibit=BENCHMARKS,
         is_run=gain is not None,
     )
