@@ -10,7 +10,7 @@ from recorded_sweeps import CHOSEN, MEASURED, make_refined_sweep, make_sweep, sc
 from test_page import report
 
 from llamafactory_ext.report.chosen import chosen_table
-from llamafactory_ext.report.papers import EXHIBITS, papers_of
+from llamafactory_ext.report.papers import EXHIBITS, papers_of, untrained_accuracy
 from llamafactory_ext.report.table import groups
 from llamafactory_ext.report.tabular import STRONG
 from llamafactory_ext.sweep.results import read_results
@@ -130,3 +130,21 @@ def test_every_exhibit_of_both_papers_has_a_place():
         *(("Sr", f"Figure {number}") for number in (1, 2, 3)),
         *(("Sr", f"Table {number}") for number in (2, 3, 4, 5)),
     ]
+
+
+def test_no_claim_is_judged_across_models(tmp_path):
+    """Otherwise one model's Sr-DPO would be compared with another's DPO."""
+    axes = {"model_name_or_path": ["a", "b"], "pref_loss": ["sigmoid", "minor_dpo"]}
+    sweep = make_sweep(tmp_path, axes)
+    for cell in sweep.cells():
+        train(sweep, cell)
+    page, _ = report(sweep)
+    assert "No claim is judged: the cells differ in `model_name_or_path`, too." in page
+    assert not [row for row in rows_of(sweep, "claims_minor_dpo") if row["claim"]]
+
+
+def test_the_accuracy_of_one_of_two_untrained_models_is_nobody_elses(tmp_path):
+    sweep = make_sweep(tmp_path, {"model_name_or_path": ["a", "b"], "pref_loss": ["sigmoid"]})
+    for cell in sweep.cells():
+        train(sweep, cell)
+    assert untrained_accuracy(read_results(sweep.output)) is None

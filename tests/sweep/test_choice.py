@@ -163,3 +163,27 @@ def test_a_choice_that_changes_after_a_cell_was_trained_is_refused(write, earlie
 def test_axes_without_a_choice_stay_as_they_are():
     sweep = Sweep(recipe=RECIPE, axes={"pref_loss_args": {"tau": 1.0}, "seed": [1]}, output="out")
     assert names(choose(sweep)[0]) == names(sweep)
+
+
+@pytest.mark.parametrize("changes", [{"recipe": RECIPE | {"learning_rate": 0.5}}, {"pairs": {"max_samples": 1}}])
+def test_results_of_another_state_of_the_earlier_sweep_do_not_count(changes, write, earlier):
+    settings = yaml.safe_load(earlier.read_text())
+    settings["evaluators"][1]["pairs"] |= changes.pop("pairs", {})
+    earlier.write_text(yaml.safe_dump(settings | changes, sort_keys=False))
+    later = read_sweep(write("later", {"pref_loss": "sr_dpo", "sr_lambda": best_of(earlier)}))
+    with pytest.raises(UserError, match=r"earlier\.yaml has no `margin` of sr_dpo-sr_lambda0\.1"):
+        choose(later)
+
+
+def test_a_margin_that_is_no_number_is_not_chosen(write):
+    file = write("earlier", LAMBDAS)
+    finish(read_sweep(file), MARGINS | {"sr_dpo-sr_lambda0.1": float("nan")})
+    later = read_sweep(write("later", {"pref_loss": "sr_dpo", "sr_lambda": best_of(file)}))
+    with pytest.raises(UserError, match=r"no `margin` of sr_dpo-sr_lambda0\.1, or one that is not a number"):
+        choose(later)
+
+
+def test_a_measure_that_the_earlier_sweep_never_takes(write, earlier):
+    later = read_sweep(write("later", {"pref_loss": "sr_dpo", "sr_lambda": best_of(earlier, "lm_eval")}))
+    with pytest.raises(UserError, match="does not measure `lm_eval`: add the evaluator to it, or write another `by`"):
+        choose(later)

@@ -368,3 +368,94 @@ def test_no_cell_of_the_same_settings_to_compare_with_is_refused(make, tmp_path)
     agenda = make(axes, evaluators=everything(tmp_path, {"minor_dpo": "sigmoid"}))
     with pytest.raises(UserError, match="no cell of minor_dpo has one of sigmoid with the same settings and seed"):
         check_baselines(agenda.sweep.evaluators.judge, agenda.cells)
+
+
+def test_verdicts_belong_to_the_answers_that_they_compare(make, tmp_path):
+    """Asking a baseline anew spoils the verdicts against it; until then, nothing is judged by its old answers."""
+    evaluators = everything(tmp_path, "sigmoid")
+    agenda = make({"pref_loss": ["sigmoid", "minor_dpo"]}, evaluators=evaluators)
+    answer(agenda, "sigmoid", "minor_dpo")
+    done(agenda.judge_tasks(agenda.cells)[0])
+    evaluators["judge"] |= {"options": {"max_tokens": 12}}
+    changed = make({"pref_loss": ["sigmoid", "minor_dpo"]}, evaluators=evaluators)
+    answer(changed, "minor_dpo")  # as `--only minor_dpo` does
+    assert changed.judge_tasks(changed.cells) == []
+    spoils = {cell.name: next(t for t in changed.cell_tasks(cell) if t.step == "answers") for cell in changed.cells}
+    verdicts = tmp_path / "out" / "cells" / "minor_dpo" / "judge"
+    assert {name for name, task in spoils.items() if verdicts in task.invalidates} == {"sigmoid", "minor_dpo"}
+    answer(changed, "sigmoid")
+    assert [task.name for task in changed.judge_tasks(changed.cells)] == ["minor_dpo"]
+
+
+def test_verdicts_belong_to_the_content_of_the_judges_prompt_not_to_its_address(make, tmp_path):
+    prompt = tmp_path / "judge.txt"
+    found = {}
+    for name, text, options in (
+        ("first", "one", {"concurrency": 4}),
+        ("address", "one", {"concurrency": 8}),
+        ("prompt", "two", {"concurrency": 4}),
+    ):
+        prompt.write_text(text)
+        evaluators = everything(tmp_path, "sigmoid", judge_options={"prompt": str(prompt), **options}, base_url=name)
+        agenda = make({"pref_loss": ["sigmoid", "minor_dpo"]}, evaluators=evaluators)
+        found[name] = agenda.judge_task(agenda.cells[1]).fingerprint
+    assert found["first"] == found["address"]
+    assert found["first"] != found["prompt"]
+
+
+def test_training_anew_spoils_the_scores_of_evaluators_that_the_file_has_lost(make, tmp_path):
+    agenda = make({"seed": [1]}, evaluators={"gsm8k": None, "pairs": None}, finetuning_type="lora")
+    spoils = {str(path.relative_to(tmp_path / "out")) for path in agenda.train_task(agenda.cells[0]).invalidates}
+    assert {
+        "adapters/scores/seed1",
+        "adapters/lm_eval/seed1",
+        "cells/seed1/answers",
+        "cells/seed1/pairs.jsonl",
+    } <= spoils
+
+
+def test_other_columns_of_the_same_file_are_refused(make, tmp_path):
+    entry = {"file_name": "pairs.jsonl", "columns": {"chosen": "chosen", "rejected": "rejected"}}
+    (tmp_path / "pairs.jsonl").write_text("{}")
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"pairs": entry, "test": entry}))
+    agenda = make({"seed": [1]})
+    write_sweep(agenda, Path("sweep.yaml"))
+    done(agenda.train_task(agenda.cells[0]))
+    before = next(task for task in agenda.cell_tasks(agenda.cells[0]) if task.step == "pairs").fingerprint
+    entry["columns"] = {"chosen": "rejected", "rejected": "chosen"}
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"pairs": entry, "test": entry}))
+    changed = make({"seed": [1]})
+    assert next(t for t in changed.cell_tasks(changed.cells[0]) if t.step == "pairs").fingerprint != before
+    with pytest.raises(UserError, match=r"the entry in dataset_info\.json of the data set 'pairs' has changed since"):
+        write_sweep(changed, Path("sweep.yaml"))
+
+
+def test_the_data_of_ones_own_benchmarks_counts(make, tmp_path):
+    tasks, data = tmp_path / "tasks", tmp_path / "sums.jsonl"
+    tasks.mkdir()
+    (tasks / "sums.yaml").write_text(
+        f"task: sums\ndataset_kwargs: {{data_files: {{test: {data}}}}}\nf: !function u.f\n"
+    )
+
+    def fingerprint():
+        agenda = make({"seed": [1]}, evaluators={"lm_eval": {"tasks": "sums", "engine": "hf", "include_path": tasks}})
+        return agenda.fingerprint(agenda.sweep.evaluators.lm_eval, "model")
+
+    found = []
+    for text in ("{}", "{}{}", "{}{}"):
+        data.write_text(text)
+        found.append(fingerprint())
+        (tasks / "__pycache__").mkdir(exist_ok=True)
+        (tasks / "__pycache__" / "u.pyc").write_text(text + "made by Python")
+    assert found[0] != found[1] == found[2]
+
+
+def test_long_options_are_no_paths(make):
+    words = "be brief. " * 100
+    agenda = make({"seed": [1]}, options={"system": words})
+    assert score_fingerprint(agenda) != score_fingerprint(make({"seed": [1]}, options={"system": "be brief."}))
+
+
+def test_a_name_is_no_longer_than_a_files_may_be(make):
+    (cell,) = make({"default_system": ["请用中文简短地回答每一个问题" * 30]}).cells
+    assert len(cell.name.encode()) <= 200
