@@ -42,7 +42,7 @@ def train(recipe: Path, folder: Path) -> None:
     with own_log(folder / "sft.log") as log:
         if not (folder / "sft" / "all_results.json").is_file():
             keep_checkpoints(folder / "sft")
-            print("SFT from random weights: about a quarter of an hour on two cores", flush=True)
+            print("SFT from random weights: 15 to 20 minutes on two cores", flush=True)
             run("llamafactory-cli", "train", str(recipe), log=log)
 
 
