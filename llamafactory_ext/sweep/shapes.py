@@ -26,7 +26,7 @@ class Base(BaseModel):
 
 class Asked(BaseModel):
     axes: list[dict[str, Any]] | dict[str, Any]
-    evaluators: dict[str, Any]
+    evaluators: dict[str, Any] = {}  # earlier releases wrote none
 
 
 class Chosen(BaseModel):
