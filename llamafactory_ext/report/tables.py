@@ -156,7 +156,7 @@ def _test_row(comparison: Comparison, look: Look) -> Row:
 
 
 def pairs_table(results: SweepResults, found: Sequence[Group], look: Look) -> Table:
-    asked = results.about["sweep"]["evaluators"]["pairs"] or {}
+    asked = results.about["sweep"].get("evaluators", {}).get("pairs") or {}
     rows, data = [], []
     for group in found:
         held_out = group.held_out
