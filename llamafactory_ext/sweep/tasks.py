@@ -96,7 +96,9 @@ class Agenda:
                     word for run in asked if run in adapters for word in ("--adapter", f"{run}={adapters[run].model}")
                 ]
                 words += [] if MODEL_ITSELF in asked else ["--skip-base"]
-                tasks.append(self._ask(evaluator, group, self.sweep.output / group, model, *words, runs=runs))
+                tasks.append(
+                    self._ask(evaluator, group, self.sweep.output / group, model, *words, runs=runs, asked=asked)
+                )
         return tasks
 
     def _unasked(self, evaluator: Asking, group: str, model: str, runs: Sequence[str]) -> list[str]:
@@ -114,9 +116,20 @@ class Agenda:
         model: str,
         *more: str,
         runs: Sequence[str] = (MODEL_ITSELF,),
+        asked: Sequence[str] = (MODEL_ITSELF,),
     ) -> Task:
+        """Asking a model.
+
+        Args:
+            evaluator: what.
+            name, folder: of the cell, the untrained model or the group of adapters.
+            model: the model itself.
+            more: further words of the command.
+            runs: whose results there must be then.
+            asked: whose are missing: verdicts on their earlier answers do not hold any more.
+        """
         output = folder / evaluator.folder
-        answered = [name if run == MODEL_ITSELF else run for run in runs] if isinstance(evaluator, Judged) else []
+        answered = [name if run == MODEL_ITSELF else run for run in asked] if isinstance(evaluator, Judged) else []
         words = [evaluator.python or sys.executable, *evaluator.command(), "--engine", evaluator.engine]
         words += ["--model", model, *evaluator.words(), "--output", str(output), *option_words(evaluator.options)]
         return Task(
@@ -174,8 +187,12 @@ class Agenda:
         return (self.groups.get(cell.base_model) or self.bases[cell.base_model]) if baseline == BASE else baseline
 
     def _baseline_of(self, cell: Cell) -> str | None:
+        return self._baselines[cell.name]
+
+    @cached_property
+    def _baselines(self) -> dict[str, str | None]:
         judged = self.sweep.evaluators.judge
-        return None if judged is None else baseline_of(judged, cell, self.cells)
+        return {cell.name: None if judged is None else baseline_of(judged, cell, self.cells) for cell in self.cells}
 
     def judge_task(self, cell: Cell) -> Task:
         """Comparing a cell's answers with those of its baseline, which it must have."""

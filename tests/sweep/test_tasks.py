@@ -459,3 +459,13 @@ def test_long_options_are_no_paths(make):
 def test_a_name_is_no_longer_than_a_files_may_be(make):
     (cell,) = make({"default_system": ["请用中文简短地回答每一个问题" * 30]}).cells
     assert len(cell.name.encode()) <= 200
+
+
+def test_verdicts_on_adapters_that_are_not_asked_again_stay(make, tmp_path):
+    agenda = make({"seed": [1, 2]}, evaluators=everything(tmp_path, "base", base=True), finetuning_type="lora")
+    for cell in agenda.cells:
+        done(agenda.train_task(cell))
+    done(agenda.adapter_tasks(agenda.cells[:1])[2])
+    again = agenda.adapter_tasks(agenda.cells)[2]
+    assert again.record().state == "to do"
+    assert again.invalidates == (agenda.cells[1].folder / "judge",)
