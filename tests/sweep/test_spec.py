@@ -102,7 +102,7 @@ def test_dpo_that_is_refined_beside_sr_dpo_is_named():
     """`sigmoid` takes `sr_lambda`, too: DPO and Sr-DPO would be the same training under two names."""
     sweep = Sweep(recipe=BASE | {"sr_lambda": 0.3}, axes={"pref_loss": ["sigmoid", "sr_dpo"]}, output="out")
     assert notes(sweep, sweep.cells()) == [
-        "`sr_lambda` makes Sr-DPO of `sigmoid` in sigmoid: for DPO, leave the key out."
+        "`sr_lambda` makes Sr-DPO of `sigmoid` in sigmoid: for DPO, sweep it without the key."
     ]
     plain = Sweep(recipe=BASE, axes={"pref_loss": ["sigmoid", "sr_dpo"]}, output="out")
     assert notes(plain, plain.cells()) == []
