@@ -26,7 +26,7 @@ from llamafactory_ext.whole_files import write_whole
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "reproduce")]
 
-from reproduce import make_whole, own_log, run  # noqa: E402
+from steps import make_whole, own_log, run  # noqa: E402
 from toy import make_data, make_model  # noqa: E402
 
 RESULTS = Path("outputs/self_pairs")
